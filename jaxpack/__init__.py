@@ -1,0 +1,59 @@
+"""jaxpack: packed sequences and recurrent layers for JAX, for batches whose sequences have different lengths."""
+
+from jaxpack.cells import gru_cell, lstm_cell, rnn_cell
+from jaxpack.layers import GRU, LSTM, RNN
+from jaxpack.packed import (
+    pack_padded_sequence,
+    pack_sequence,
+    pad_packed_sequence,
+    pad_sequence,
+    reverse_sequences,
+    unpack_sequence,
+    unpad_sequence,
+)
+from jaxpack.plan import BucketPlan
+from jaxpack.planners import plan_buckets, plan_exact, plan_padded
+from jaxpack.reduce import (
+    concatenate,
+    first,
+    last,
+    segment_logsumexp,
+    segment_max,
+    segment_mean,
+    segment_sum,
+    softmax,
+)
+from jaxpack.scan import packed_scan
+from jaxpack.sequence import PackedSequence
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BucketPlan",
+    "PackedSequence",
+    "concatenate",
+    "first",
+    "gru_cell",
+    "last",
+    "lstm_cell",
+    "pack_padded_sequence",
+    "pack_sequence",
+    "packed_scan",
+    "pad_packed_sequence",
+    "pad_sequence",
+    "plan_buckets",
+    "plan_exact",
+    "plan_padded",
+    "reverse_sequences",
+    "rnn_cell",
+    "segment_logsumexp",
+    "segment_max",
+    "segment_mean",
+    "segment_sum",
+    "softmax",
+    "unpack_sequence",
+    "unpad_sequence",
+]

@@ -1,0 +1,18 @@
+"""The cells: one file a family, with its equations, parameters and step."""
+
+from jaxpack.cells.cell import Cell, Params
+from jaxpack.cells.gru import GRUCell, gru_cell
+from jaxpack.cells.lstm import LSTMCell, lstm_cell
+from jaxpack.cells.rnn import NONLINEARITIES, RNNCell, rnn_cell
+
+__all__ = [
+    "NONLINEARITIES",
+    "Cell",
+    "GRUCell",
+    "LSTMCell",
+    "Params",
+    "RNNCell",
+    "gru_cell",
+    "lstm_cell",
+    "rnn_cell",
+]

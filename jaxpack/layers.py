@@ -1,0 +1,437 @@
+"""RNN, LSTM and GRU: stacks of cells over packed sequences, in one or both directions.
+
+A layer is a frozen spec; its parameters are a plain pytree, one dict for each layer and direction under PyTorch's
+suffix (`l0`, `l0_reverse`, `l1`, ...):
+
+    params["l0_reverse"]["weight_hh"]   is PyTorch's   weight_hh_l0_reverse, transposed
+
+Bidirectional means: reverse each sequence's valid span, run the same left-aligned recurrence, reverse back.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack import state_dict as state_dicts
+from jaxpack.cells import NONLINEARITIES, Cell, GRUCell, LSTMCell, Params, RNNCell
+from jaxpack.packed import as_batch, batch_shape, pack_padded_sequence, pad_packed_sequence
+from jaxpack.plan import BucketPlan, as_int
+from jaxpack.planners import plan_padded
+from jaxpack.recurrence import recur
+from jaxpack.sequence import PackedSequence, PyTree, check_packed, permute, reversed_cells, seal, seal_states
+
+LayerParams = dict[str, Params]
+
+
+class RecurrentLayer(abc.ABC):
+    """What RNN, LSTM and GRU share: everything but the cell."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    dropout: float
+    bidirectional: bool
+
+    @property
+    @abc.abstractmethod
+    def cell(self) -> Cell:
+        """The cell that every layer and direction runs."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "hidden_size", "num_layers"):
+            size = getattr(self, name)
+            if as_int(name, size) < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
+        for name in ("bias", "bidirectional"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        if self.dropout and self.num_layers == 1:
+            warnings.warn(
+                f"dropout acts between layers, so dropout={self.dropout} with num_layers=1 does nothing.",
+                stacklevel=3,
+            )
+
+    @property
+    def num_directions(self) -> int:
+        """2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether there is dropout between layers."""
+        return self.dropout > 0 and self.num_layers > 1
+
+    @property
+    def output_size(self) -> int:
+        """The width of the output: of both directions, side by side."""
+        return self.num_directions * self.cell.output_size
+
+    @property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shape of every parameter, in the structure of the parameters."""
+        suffixes = ("", "_reverse")[: self.num_directions]
+        return {
+            f"l{layer}{suffix}": self.cell.shapes(self.output_size if layer else self.input_size, self.bias)
+            for layer in range(self.num_layers)
+            for suffix in suffixes
+        }
+
+    def init(self, key: jax.Array, dtype: Any = None) -> LayerParams:
+        """Parameters drawn as PyTorch draws them: uniform within 1/sqrt(hidden_size) of 0.
+
+        Args:
+          key: a JAX random key.
+          dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
+        """
+        bound = 1 / math.sqrt(self.hidden_size)
+        dtype = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"dtype must be a floating dtype, got {dtype}.")
+        shapes, structure = jax.tree.flatten(self.shapes, is_leaf=lambda node: isinstance(node, tuple))
+        keys = jax.random.split(key, len(shapes))
+        leaves = [jax.random.uniform(k, s, dtype, -bound, bound) for k, s in zip(keys, shapes, strict=True)]
+        return structure.unflatten(leaves)
+
+    def apply(
+        self,
+        params: LayerParams,
+        inputs: PackedSequence | ArrayLike,
+        initial_state: Any = None,
+        dropout_key: jax.Array | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        plan: BucketPlan | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Any, Any]:
+        """Runs the layer.
+
+        Args:
+          params: as `init` or `from_torch` gives.
+          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
+          initial_state: h_0, for LSTM (h_0, c_0), as the final state is laid out. Default: zeros.
+          dropout_key: a JAX random key. Needed if dropout is between layers, unless deterministic.
+          lengths: int [B], for padded inputs. They may be traced. Default: all T.
+          plan: for padded inputs, the static shape to run under. Default: the padded one, which is one program for
+            all lengths.
+          deterministic: whether to leave dropout out, as for evaluation.
+
+        Returns:
+          The output, laid out as the inputs are, [.., D*H] for D directions of width H, zero past each length; and
+          the final state in the caller's row order: h_n [num_layers*D, B, H] after each sequence's own last step (its
+          first, for the backward direction), for LSTM (h_n, c_n). Of one sequence, without the batch axis. Sequences
+          that do not fit the plan are NaN in both.
+
+        Raises:
+          ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; or if
+            dropout is on and no key is given.
+          TypeError: if inputs are packed and lengths or plan are given too, or parameters have another structure.
+        Source: torch.nn.RNN, LSTM and GRU.
+        """
+        dtype = _check_params(self, params)
+        key = self._active_dropout_key(dropout_key, deterministic)
+        if isinstance(inputs, PackedSequence):
+            if lengths is not None or plan is not None:
+                raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
+            check_packed(inputs, f"{type(self).__name__}.apply")
+            return self._apply_packed(params, inputs, initial_state, key, dtype)
+        batch = as_batch(inputs, "inputs")
+        if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
+            raise ValueError(
+                f"inputs must be a PackedSequence, [B, T, {self.input_size}] or one sequence [T, {self.input_size}], "
+                f"got {_shapes(batch)}."
+            )
+        if batch.ndim == 2:
+            return self._apply_unbatched(params, batch, initial_state, key, lengths, plan, dtype)
+        batch_size, max_length = batch_shape(batch, "inputs")
+        self._check_features(batch)
+        lengths = np.full(batch_size, max_length) if lengths is None else lengths
+        plan = plan_padded(batch_size, max(max_length, 1)) if plan is None else plan
+        packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+        output, state = self._apply_packed(params, packed, initial_state, key, dtype)
+        return pad_packed_sequence(output, batch_first=True, total_length=max_length)[0], state
+
+    def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
+        """Parameters from the state dict of the torch.nn module of the same options. Exact.
+
+        Args:
+          state_dict: tensors or NumPy arrays under PyTorch's names (weight_ih_l0, bias_hh_l1_reverse, ...).
+
+        Raises:
+          KeyError: naming the keys that are missing or not known.
+          ValueError: naming a key whose shape is wrong.
+        """
+        return state_dicts.from_state_dict(self.shapes, state_dict)
+
+    def to_torch(self, params: LayerParams) -> dict[str, np.ndarray]:
+        """The state dict of the torch.nn module of the same options, as NumPy arrays. Exact; also for gradients.
+
+        torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})
+        """
+        _check_params(self, params)
+        return state_dicts.to_state_dict(params)
+
+    def _apply_packed(
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, key: jax.Array | None, dtype: Any
+    ) -> tuple[PackedSequence, Any]:
+        data = packed.data
+        if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
+            raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
+        self._check_features(data, packed=True)
+        dtype = jnp.result_type(data, dtype)
+        state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
+        return _run(self, params, packed.replace(data=data.astype(dtype)), state, key)
+
+    def _apply_unbatched(
+        self,
+        params: LayerParams,
+        sequence: jax.Array,
+        initial_state: Any,
+        key: jax.Array | None,
+        lengths: ArrayLike | None,
+        plan: BucketPlan | None,
+        dtype: Any,
+    ) -> tuple[jax.Array, Any]:
+        """One sequence [T, F], as a batch of one."""
+        self._check_features(sequence)
+        if lengths is not None or plan is not None:
+            raise ValueError(
+                f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no lengths= or "
+                f"plan=. A batch is [B, T, {self.input_size}]."
+            )
+        state = self._initial_state(initial_state, sequence, None, jnp.result_type(sequence, dtype))
+        batched = jax.tree.map(lambda leaf: leaf[:, None], state)
+        packed = pack_padded_sequence(
+            sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
+        )
+        output, final = self._apply_packed(params, packed, batched, key, dtype)
+        padded = pad_packed_sequence(output, batch_first=True, total_length=len(sequence))[0]
+        return padded[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
+
+    def _check_features(self, array: jax.Array, packed: bool = False) -> None:
+        if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:
+            expected = f"[S, {self.input_size}]" if packed else f"{self.input_size} features in the last axis"
+            raise ValueError(f"inputs must have {expected} (input_size={self.input_size}), got shape {array.shape}.")
+
+    def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
+        """The initial state as given, checked and cast, or zeros made from the inputs (which carry their sharding)."""
+        sizes, rows = self.cell.state_sizes, () if batch_size is None else (batch_size,)
+        shapes = [(self.num_layers * self.num_directions, *rows, size) for size in jax.tree.leaves(sizes)]
+        structure = jax.tree.structure(sizes)
+        if state is None:
+            return structure.unflatten([lax.full_like(like, 0, dtype, shape) for shape in shapes])
+        if isinstance(state, list):
+            state = tuple(state)
+        given = jax.tree.map(jnp.asarray, state)
+        if jax.tree.structure(given) != structure or [leaf.shape for leaf in jax.tree.leaves(given)] != shapes:
+            names = ("h_0", "c_0")[: len(shapes)]
+            expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            raise ValueError(
+                f"initial_state must be {f'({expected})' if len(shapes) > 1 else expected} "
+                f"([num_layers * num_directions, B, size]), got {_shapes(given)}."
+            )
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), given)
+
+    def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:
+        if deterministic or not self.has_dropout:
+            return None
+        if key is None:
+            raise ValueError(
+                f"dropout={self.dropout} is on, but there is no dropout_key. Pass dropout_key=jax.random.key(...) to "
+                f"train, or deterministic=True to evaluate."
+            )
+        return key
+
+
+@dataclasses.dataclass(frozen=True)
+class RNN(RecurrentLayer):
+    """A stack of simple (Elman) recurrent layers. Returns (output, h_n).
+
+    rnn = jaxpack.RNN(input_size=12, hidden_size=64, nonlinearity="relu")
+    params = rnn.init(jax.random.key(0))
+    output, h_n = rnn.apply(params, packed)
+
+    Args:
+      input_size, hidden_size, num_layers: sizes, at least 1.
+      nonlinearity: "tanh" or "relu".
+      bias: whether gates have biases (two, as in PyTorch).
+      dropout: the probability of zeroing each output between layers, in [0, 1].
+      bidirectional: whether a second direction reads each sequence backwards.
+
+    Raises:
+      ValueError, TypeError: naming the argument that is out of range or of another type.
+    Source: torch.nn.RNN.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    nonlinearity: str = "tanh"
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nonlinearity not in NONLINEARITIES:
+            raise ValueError(f'nonlinearity must be "tanh" or "relu", got {self.nonlinearity!r}.')
+
+    @property
+    def cell(self) -> RNNCell:
+        """The cell that every layer and direction runs."""
+        return RNNCell(self.hidden_size, self.nonlinearity)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSTM(RecurrentLayer):
+    """A stack of long short-term memory layers. Returns (output, (h_n, c_n)).
+
+    lstm = jaxpack.LSTM(input_size=12, hidden_size=64, bidirectional=True)
+    params = lstm.init(jax.random.key(0))
+    output, (h_n, c_n) = lstm.apply(params, packed)
+
+    Args:
+      input_size, hidden_size, num_layers: sizes, at least 1.
+      bias: whether gates have biases (two, as in PyTorch).
+      dropout: the probability of zeroing each output between layers, in [0, 1].
+      bidirectional: whether a second direction reads each sequence backwards.
+      proj_size: if above 0, h is projected to that width, which must be below hidden_size.
+
+    Raises:
+      ValueError, TypeError: naming the argument that is out of range or of another type.
+    Source: torch.nn.LSTM.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= as_int("proj_size", self.proj_size) < self.hidden_size:
+            raise ValueError(
+                f"proj_size must be 0 (none) or above and below hidden_size={self.hidden_size}, got {self.proj_size}."
+            )
+
+    @property
+    def cell(self) -> LSTMCell:
+        """The cell that every layer and direction runs."""
+        return LSTMCell(self.hidden_size, self.proj_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRU(RecurrentLayer):
+    """A stack of gated recurrent layers. Returns (output, h_n).
+
+    gru = jaxpack.GRU(input_size=12, hidden_size=64)
+    params = gru.init(jax.random.key(0))
+    output, h_n = gru.apply(params, packed)
+
+    Args:
+      input_size, hidden_size, num_layers: sizes, at least 1.
+      bias: whether gates have biases (two, as in PyTorch).
+      dropout: the probability of zeroing each output between layers, in [0, 1].
+      bidirectional: whether a second direction reads each sequence backwards.
+
+    Raises:
+      ValueError, TypeError: naming the argument that is out of range or of another type.
+    Source: torch.nn.GRU (reset after the recurrent product; Keras calls it reset_after=True).
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+
+    @property
+    def cell(self) -> GRUCell:
+        """The cell that every layer and direction runs."""
+        return GRUCell(self.hidden_size)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    layer: RecurrentLayer, params: LayerParams, packed: PackedSequence, state: Any, dropout_key: jax.Array | None
+) -> tuple[PackedSequence, Any]:
+    """The whole stack. Jitted, so that a layer called outside jit is compiled once for its plan too."""
+    plan, mask, reverse = packed.plan, packed.mask, reversed_cells(packed)
+    directions = layer.num_directions
+    state = jax.tree.map(lambda leaf: leaf[:, packed.sorted_indices], state)
+    groups = list(layer.shapes)
+    data, finals = packed.data, []
+    for depth in range(layer.num_layers):
+        if depth and dropout_key is not None:
+            data = _dropout(jax.random.fold_in(dropout_key, depth), data, layer.dropout)
+        x = jnp.where(mask[:, None], data, 0)
+        here = range(depth * directions, (depth + 1) * directions)
+        final, outputs = recur(
+            layer.cell,
+            [params[groups[i]] for i in here],
+            [x, permute(x, reverse)][:directions],
+            [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in here],
+            mask,
+            plan,
+        )
+        finals.extend(final)
+        data = jnp.concatenate([outputs[0], *(permute(y, reverse) for y in outputs[1:])], axis=-1)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *finals)
+    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seal_states(packed, stacked))
+    return packed.replace(data=seal(packed, data)), final_state
+
+
+def _dropout(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:
+    """Zeroes values with probability `rate`, and scales the others so that the mean stays."""
+    if rate == 1:
+        return jnp.zeros_like(data)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, data.shape), data / (1 - rate), 0)
+
+
+def _check_params(layer: RecurrentLayer, params: PyTree) -> Any:
+    """The parameters' common dtype; raises unless they have the layer's structure and shapes."""
+    shapes = layer.shapes
+    given = jax.tree.map(jnp.shape, params)
+    if given != shapes:
+        expected = dict(_flat(shapes))
+        found = dict(_flat(given)) if isinstance(given, Mapping) else {}
+        wrong = [f"{k} is missing" for k in expected if k not in found]
+        wrong += [f"{k} is not known" for k in found if k not in expected]
+        wrong += [
+            f"{k} has shape {found[k]}, not {expected[k]}" for k in expected if k in found and found[k] != expected[k]
+        ]
+        raise (TypeError if set(expected) != set(found) else ValueError)(
+            f"params do not match {layer}: {'; '.join(wrong[:4])}. Make them with init(key) or from_torch(state_dict)."
+        )
+    return jnp.result_type(*jax.tree.leaves(params))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+    return pairs
+
+
+def _shapes(tree: PyTree) -> str:
+    """The shapes in a pytree, for an error."""
+    leaves = [tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree)]
+    return f"shape {leaves[0]}" if len(leaves) == 1 else f"shapes {leaves}"

@@ -1,0 +1,400 @@
+"""PyTorch's six functions between padded batches, lists of sequences and packed batches; and reverse_sequences.
+
+Names, argument order, defaults, results and errors are PyTorch's (torch.nn.utils.rnn), but for `plan=` and for
+`enforce_sorted`, which is off by default. Every one is a gather along the index maps of jaxpack.sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxpack.plan import BucketPlan, as_int, check_lengths_type, concrete_lengths
+from jaxpack.planners import plan_exact
+from jaxpack.sequence import (
+    PackedSequence,
+    PyTree,
+    cells_of,
+    check_packed,
+    expand,
+    is_traced,
+    permute,
+    poison,
+    reversed_cells,
+    seal,
+    who_fits,
+)
+
+
+def pack_padded_sequence(
+    input: PyTree,
+    lengths: ArrayLike | Sequence[int],
+    batch_first: bool = False,
+    enforce_sorted: bool = False,
+    *,
+    plan: BucketPlan | None = None,
+) -> PackedSequence:
+    """Packs a padded batch.
+
+    pack_padded_sequence([[1, 2, 3], [3, 4, 0]], [3, 2], batch_first=True).data = [1, 3, 2, 4, 3]
+
+    Args:
+      input: [T, B, *F] or, if batch_first, [B, T, *F]; or a pytree of such arrays. What lies past a length, NaN
+        included, is dropped.
+      lengths: [B] whole numbers. They may be traced if a plan is given; 0 is legal then.
+      batch_first: whether the batch axis comes before time.
+      enforce_sorted: whether to raise unless (concrete) lengths are sorted, longest first, as PyTorch does by default.
+      plan: the static shape. Default: plan_exact(lengths), which is a program per batch when jitted.
+
+    Returns:
+      data [plan.size, *F]; steps beyond the plan's are dropped.
+
+    Raises:
+      ValueError: if shapes disagree, or concrete lengths are negative, above T, do not fit the plan or, without one,
+        are 0. Traced lengths that do so make their own sequences NaN.
+      TypeError: if lengths are not integers, or traced while no plan is given.
+    Source: torch.nn.utils.rnn.pack_padded_sequence, whose enforce_sorted defaults to True.
+    """
+    batch = as_batch(input, "input")
+    if not batch_first:
+        batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
+    batch_size, max_length = batch_shape(batch, "input")
+    lengths, plan = _lengths_and_plan(lengths, plan, batch_size, max_length)
+    if enforce_sorted and not is_traced(lengths) and (np.diff(lengths) > 0).any():
+        raise ValueError(
+            "`lengths` array must be sorted in decreasing order when `enforce_sorted` is True. You can pass "
+            "`enforce_sorted=False` to pack_padded_sequence and/or pack_sequence to sidestep this requirement."
+        )
+    return _pack(batch, jnp.asarray(lengths, jnp.int32), plan)
+
+
+def pad_packed_sequence(
+    sequence: PackedSequence,
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    total_length: int | None = None,
+) -> tuple[PyTree, jax.Array]:
+    """Pads a packed batch: the inverse of `pack_padded_sequence`.
+
+    Args:
+      sequence: data [S, *F].
+      batch_first: whether the batch axis comes before time in the result.
+      padding_value: what to put past each length.
+      total_length: the result's T. Default: plan.max_length, inside and outside jit alike.
+
+    Returns:
+      [T, B, *F] or, if batch_first, [B, T, *F], rows in the caller's order; and the lengths [B].
+
+    Raises:
+      TypeError: if given no PackedSequence.
+      ValueError: if a concrete length is above total_length (traced: that sequence is NaN).
+    Source: torch.nn.utils.rnn.pad_packed_sequence.
+    """
+    check_packed(sequence, "pad_packed_sequence")
+    length = sequence.plan.max_length if total_length is None else as_int("total_length", total_length)
+    if not is_traced(sequence.lengths):
+        longest = int(np.max(sequence.lengths))
+        if longest > length:
+            raise ValueError(
+                f"Expected total_length to be at least the length of the longest sequence in input, but got "
+                f"total_length={length} and max sequence length being {longest}."
+            )
+    elif length < 0:
+        raise ValueError(f"total_length must be 0 or more, got {length}.")
+    return _pad(sequence, padding_value, length, batch_first), sequence.lengths
+
+
+def pack_sequence(
+    sequences: Sequence[PyTree], enforce_sorted: bool = False, *, plan: BucketPlan | None = None
+) -> PackedSequence:
+    """Packs a list of sequences [L_i, *F] of different lengths (or pytrees of such arrays).
+
+    pack_sequence([[1, 2, 3], [4]]).data = [1, 4, 2, 3]
+
+    Raises and differs as `pack_padded_sequence`.
+    Source: torch.nn.utils.rnn.pack_sequence, whose enforce_sorted defaults to True.
+    """
+    arrays, lengths = _sequences(sequences)
+    return pack_padded_sequence(_pad_arrays(arrays, lengths, 0, "right"), lengths, True, enforce_sorted, plan=plan)
+
+
+def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
+    """The list of sequences [L_i, *F], in the caller's order: the inverse of `pack_sequence`.
+
+    Raises:
+      TypeError: if given no PackedSequence, or if lengths are traced: they are the result's shapes.
+    Source: torch.nn.utils.rnn.unpack_sequence.
+    """
+    check_packed(packed_sequences, "unpack_sequence")
+    lengths = _lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
+    plan = packed_sequences.plan
+    slots = np.repeat(np.argsort(np.argsort(-lengths, kind="stable")), lengths)
+    cells = plan.step_offsets[plan.slot_starts[slots] + _ramps(lengths)] + plan.slot_rows[slots]
+    return _split(jax.tree.map(lambda leaf: leaf[cells], packed_sequences.data), lengths)
+
+
+def pad_sequence(
+    sequences: Sequence[PyTree],
+    batch_first: bool = False,
+    padding_value: float = 0.0,
+    padding_side: str = "right",
+) -> PyTree:
+    """Pads a list of sequences [L_i, *F] to the longest.
+
+    pad_sequence([[1, 2], [3]], batch_first=True) = [[1, 2], [3, 0]]
+
+    Args:
+      sequences: arrays (or pytrees of arrays) that agree in all but their first axis.
+      batch_first: whether the result is [B, T, *F] rather than [T, B, *F].
+      padding_value: what to put where a sequence is shorter than the longest.
+      padding_side: "right" or "left".
+
+    Raises:
+      ValueError: if there is no sequence, their features disagree, or padding_side is neither.
+      TypeError: if sequences is no list.
+    Source: torch.nn.utils.rnn.pad_sequence.
+    """
+    if padding_side not in ("left", "right"):
+        raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}.')
+    arrays, lengths = _sequences(sequences)
+    batch = _pad_arrays(arrays, lengths, padding_value, padding_side)
+    return batch if batch_first else jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
+
+
+def unpad_sequence(
+    padded_sequences: PyTree, lengths: ArrayLike | Sequence[int], batch_first: bool = False
+) -> list[PyTree]:
+    """The list of sequences [L_i, *F] in a padded batch: the inverse of `pad_sequence`.
+
+    unpad_sequence([[1, 2], [3, 0]], [2, 1], batch_first=True) = [[1, 2], [3]]
+
+    Raises:
+      ValueError: if shapes disagree or a length is negative or above T.
+      TypeError: if lengths are traced (they are the result's shapes) or no integers.
+    Source: torch.nn.utils.rnn.unpad_sequence.
+    """
+    batch = as_batch(padded_sequences, "padded_sequences")
+    if not batch_first:
+        batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
+    batch_size, max_length = batch_shape(batch, "padded_sequences")
+    array = _lengths_as_shapes(lengths, "unpad_sequence")
+    _check_batch_lengths(array, batch_size, max_length)
+    rows = np.repeat(np.arange(batch_size), array)
+    return _split(jax.tree.map(lambda leaf: leaf[rows, _ramps(array)], batch), array)
+
+
+def reverse_sequences(packed: PackedSequence) -> PackedSequence:
+    """Reverses each sequence's valid span in place; slack stays where it is. Applied twice it is the identity.
+
+    Of the sequences abc and de it makes cba and ed.
+
+    Raises:
+      TypeError: if given a padded array (pass it through pack_padded_sequence first).
+    Source: tf.reverse_sequence, flax.linen.recurrent.flip_sequences.
+    """
+    check_packed(packed, "reverse_sequences")
+    cells = reversed_cells(packed)
+    return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: permute(leaf, cells), packed.data)))
+
+
+def as_batch(batch: PyTree, name: str) -> PyTree:
+    """Arrays from what a user passed: nested lists of numbers are one array, any other pytree one of arrays."""
+    leaves = jax.tree.leaves(batch)
+    if not leaves:
+        raise ValueError(f"{name} is empty.")
+    if any(np.ndim(leaf) == 0 for leaf in leaves):
+        return jnp.asarray(batch)
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
+    """(B, T) of a batch-first padded pytree.
+
+    Raises:
+      ValueError: if a leaf has no two leading axes, the leaves disagree in them, or the batch axis is sharded under
+        an explicit mesh.
+    """
+    leaves = jax.tree.leaves(batch)
+    for leaf in leaves:
+        if leaf.ndim < 2:
+            raise ValueError(f"{name} must have a batch and a time axis, [B, T, ...], got shape {leaf.shape}.")
+        if leaf.shape[:2] != leaves[0].shape[:2]:
+            raise ValueError(
+                f"{name}: all arrays must have the same batch and time axes, got [B, T] = {leaves[0].shape[:2]} and "
+                f"{leaf.shape[:2]}."
+            )
+        _check_sharding(leaf, name)
+    return leaves[0].shape[0], leaves[0].shape[1]
+
+
+def _check_sharding(leaf: jax.Array, name: str) -> None:
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    axis = sharding.spec[0] if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) else None
+    if axis is None:
+        return
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    if any(types.get(a) == jax.sharding.AxisType.Explicit for a in axes):
+        raise ValueError(
+            f"{name} is sharded over its batch axis (mesh axis {axis!r}) under an explicit mesh, where rows cannot be "
+            f"sorted. Pack inside jax.shard_map, with a plan for each shard, or under jax.sharding.auto_axes."
+        )
+
+
+def _lengths_and_plan(
+    lengths: ArrayLike | Sequence[int], plan: BucketPlan | None, batch_size: int, max_length: int
+) -> tuple[np.ndarray | jax.Array, BucketPlan]:
+    """Checks lengths against the batch and the plan, which is exact by default."""
+    if plan is not None and not isinstance(plan, BucketPlan):
+        raise TypeError(f"plan must be a jaxpack.BucketPlan, got {type(plan).__name__}.")
+    if is_traced(lengths):
+        if plan is None:
+            raise TypeError(
+                "lengths are traced, so the plan must be given: pack_padded_sequence(..., plan=plan) with a plan made "
+                "outside jit, such as jaxpack.plan_buckets(lengths) or jaxpack.plan_padded(batch_size, max_length)."
+            )
+        check_lengths_type(lengths.shape, lengths.dtype)
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise TypeError(f"traced lengths must be integers, got dtype {lengths.dtype}.")
+        array = lengths
+    else:
+        array = concrete_lengths(lengths)
+    _check_batch_lengths(array, batch_size, max_length)
+    if plan is None:
+        if not array.size or array.min() == 0:
+            raise ValueError(
+                "Length of all samples has to be greater than 0, but found an element in 'lengths' that is <= 0. "
+                "With a plan (plan=jaxpack.plan_buckets(lengths)) empty sequences are legal."
+            )
+        return array, plan_exact(array)
+    if plan.num_sequences != batch_size:
+        way_out = "append sequences of length 0" if batch_size < plan.num_sequences else "use a larger plan"
+        raise ValueError(f"the plan is for {plan.num_sequences} sequences, but the batch has {batch_size}: {way_out}.")
+    if not is_traced(array):
+        plan.check(array)
+    elif max_length < plan.max_length:
+        # The plan alone could not tell that such a length is a misfit; a negative one stays one in every operation.
+        array = jnp.where(array > max_length, -array, array)
+    return array, plan
+
+
+def _check_batch_lengths(lengths: np.ndarray | jax.Array, batch_size: int, max_length: int) -> None:
+    if lengths.shape[0] != batch_size:
+        raise ValueError(
+            f"Expected `len(lengths)` to be equal to batch_size, but got {lengths.shape[0]} lengths for a batch of "
+            f"{batch_size}. (Is batch_first right?)"
+        )
+    if not is_traced(lengths) and batch_size and lengths.max() > max_length:
+        row = int(np.argmax(lengths))
+        raise ValueError(
+            f"lengths[{row}] = {lengths[row]} is longer than the padded batch, which has {max_length} steps."
+        )
+
+
+def _lengths_as_shapes(lengths: ArrayLike | Sequence[int], function: str) -> np.ndarray:
+    if is_traced(lengths):
+        raise TypeError(
+            f"{function} needs concrete lengths, for they are the shapes of its result: call it outside jit. Inside, "
+            f"jaxpack.pad_packed_sequence keeps static shapes."
+        )
+    return concrete_lengths(lengths)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _pack(batch: PyTree, lengths: jax.Array, plan: BucketPlan) -> PackedSequence:
+    """Packs [B, T, *F] with int32 lengths. Ties keep the caller's order; ~ is negation that cannot overflow."""
+    order = jnp.argsort(~lengths, stable=True).astype(jnp.int32)
+    packed = PackedSequence(None, lengths, order, jnp.argsort(order).astype(jnp.int32), plan)
+    rows = order[plan.cell_slots]
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        missing = plan.max_length - leaf.shape[1]
+        if missing > 0:
+            leaf = jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2))
+        return leaf.at[rows, plan.cell_steps].get(mode="promise_in_bounds", unique_indices=True)
+
+    return packed.replace(data=seal(packed, jax.tree.map(gather, batch)))
+
+
+@functools.partial(jax.jit, static_argnames=("length", "batch_first"))
+def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_first: bool) -> PyTree:
+    plan = packed.plan
+    slots = packed.unsorted_indices[:, None]
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
+    fits = who_fits(packed)[packed.unsorted_indices] & (packed.lengths <= length)
+    held = steps < jnp.asarray(plan.room)[slots]
+    real = held & ((steps < packed.lengths[:, None]) | ~fits[:, None])
+    cells = cells_of(plan, slots, jnp.where(held, steps, 0))
+
+    def gather(leaf: jax.Array) -> jax.Array:
+        padding = jnp.asarray(padding_value).astype(leaf.dtype)
+        padded = poison(jnp.where(expand(real, leaf[cells]), leaf[cells], padding), fits)
+        return padded if batch_first else jnp.swapaxes(padded, 0, 1)
+
+    return jax.tree.map(gather, packed.data)
+
+
+def _sequences(sequences: Sequence[PyTree]) -> tuple[list[PyTree], np.ndarray]:
+    """Arrays and their lengths from a list of sequences; NumPy stays NumPy."""
+    if not isinstance(sequences, (list, tuple)):
+        raise TypeError(f"sequences must be a list of arrays, got {type(sequences).__name__}.")
+    if not sequences:
+        raise ValueError("sequences is empty: at least one is needed.")
+    arrays = []
+    for sequence in sequences:
+        leaves = jax.tree.leaves(sequence)
+        is_array = any(np.ndim(leaf) == 0 for leaf in leaves)
+        arrays.append(np.asarray(sequence) if is_array or not leaves else sequence)
+    reference = jax.tree.structure(arrays[0])
+    lengths = []
+    for i, array in enumerate(arrays):
+        if jax.tree.structure(array) != reference:
+            raise ValueError(f"sequences[{i}] has the structure {jax.tree.structure(array)}, sequences[0] {reference}.")
+        leaves = jax.tree.leaves(array)
+        if any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+            raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {[leaf.shape for leaf in leaves]}.")
+        for leaf, first in zip(leaves, jax.tree.leaves(arrays[0]), strict=True):
+            if leaf.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"sequences[{i}] has features of shape {leaf.shape[1:]}, sequences[0] {first.shape[1:]}."
+                )
+        lengths.append(leaves[0].shape[0])
+    return arrays, np.array(lengths)
+
+
+def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, padding_value: float, side: str) -> PyTree:
+    """[B, T, *F] from sequences, by one gather from their concatenation."""
+    steps = np.arange(lengths.max())
+    steps = np.broadcast_to(steps, (len(lengths), len(steps)))
+    if side == "left":
+        steps = steps - (lengths.max() - lengths)[:, None]
+    real = (steps >= 0) & (steps < lengths[:, None])
+    source = np.where(real, (np.cumsum(lengths) - lengths)[:, None] + steps, 0)
+
+    def pad(*leaves: jax.Array) -> jax.Array:
+        host = all(isinstance(leaf, np.ndarray) for leaf in leaves)
+        xp = np if host else jnp
+        joined = xp.concatenate(leaves)
+        if not joined.shape[0]:  # only empty sequences
+            return jnp.zeros((*source.shape, *joined.shape[1:]), joined.dtype)
+        padded = xp.where(expand(real, joined[source]), joined[source], xp.asarray(padding_value, joined.dtype))
+        return jnp.asarray(padded)
+
+    return jax.tree.map(pad, *arrays)
+
+
+def _ramps(lengths: np.ndarray) -> np.ndarray:
+    """[0 .. L_0 - 1, 0 .. L_1 - 1, ...]."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _split(joined: PyTree, lengths: np.ndarray) -> list[PyTree]:
+    """The sequences that lie one after the other in [sum(lengths), *F]."""
+    leaves, structure = jax.tree.flatten(joined)
+    parts = [jnp.split(leaf, np.cumsum(lengths)[:-1]) for leaf in leaves]
+    return [structure.unflatten(part) for part in zip(*parts, strict=True)]

@@ -1,0 +1,126 @@
+"""packed_scan: the masked lax.scan over a plan's buckets. Everything recurrent in jaxpack stands on it.
+
+Within a bucket the rows are constant, so it is one lax.scan; from bucket to bucket the batch shrinks. A row whose
+sequence has ended keeps its carry, so that the carry of each row, when its row or its plan ends, is the one after its
+own last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpack.plan import Bucket, BucketPlan
+from jaxpack.sequence import PackedSequence, PyTree, check_packed, expand, sanitise, seal, seal_states
+
+Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PackedSequence]:
+    """Runs any recurrence over each sequence's own steps.
+
+    A running sum, with one program for every batch that fits the plan:
+
+        total, sums = packed_scan(lambda s, x: (s + x, s + x), jnp.zeros(B), packed)
+
+    Args:
+      step: step(carry, x) -> (carry, y) for all rows alive at once: in bucket k, x is the data at one step,
+        [rows[k], *F], and leaves of the carry are [rows[k], ...]. Called once per bucket while tracing. In slack it
+        is given real data, and what it returns is dropped.
+      carry: the initial carry, a pytree of arrays [B, ...] in the caller's row order.
+      packed: data [S, *F], or a pytree of such arrays.
+
+    Returns:
+      The carry of each sequence after its own last step (the initial one if it has none), in the caller's order; and
+      the outputs y, packed as the input is. Of sequences that do not fit the plan both are NaN.
+
+    Raises:
+      TypeError: if packed is no PackedSequence, or step changes the carry's structure, a shape or a dtype.
+      ValueError: if a leaf of the carry or of y has another leading axis.
+    Source: jax.lax.scan.
+    """
+    check_packed(packed, "packed_scan")
+    plan = packed.plan
+    carry = jax.tree.map(jnp.asarray, carry)
+    for leaf in jax.tree.leaves(carry):
+        if leaf.ndim < 1 or leaf.shape[0] != plan.num_sequences:
+            raise ValueError(
+                f"packed_scan: leaves of the carry must have a leading axis of {plan.num_sequences} sequences, "
+                f"got shape {leaf.shape}."
+            )
+    carry = jax.tree.map(lambda leaf: lax.convert_element_type(leaf[packed.sorted_indices], leaf.dtype), carry)
+    inputs = sanitise(packed)
+    _check_step(step, carry, inputs, plan)
+    carry, outputs = scan_slots(step, carry, inputs, packed.mask, plan)
+    return seal_states(packed, carry), packed.replace(data=seal(packed, outputs))
+
+
+def scan_slots(
+    step: Step, carry: PyTree, inputs: PyTree, mask: jax.Array, plan: BucketPlan, unroll: int = 1
+) -> tuple[PyTree, PyTree]:
+    """The recurrence itself, on slots: no sorting, no sanitising, no checks.
+
+    Args:
+      carry: [B, ...] per slot, longest first.
+      inputs: [S, ...] per cell, of which slack may hold anything that step can digest.
+      mask: bool [S], True at real cells.
+      unroll: steps per iteration of the compiled loop.
+
+    Returns:
+      The carry after each slot's last real step [B, ...], and the outputs [S, ...], arbitrary in slack.
+    """
+    chex.assert_tree_shape_prefix(carry, (plan.num_sequences,))
+    chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
+
+    def masked(carry: PyTree, cell: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
+        x, real = cell
+        stepped, y = step(carry, x)
+        return jax.tree.map(lambda new, old: jnp.where(expand(real, old), new, old), stepped, carry), y
+
+    finished, outputs = [], []
+    for bucket in plan.buckets:
+        finished.append(jax.tree.map(lambda leaf, rows=bucket.rows: leaf[rows:], carry))
+        carry = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], carry)
+        carry, ys = lax.scan(masked, carry, _block(bucket, (inputs, mask)), unroll=unroll)
+        outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
+    carry = jax.tree.map(lambda *parts: jnp.concatenate(parts), carry, *reversed(finished))
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def _block(bucket: Bucket, cells: PyTree) -> PyTree:
+    """The cells [S, ...] of one bucket as [steps, rows, ...]."""
+
+    def take(leaf: jax.Array) -> jax.Array:
+        part = lax.slice_in_dim(leaf, bucket.offset, bucket.offset + bucket.size)
+        return part.reshape(bucket.steps, bucket.rows, *leaf.shape[1:])
+
+    return jax.tree.map(take, cells)
+
+
+def _check_step(step: Step, carry: PyTree, inputs: PyTree, plan: BucketPlan) -> None:
+    """Raises unless step keeps the carry's type and returns one output per row."""
+    rows = plan.num_sequences
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), inputs)
+    stepped, y = jax.eval_shape(step, carry, x)
+    if jax.tree.structure(stepped) != jax.tree.structure(carry):
+        raise TypeError(
+            f"packed_scan: step must return a carry of the structure it was given, {jax.tree.structure(carry)}, "
+            f"got {jax.tree.structure(stepped)}."
+        )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(carry), jax.tree.leaves(stepped), strict=True)
+    for (path, old), new in leaves:
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise TypeError(
+                f"packed_scan: step must keep the carry's shape and dtype, but carry{jax.tree_util.keystr(path)} went "
+                f"in as {old.dtype}{list(old.shape)} and came out as {new.dtype}{list(new.shape)}."
+            )
+    for leaf in jax.tree.leaves(y):
+        if leaf.ndim < 1 or leaf.shape[0] != rows:
+            raise ValueError(
+                f"packed_scan: step must return outputs with a leading axis of rows ({rows} here), got shape "
+                f"{leaf.shape}."
+            )

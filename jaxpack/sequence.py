@@ -1,0 +1,253 @@
+"""PackedSequence: a batch of sequences of different lengths, laid out under a plan.
+
+Its index maps are given statically by the plan and completed dynamically by the lengths: sequence b of the caller's
+batch sits in slot unsorted_indices[b]; step t of slot s is cell step_offsets[slot_starts[s] + t] + slot_rows[s].
+
+Two rules are kept by two functions. `sanitise` replaces what is in slack before a user's function sees it; `seal`
+zeroes what came out of slack, and turns sequences that do not fit the plan into NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from jaxpack.plan import BucketPlan, check_lengths_type
+
+PyTree = Any
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "lengths", "sorted_indices", "unsorted_indices"],
+    meta_fields=["plan"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PackedSequence:
+    """A batch of B sequences under a static plan. Made by `pack_padded_sequence` or `pack_sequence`.
+
+    A pytree whose plan is static: one plan is one compiled program, whatever the lengths. Nothing is validated here,
+    since JAX puts tracers and placeholders into pytrees; the functions that take one check it. Differentiate with
+    respect to `packed.data`: the other leaves are integers.
+
+    Attributes:
+      data: [S, *F] for the S = plan.size cells, in time-major bucket order, or a pytree of such arrays. With
+        plan_exact it is byte for byte PyTorch's `PackedSequence.data`.
+      lengths: int32 [B], in the caller's order, as given.
+      sorted_indices: int32 [B], the caller's row in each slot, longest first.
+      unsorted_indices: int32 [B], the slot of each of the caller's rows.
+      plan: the static shape.
+    """
+
+    data: PyTree
+    lengths: jax.Array
+    sorted_indices: jax.Array
+    unsorted_indices: jax.Array
+    plan: BucketPlan
+
+    @property
+    def batch_sizes(self) -> np.ndarray:
+        """Rows alive at each step (static), as PyTorch's `batch_sizes`."""
+        return self.plan.batch_sizes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of `data`; raises ValueError if data is a pytree of several arrays."""
+        return self._only_leaf("shape").shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of `data`; raises ValueError if data is a pytree of several arrays."""
+        return self._only_leaf("dtype").dtype
+
+    @property
+    def mask(self) -> jax.Array:
+        """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real."""
+        ends = jnp.where(slot_fits(self), slot_lengths(self), self.plan.room)
+        return self.plan.cell_steps < ends[self.plan.cell_slots]
+
+    @property
+    def fits(self) -> jax.Array:
+        """bool [B]: which of the caller's sequences fit the plan."""
+        return slot_fits(self)[self.unsorted_indices]
+
+    def replace(self, **changes: Any) -> PackedSequence:
+        """A copy with other fields, such as `packed.replace(data=...)`."""
+        return dataclasses.replace(self, **changes)
+
+    def map(self, fn: Callable[[PyTree], PyTree]) -> PackedSequence:
+        """Applies a token-wise function to the data: `packed.map(embedding)`, `packed.map(jax.nn.relu)`.
+
+        `fn` is called once, on all cells: data [S, *F] to [S, *G], or a pytree of such arrays. In slack it is given
+        real cells, so that neither its values nor its gradients meet anything that is not data; what it makes of them
+        is zeroed.
+
+        Raises:
+          ValueError: if fn returns arrays without the leading axis of S cells.
+        """
+        check_packed(self, "map")
+        data = fn(sanitise(self))
+        for leaf in jax.tree.leaves(data):
+            if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != self.plan.size:
+                raise ValueError(
+                    f"map: the function must return one value per cell, a leading axis of {self.plan.size}, "
+                    f"got shape {jnp.shape(leaf)}. For values per sequence use jaxpack.segment_sum and its kin."
+                )
+        return self.replace(data=seal(self, data))
+
+    def astype(self, dtype: Any) -> PackedSequence:
+        """A copy whose data has another dtype."""
+        check_packed(self, "astype")
+        return self.replace(data=seal(self, jax.tree.map(lambda leaf: leaf.astype(dtype), self.data)))
+
+    def _only_leaf(self, what: str) -> jax.Array:
+        leaves = jax.tree.leaves(self.data)
+        if len(leaves) != 1:
+            raise ValueError(f"data is a pytree of {len(leaves)} arrays, which have no one {what}: ask them by name.")
+        return leaves[0]
+
+    def __repr__(self) -> str:
+        data = jax.tree.map(lambda leaf: _Brief(_describe(leaf)), self.data)
+        return f"PackedSequence(data={data!r}, lengths={_describe(self.lengths)}, plan={self.plan!r})"
+
+
+def is_traced(array: object) -> bool:
+    """Whether an array's values are unknown now, because a transformation traces the program."""
+    return isinstance(array, jax.core.Tracer)
+
+
+def check_packed(packed: object, function: str) -> None:
+    """The door of every function that takes a PackedSequence.
+
+    Raises:
+      TypeError: if it is none.
+      ValueError: if it holds stacked batches, data of another plan, or concrete lengths that do not fit.
+    """
+    if not isinstance(packed, PackedSequence):
+        raise TypeError(
+            f"{function} takes a PackedSequence, got {type(packed).__name__}. Pass a padded array through "
+            f"jaxpack.pack_padded_sequence, a list of sequences through jaxpack.pack_sequence."
+        )
+    check_lengths_type(jnp.shape(packed.lengths), jnp.result_type(packed.lengths))
+    if packed.lengths.shape[0] != packed.plan.num_sequences:
+        raise ValueError(
+            f"{function}: lengths has {packed.lengths.shape[0]} entries, but the plan is for "
+            f"{packed.plan.num_sequences} sequences."
+        )
+    for leaf in jax.tree.leaves(packed.data):
+        if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != packed.plan.size:
+            raise ValueError(
+                f"{function}: data must have a leading axis of {packed.plan.size} cells (plan.size), got shape "
+                f"{jnp.shape(leaf)}. For stacked batches use jax.vmap."
+            )
+    if not is_traced(packed.lengths):
+        packed.plan.check(packed.lengths)
+
+
+def slot_lengths(packed: PackedSequence) -> jax.Array:
+    """int32 [B]: the length in each slot, longest first."""
+    return packed.lengths[packed.sorted_indices]
+
+
+def slot_fits(packed: PackedSequence) -> jax.Array:
+    """bool [B]: which slots hold a sequence that fits them."""
+    lengths = slot_lengths(packed)
+    return (lengths >= 0) & (lengths <= packed.plan.room)
+
+
+def sanitise(packed: PackedSequence) -> PyTree:
+    """The data with slack replaced by real cells: each sequence's first, or any sequence's if it has none.
+
+    No constant is a safe stand-in for a user's function (log of 0, 1 / (1 - x) of 1): its gradient would be NaN even
+    where a `where` discards its value. Data is; and stop_gradient keeps it out of the gradient.
+    """
+    plan, mask = packed.plan, packed.mask
+    first_cells = plan.step_offsets[plan.slot_starts] + plan.slot_rows
+    stand_in = jnp.where(slot_lengths(packed) > 0, first_cells, first_cells[0])[plan.cell_slots]
+    any_real = slot_lengths(packed)[0] > 0
+
+    def replace(leaf: jax.Array) -> jax.Array:
+        real = jax.lax.stop_gradient(leaf)[stand_in]
+        return jnp.where(expand(mask, leaf), leaf, jnp.where(any_real, real, jnp.ones_like(real)))
+
+    return jax.tree.map(replace, packed.data)
+
+
+def seal(packed: PackedSequence, cells: PyTree) -> PyTree:
+    """Values per cell [S, ...] with slack set to zero and sequences that do not fit set to NaN."""
+    mask, fits = packed.mask, who_fits(packed)[packed.plan.cell_slots]
+    return jax.tree.map(lambda leaf: poison(jnp.where(expand(mask, leaf), leaf, jnp.zeros_like(leaf)), fits), cells)
+
+
+def seal_states(packed: PackedSequence, states: PyTree) -> PyTree:
+    """Values per slot [B, ...] brought to the caller's order, those of sequences that do not fit set to NaN."""
+    fits = who_fits(packed)
+    return jax.tree.map(lambda leaf: poison(leaf, fits)[packed.unsorted_indices], states)
+
+
+def reversed_cells(packed: PackedSequence) -> jax.Array:
+    """int32 [S]: for each cell, the cell that takes its place when valid spans are reversed. A permutation."""
+    plan, steps = packed.plan, packed.plan.cell_steps
+    lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)[plan.cell_slots]
+    steps = jnp.where(steps < lengths, lengths - 1 - steps, steps)
+    return cells_of(plan, plan.cell_slots, steps)
+
+
+def cells_of(plan: BucketPlan, slots: ArrayLike, steps: ArrayLike) -> jax.Array:
+    """The cell of a step of a slot. Dynamic indices of any one shape; steps must lie within the slot's room."""
+    offsets, starts, rows = (jnp.asarray(a) for a in (plan.step_offsets, plan.slot_starts, plan.slot_rows))
+    return offsets[starts[slots] + steps] + rows[slots]
+
+
+def permute(leaf: jax.Array, cells: jax.Array) -> jax.Array:
+    """leaf[cells] for indices that are in bounds and differ from each other."""
+    return leaf.at[cells].get(mode="promise_in_bounds", unique_indices=True)
+
+
+def expand(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A mask over leading axes, shaped to broadcast against an array with further ones."""
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def who_fits(packed: PackedSequence) -> jax.Array:
+    """bool [B]: which slots hold a sequence that fits. Under checkify a misfit is an error."""
+    fits = slot_fits(packed)
+    slot = jnp.argmin(fits)
+    checkify.debug_check(
+        jnp.all(fits),
+        "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps. Use a plan that covers "
+        "it (jaxpack.plan_buckets(lengths)) or truncate the sequence.",
+        row=packed.sorted_indices[slot],
+        length=slot_lengths(packed)[slot],
+        room=jnp.asarray(packed.plan.room)[slot],
+    )
+    return fits
+
+
+def poison(leaf: jax.Array, fits: jax.Array) -> jax.Array:
+    """NaN in the rows that do not fit, if the dtype has one. A product, so that gradients are NaN there too."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return leaf * jnp.where(expand(fits, leaf), 1, jnp.nan).astype(leaf.dtype)
+
+
+class _Brief(str):
+    """A string whose repr is itself."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _describe(leaf: Any) -> str:
+    """An array as JAX writes its type: float32[45,12]."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return repr(leaf)
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

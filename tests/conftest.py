@@ -1,0 +1,16 @@
+"""What all tests share: 64-bit mode on request, and hypothesis's profile."""
+
+import hypothesis
+import jax
+import pytest
+
+# An example may compile a program, so there is no deadline, and no more examples than find what they look for.
+hypothesis.settings.register_profile("jaxpack", deadline=None, max_examples=30)
+hypothesis.settings.load_profile("jaxpack")
+
+
+@pytest.fixture
+def x64():
+    """Runs the test in float64."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,84 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import jaxpack
+from jaxpack import GRU, LSTM, RNN, gru_cell, lstm_cell, rnn_cell
+
+F, H, P, T = 3, 4, 2, 5
+relu_cell = functools.partial(rnn_cell, nonlinearity="relu")
+CELLS = {
+    "tanh": (rnn_cell, RNN(F, H), (H,)),
+    "relu": (relu_cell, RNN(F, H, nonlinearity="relu"), (H,)),
+    "lstm": (lstm_cell, LSTM(F, H), (H, H)),
+    "projected lstm": (lstm_cell, LSTM(F, H, proj_size=P), (P, H)),
+    "lstm without bias": (lstm_cell, LSTM(F, H, bias=False), (H, H)),
+    "gru": (gru_cell, GRU(F, H), (H,)),
+    "gru without bias": (gru_cell, GRU(F, H, bias=False), (H,)),
+}
+each_cell = pytest.mark.parametrize("name", CELLS)
+
+
+@each_cell
+@pytest.mark.usefixtures("x64")
+def test_step_by_step_equals_the_layer_and_numpy(name):
+    cell, layer, sizes = CELLS[name]
+    params = layer.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    sequence = rng.standard_normal((T, F))
+    state = tuple(rng.standard_normal(size) for size in sizes)
+    kind = next(kind for kind in ("tanh", "relu", "gru", "lstm") if kind in name)
+    carry, reference = state if len(sizes) == 2 else state[0], state
+    outputs = []
+    for x in sequence:
+        carry, y = cell(params["l0"], carry, x)
+        reference = oracles.cell_step(kind, params["l0"], reference, x)
+        outputs.append(y)
+        np.testing.assert_allclose(y, reference[0], atol=1e-14)
+    initial = tuple(s[None] for s in state) if len(sizes) == 2 else state[0][None]
+    expected, final = layer.apply(params, sequence, initial)
+    np.testing.assert_allclose(outputs, expected, atol=1e-14)
+    jax.tree.map(lambda ours, layers: np.testing.assert_allclose(ours, layers[0], atol=1e-14), carry, final)
+
+
+@each_cell
+def test_a_cell_is_a_step_for_packed_scan(name):
+    cell, layer, sizes = CELLS[name]
+    params = layer.init(jax.random.key(0))
+    packed = jaxpack.pack_sequence([jnp.ones((2, F)), jnp.ones((3, F))])
+    carry = tuple(jnp.zeros((2, size)) for size in sizes)
+    final, output = jaxpack.packed_scan(
+        functools.partial(cell, params["l0"]), carry if len(sizes) == 2 else carry[0], packed
+    )
+    expected, state = layer.apply(params, packed)
+    np.testing.assert_allclose(output.data, expected.data, atol=1e-6)
+    jax.tree.map(lambda ours, layers: np.testing.assert_allclose(ours, layers[0], atol=1e-6), final, state)
+
+
+def test_batch_axes_are_free():
+    params = LSTM(F, H).init(jax.random.key(0))["l0"]
+    (h, c), y = lstm_cell(params, (jnp.zeros((2, 3, H)), jnp.zeros((2, 3, H))), jnp.ones((2, 3, F)))
+    assert h.shape == c.shape == y.shape == (2, 3, H)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda p: lstm_cell(p, (jnp.zeros(H),) * 2, jnp.ones(F + 1)), ValueError, r"x must have 3 features.*\(4,\)"),
+        (
+            lambda p: lstm_cell(p, (jnp.zeros(H), jnp.zeros(H + 1)), jnp.ones(F)),
+            ValueError,
+            r"size 4, got shape \(5,\)",
+        ),
+        (lambda p: lstm_cell(p, jnp.zeros(H), jnp.ones(F)), TypeError, r"carry must be a pair \(h, c\)"),
+        (lambda p: rnn_cell(p, (jnp.zeros(H),) * 2, jnp.ones(F)), TypeError, "carry must be an array h"),
+        (lambda p: rnn_cell(p, jnp.zeros(H), jnp.ones(F), "sin"), ValueError, "nonlinearity must be .* got 'sin'"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(LSTM(F, H).init(jax.random.key(0))["l0"])

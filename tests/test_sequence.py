@@ -1,0 +1,182 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental import checkify
+
+from jaxpack import BucketPlan, PackedSequence, pack_padded_sequence, plan_buckets, segment_sum
+
+LENGTHS = [2, 4, 1]
+LOOSE = BucketPlan((3, 5), (3, 1))
+
+
+@pytest.fixture
+def packed():
+    return pack_padded_sequence(oracles.random_batch(LENGTHS, 2, dtype=np.float32), LENGTHS, True, plan=LOOSE)
+
+
+def poisoned(packed):
+    """The same batch with NaN in slack."""
+    return packed.replace(data=jnp.where(packed.mask[:, None], packed.data, jnp.nan))
+
+
+def test_is_a_pytree_with_a_static_plan(packed):
+    leaves, structure = jax.tree.flatten(packed)
+    assert [leaf.dtype.name for leaf in leaves] == ["float32", "int32", "int32", "int32"]
+    rebuilt = structure.unflatten(leaves)
+    assert rebuilt.plan is packed.plan
+    other = pack_padded_sequence(jnp.zeros((3, 5, 2)), [5, 3, 3], True, plan=LOOSE)
+    assert jax.tree.structure(other) == structure
+    assert jax.tree.map(lambda _: None, packed).data is None
+
+
+def test_says_what_it_is(packed):
+    assert packed.shape == (11, 2)
+    assert packed.dtype == jnp.float32
+    assert packed.batch_sizes.tolist() == [3, 3, 3, 1, 1]
+    assert repr(packed) == (
+        "PackedSequence(data=float32[11,2], lengths=int32[3], plan=BucketPlan(boundaries=(3, 5), rows=(3, 1)))"
+    )
+    several = packed.replace(data={"x": packed.data, "gaps": packed.data[:, 0]})
+    assert "'gaps': float32[11]" in repr(several)
+    with pytest.raises(ValueError, match="2 arrays, which have no one shape"):
+        _ = several.shape
+
+
+def test_mask_is_true_at_real_cells(packed):
+    assert packed.sorted_indices.tolist() == [1, 0, 2]
+    assert packed.unsorted_indices.tolist() == [1, 0, 2]
+    # Steps 0..2 on three rows of lengths 4, 2, 1, then steps 3 and 4 on the longest.
+    assert packed.mask.astype(int).tolist() == [1, 1, 1, 1, 1, 0, 1, 0, 0, 1, 0]
+
+
+def test_map_is_token_wise_and_zeroes_slack(packed):
+    mapped = packed.map(lambda data: data + 1)
+    np.testing.assert_array_equal(mapped.data[packed.mask], packed.data[packed.mask] + 1)
+    assert (mapped.data[~packed.mask] == 0).all()
+
+
+def test_map_embeds_integers():
+    tokens = pack_padded_sequence([[1, 2], [3, 0]], [2, 1], True)
+    table = jnp.arange(8.0).reshape(4, 2)
+    np.testing.assert_array_equal(tokens.map(lambda ids: table[ids]).data, table[jnp.array([1, 3, 2])])
+
+
+def test_slack_is_inert_to_nan_in_values_and_gradients_of_map(packed):
+    positive = packed.map(jnp.exp)
+
+    def loss(scale, packed):
+        return packed.map(lambda x: jnp.log(x * scale)).data.sum()
+
+    clean = jax.value_and_grad(loss)(2.0, positive)
+    dirty = jax.value_and_grad(loss)(2.0, poisoned(positive))
+    np.testing.assert_allclose(clean, dirty, rtol=1e-6)
+    assert np.isfinite(clean[0])
+    assert clean[1] == pytest.approx(2 * sum(LENGTHS) / 2.0)
+
+
+def test_map_of_an_empty_batch_has_finite_gradients():
+    empty = pack_padded_sequence(jnp.full((2, 3, 1), jnp.nan), [0, 0], True, plan=BucketPlan((3,), (2,)))
+    value, gradient = jax.value_and_grad(lambda scale: empty.map(lambda x: jnp.log(x * scale)).data.sum())(2.0)
+    assert (value, gradient) == (0, 0)
+
+
+def test_map_refuses_values_per_sequence(packed):
+    with pytest.raises(ValueError, match=r"one value per cell, a leading axis of 11, got shape \(2,\)"):
+        packed.map(lambda data: data.sum(0))
+
+
+def test_astype(packed):
+    assert packed.astype(jnp.bfloat16).dtype == jnp.bfloat16
+    assert packed.astype(int).dtype == jnp.int32
+
+
+def test_fits_is_in_the_callers_order_and_misfits_alone_become_nan():
+    @jax.jit
+    def run(lengths):
+        packed = pack_padded_sequence(jnp.ones((3, 5, 2)), lengths, True, plan=LOOSE)
+        return packed.fits, segment_sum(packed), packed.lengths
+
+    fits, sums, lengths = run(jnp.array([4, 1, 5]))  # rooms are 5, 3, 3
+    assert fits.tolist() == [False, True, True]
+    assert np.isnan(sums[0]).all()
+    np.testing.assert_array_equal(sums[1:], [[1, 1], [5, 5]])
+    assert lengths.tolist() == [4, 1, 5]
+
+
+def test_of_tied_lengths_the_later_row_is_the_misfit():
+    fits = jax.jit(lambda n: pack_padded_sequence(jnp.ones((3, 5, 2)), n, True, plan=LOOSE).fits)(jnp.array([4, 5, 5]))
+    assert fits.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("bad", [-1, -(2**31), 6, 2**31 - 1])
+def test_negative_and_too_long_traced_lengths_are_misfits(bad):
+    @jax.jit
+    def run(lengths):
+        packed = pack_padded_sequence(jnp.ones((3, 5), int), lengths, True, plan=LOOSE)
+        return packed.fits, packed.map(lambda ids: ids * 0.5).data, packed.plan.cell_slots, packed.unsorted_indices
+
+    fits, data, slots, unsorted = run(jnp.array([2, bad, 3]))
+    assert fits.tolist() == [True, False, True]
+    assert np.isnan(data[slots == unsorted[1]]).all()
+    assert np.isfinite(data[slots != unsorted[1]]).all()
+
+
+def test_a_length_beyond_the_array_is_a_misfit_even_where_the_plan_has_room():
+    @jax.jit
+    def run(lengths):
+        packed = pack_padded_sequence(jnp.ones((3, 4), int), lengths, True, plan=LOOSE)
+        return packed.fits, packed.map(jnp.float32)
+
+    fits, floats = run(jnp.array([2, 5, 3]))
+    assert fits.tolist() == [True, False, True]
+    assert np.isnan(floats.data).sum() > 0
+
+
+def test_gradients_of_parameters_that_met_a_misfit_are_nan():
+    def loss(scale, lengths):
+        packed = pack_padded_sequence(jnp.ones((3, 5, 2)), lengths, True, plan=LOOSE)
+        return packed.map(lambda x: x * scale).data.sum()
+
+    gradient = jax.jit(jax.grad(loss))
+    assert gradient(2.0, jnp.array([5, 3, 3])) == 22
+    assert np.isnan(gradient(2.0, jnp.array([5, 4, 3])))
+
+
+def test_checkify_users_get_the_error():
+    @jax.jit
+    def run(lengths):
+        packed = pack_padded_sequence(jnp.ones((3, 5, 2)), lengths, True, plan=LOOSE)
+        return segment_sum(packed)
+
+    checked = checkify.checkify(run)
+    error, _ = checked(jnp.array([5, 3, 1]))
+    error.throw()
+    error, _ = checked(jnp.array([1, 4, 5]))
+    with pytest.raises(
+        checkify.JaxRuntimeError, match=r"lengths\[1\] = 4 does not fit the plan: its row has room for 3 steps"
+    ):
+        error.throw()
+
+
+def test_stacked_batches_are_for_vmap(packed):
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), packed, packed)
+    with pytest.raises(ValueError, match=r"vector \[B\].*use jax.vmap"):
+        stacked.map(jnp.exp)
+    mapped = jax.vmap(lambda p: p.map(jnp.exp))(stacked)
+    np.testing.assert_allclose(mapped.data[1], packed.map(jnp.exp).data, rtol=1e-6)
+
+
+def test_what_disagrees_with_its_plan_is_refused(packed):
+    with pytest.raises(ValueError, match=r"leading axis of 11 cells .*got shape \(4, 2\)"):
+        packed.replace(data=jnp.ones((4, 2))).map(jnp.exp)
+    with pytest.raises(ValueError, match="lengths has 2 entries, but the plan is for 3"):
+        packed.replace(lengths=packed.lengths[:2]).map(jnp.exp)
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 6 does not fit"):
+        packed.replace(lengths=jnp.array([6, 4, 1])).map(jnp.exp)
+
+
+def test_leaves_may_be_anything_a_pytree_holds():
+    hollow = PackedSequence(None, None, object(), object(), plan_buckets([3]))
+    assert jax.tree.structure(jax.tree.map(lambda leaf: leaf, hollow)) == jax.tree.structure(hollow)
