@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Mapping
@@ -26,11 +25,12 @@ from jax.typing import ArrayLike
 
 from jaxpack import state_dict as state_dicts
 from jaxpack.cells import NONLINEARITIES, Cell, GRUCell, LSTMCell, Params, RNNCell
-from jaxpack.packed import as_batch, batch_shape, pack_padded_sequence, pad_packed_sequence
+from jaxpack.inputs import as_batch, batch_shape
+from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
 from jaxpack.plan import BucketPlan, as_int
 from jaxpack.planners import plan_padded
-from jaxpack.recurrence import recur
-from jaxpack.sequence import PackedSequence, PyTree, check_packed, permute, reversed_cells, seal, seal_states
+from jaxpack.sequence import PackedSequence, PyTree, check_packed
+from jaxpack.stack import run_stack
 
 LayerParams = dict[str, Params]
 
@@ -105,7 +105,7 @@ class RecurrentLayer(abc.ABC):
         shapes, structure = jax.tree.flatten(self.shapes, is_leaf=lambda node: isinstance(node, tuple))
         keys = jax.random.split(key, len(shapes))
         leaves = [jax.random.uniform(k, s, dtype, -bound, bound) for k, s in zip(keys, shapes, strict=True)]
-        return structure.unflatten(leaves)
+        return jax.tree.unflatten(structure, leaves)
 
     def apply(
         self,
@@ -194,7 +194,9 @@ class RecurrentLayer(abc.ABC):
         self._check_features(data, packed=True)
         dtype = jnp.result_type(data, dtype)
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
-        return _run(self, params, packed.replace(data=data.astype(dtype)), state, key)
+        packed = packed.replace(data=data.astype(dtype))
+        ordered = [params[group] for group in self.shapes]
+        return run_stack(self.cell, self.num_directions, float(self.dropout), ordered, packed, state, key)
 
     def _apply_unbatched(
         self,
@@ -231,9 +233,9 @@ class RecurrentLayer(abc.ABC):
         """The initial state as given, checked and cast, or zeros made from the inputs (which carry their sharding)."""
         sizes, rows = self.cell.state_sizes, () if batch_size is None else (batch_size,)
         shapes = [(self.num_layers * self.num_directions, *rows, size) for size in jax.tree.leaves(sizes)]
-        structure = jax.tree.structure(sizes)
+        structure: Any = jax.tree.structure(sizes)
         if state is None:
-            return structure.unflatten([lax.full_like(like, 0, dtype, shape) for shape in shapes])
+            return jax.tree.unflatten(structure, [lax.full_like(like, 0, dtype, shape) for shape in shapes])
         if isinstance(state, list):
             state = tuple(state)
         given = jax.tree.map(jnp.asarray, state)
@@ -367,43 +369,6 @@ class GRU(RecurrentLayer):
     def cell(self) -> GRUCell:
         """The cell that every layer and direction runs."""
         return GRUCell(self.hidden_size)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(
-    layer: RecurrentLayer, params: LayerParams, packed: PackedSequence, state: Any, dropout_key: jax.Array | None
-) -> tuple[PackedSequence, Any]:
-    """The whole stack. Jitted, so that a layer called outside jit is compiled once for its plan too."""
-    plan, mask, reverse = packed.plan, packed.mask, reversed_cells(packed)
-    directions = layer.num_directions
-    state = jax.tree.map(lambda leaf: leaf[:, packed.sorted_indices], state)
-    groups = list(layer.shapes)
-    data, finals = packed.data, []
-    for depth in range(layer.num_layers):
-        if depth and dropout_key is not None:
-            data = _dropout(jax.random.fold_in(dropout_key, depth), data, layer.dropout)
-        x = jnp.where(mask[:, None], data, 0)
-        here = range(depth * directions, (depth + 1) * directions)
-        final, outputs = recur(
-            layer.cell,
-            [params[groups[i]] for i in here],
-            [x, permute(x, reverse)][:directions],
-            [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in here],
-            mask,
-            plan,
-        )
-        finals.extend(final)
-        data = jnp.concatenate([outputs[0], *(permute(y, reverse) for y in outputs[1:])], axis=-1)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *finals)
-    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seal_states(packed, stacked))
-    return packed.replace(data=seal(packed, data)), final_state
-
-
-def _dropout(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:
-    """Zeroes values with probability `rate`, and scales the others so that the mean stays."""
-    if rate == 1:
-        return jnp.zeros_like(data)
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, data.shape), data / (1 - rate), 0)
 
 
 def _check_params(layer: RecurrentLayer, params: PyTree) -> Any:

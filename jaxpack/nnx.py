@@ -1,22 +1,20 @@
 """SimpleRNN, LSTM and GRU as flax.nnx modules: thin faces over jaxpack's layers, which hold every equation.
 
-lstm = jaxpack.nnx.LSTM(12, 64, bidirectional=True, rngs=nnx.Rngs(0))
-output, (h_n, c_n) = lstm(packed)
-output, (h_n, c_n) = lstm(x, seq_lengths=lengths)
+Made with Flax's rngs, called with packed data or with a padded batch:
+
+    lstm = jaxpack.nnx.LSTM(12, 64, bidirectional=True, rngs=nnx.Rngs(0))
+    output, (h_n, c_n) = lstm(packed)
+    output, (h_n, c_n) = lstm(x, seq_lengths=lengths)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jaxpack.layers import GRU as GRULayer
-from jaxpack.layers import LSTM as LSTMLayer
-from jaxpack.layers import RNN as RNNLayer
-from jaxpack.layers import LayerParams, RecurrentLayer
+from jaxpack import layers
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PackedSequence
 
@@ -26,7 +24,7 @@ __all__ = ["GRU", "LSTM", "SimpleRNN"]
 class _Recurrent(nnx.Module):
     """A layer spec with its parameters as nnx.Param and its dropout stream as nnx.Rngs."""
 
-    def __init__(self, layer: RecurrentLayer, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, layer: layers.RecurrentLayer, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.layer = layer
         params = layer.init(rngs.params(), param_dtype)
         self.params = nnx.Dict(
@@ -54,8 +52,10 @@ class _Recurrent(nnx.Module):
           plan: for padded inputs, the static shape to run under. Default: the padded one.
           deterministic: whether to leave dropout out. Default: as `train()` and `eval()` have set the module.
           rngs: the source of dropout keys. Default: the module's own.
+
         Returns:
           The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
+
         Raises:
           ValueError, TypeError: as `jaxpack.LSTM.apply`.
         """
@@ -73,11 +73,9 @@ class _Recurrent(nnx.Module):
             deterministic=deterministic,
         )
 
-    def _values(self) -> LayerParams:
+    def _values(self) -> layers.LayerParams:
         """The parameters as the core takes them."""
-        return {
-            group: {name: param[...] for name, param in entries.items()} for group, entries in self.params.items()
-        }
+        return {group: {name: param[...] for name, param in entries.items()} for group, entries in self.params.items()}
 
 
 class SimpleRNN(_Recurrent):
@@ -102,7 +100,7 @@ class SimpleRNN(_Recurrent):
         param_dtype: Any = None,
         rngs: nnx.Rngs,
     ) -> None:
-        layer = RNNLayer(input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional)
+        layer = layers.RNN(input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional)
         super().__init__(layer, param_dtype, rngs)
 
 
@@ -128,7 +126,7 @@ class LSTM(_Recurrent):
         param_dtype: Any = None,
         rngs: nnx.Rngs,
     ) -> None:
-        layer = LSTMLayer(input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size)
+        layer = layers.LSTM(input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size)
         super().__init__(layer, param_dtype, rngs)
 
 
@@ -154,5 +152,5 @@ class GRU(_Recurrent):
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(
-            GRULayer(input_size, hidden_size, num_layers, bias, dropout, bidirectional), param_dtype, rngs
+            layers.GRU(input_size, hidden_size, num_layers, bias, dropout, bidirectional), param_dtype, rngs
         )

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxpack.plan import BucketPlan, as_int, check_lengths_type, concrete_lengths
-from jaxpack.planners import plan_exact
+from jaxpack.inputs import as_batch, batch_shape, check_batch_size, check_longest, lengths_and_plan, lengths_as_shapes
+from jaxpack.plan import BucketPlan, as_int
 from jaxpack.sequence import (
     PackedSequence,
     PyTree,
@@ -64,8 +65,8 @@ def pack_padded_sequence(
     if not batch_first:
         batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
     batch_size, max_length = batch_shape(batch, "input")
-    lengths, plan = _lengths_and_plan(lengths, plan, batch_size, max_length)
-    if enforce_sorted and not is_traced(lengths) and (np.diff(lengths) > 0).any():
+    lengths, plan = lengths_and_plan(lengths, plan, batch_size, max_length)
+    if enforce_sorted and isinstance(lengths, np.ndarray) and (np.diff(lengths) > 0).any():
         raise ValueError(
             "`lengths` array must be sorted in decreasing order when `enforce_sorted` is True. You can pass "
             "`enforce_sorted=False` to pack_padded_sequence and/or pack_sequence to sidestep this requirement."
@@ -120,7 +121,9 @@ def pack_sequence(
     Source: torch.nn.utils.rnn.pack_sequence, whose enforce_sorted defaults to True.
     """
     arrays, lengths = _sequences(sequences)
-    return pack_padded_sequence(_pad_arrays(arrays, lengths, 0, "right"), lengths, True, enforce_sorted, plan=plan)
+    steps = lengths.max() if plan is None else max(lengths.max(), plan.max_length)  # a shape, and so a program, a plan
+    batch = _pad_arrays(arrays, lengths, int(steps), 0, "right")
+    return pack_padded_sequence(batch, lengths, True, enforce_sorted, plan=plan)
 
 
 def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
@@ -131,7 +134,7 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
     Source: torch.nn.utils.rnn.unpack_sequence.
     """
     check_packed(packed_sequences, "unpack_sequence")
-    lengths = _lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
+    lengths = lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
     plan = packed_sequences.plan
     slots = np.repeat(np.argsort(np.argsort(-lengths, kind="stable")), lengths)
     cells = plan.step_offsets[plan.slot_starts[slots] + _ramps(lengths)] + plan.slot_rows[slots]
@@ -162,7 +165,7 @@ def pad_sequence(
     if padding_side not in ("left", "right"):
         raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}.')
     arrays, lengths = _sequences(sequences)
-    batch = _pad_arrays(arrays, lengths, padding_value, padding_side)
+    batch = _pad_arrays(arrays, lengths, int(lengths.max()), padding_value, padding_side)
     return batch if batch_first else jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
 
 
@@ -182,8 +185,9 @@ def unpad_sequence(
     if not batch_first:
         batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
     batch_size, max_length = batch_shape(batch, "padded_sequences")
-    array = _lengths_as_shapes(lengths, "unpad_sequence")
-    _check_batch_lengths(array, batch_size, max_length)
+    array = lengths_as_shapes(lengths, "unpad_sequence")
+    check_batch_size(array, None, batch_size)
+    check_longest(array, max_length)
     rows = np.repeat(np.arange(batch_size), array)
     return _split(jax.tree.map(lambda leaf: leaf[rows, _ramps(array)], batch), array)
 
@@ -200,109 +204,6 @@ def reverse_sequences(packed: PackedSequence) -> PackedSequence:
     check_packed(packed, "reverse_sequences")
     cells = reversed_cells(packed)
     return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: permute(leaf, cells), packed.data)))
-
-
-def as_batch(batch: PyTree, name: str) -> PyTree:
-    """Arrays from what a user passed: nested lists of numbers are one array, any other pytree one of arrays."""
-    leaves = jax.tree.leaves(batch)
-    if not leaves:
-        raise ValueError(f"{name} is empty.")
-    if any(np.ndim(leaf) == 0 for leaf in leaves):
-        return jnp.asarray(batch)
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
-    """(B, T) of a batch-first padded pytree.
-
-    Raises:
-      ValueError: if a leaf has no two leading axes, the leaves disagree in them, or the batch axis is sharded under
-        an explicit mesh.
-    """
-    leaves = jax.tree.leaves(batch)
-    for leaf in leaves:
-        if leaf.ndim < 2:
-            raise ValueError(f"{name} must have a batch and a time axis, [B, T, ...], got shape {leaf.shape}.")
-        if leaf.shape[:2] != leaves[0].shape[:2]:
-            raise ValueError(
-                f"{name}: all arrays must have the same batch and time axes, got [B, T] = {leaves[0].shape[:2]} and "
-                f"{leaf.shape[:2]}."
-            )
-        _check_sharding(leaf, name)
-    return leaves[0].shape[0], leaves[0].shape[1]
-
-
-def _check_sharding(leaf: jax.Array, name: str) -> None:
-    sharding = getattr(jax.typeof(leaf), "sharding", None)
-    axis = sharding.spec[0] if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) else None
-    if axis is None:
-        return
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    if any(types.get(a) == jax.sharding.AxisType.Explicit for a in axes):
-        raise ValueError(
-            f"{name} is sharded over its batch axis (mesh axis {axis!r}) under an explicit mesh, where rows cannot be "
-            f"sorted. Pack inside jax.shard_map, with a plan for each shard, or under jax.sharding.auto_axes."
-        )
-
-
-def _lengths_and_plan(
-    lengths: ArrayLike | Sequence[int], plan: BucketPlan | None, batch_size: int, max_length: int
-) -> tuple[np.ndarray | jax.Array, BucketPlan]:
-    """Checks lengths against the batch and the plan, which is exact by default."""
-    if plan is not None and not isinstance(plan, BucketPlan):
-        raise TypeError(f"plan must be a jaxpack.BucketPlan, got {type(plan).__name__}.")
-    if is_traced(lengths):
-        if plan is None:
-            raise TypeError(
-                "lengths are traced, so the plan must be given: pack_padded_sequence(..., plan=plan) with a plan made "
-                "outside jit, such as jaxpack.plan_buckets(lengths) or jaxpack.plan_padded(batch_size, max_length)."
-            )
-        check_lengths_type(lengths.shape, lengths.dtype)
-        if not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise TypeError(f"traced lengths must be integers, got dtype {lengths.dtype}.")
-        array = lengths
-    else:
-        array = concrete_lengths(lengths)
-    _check_batch_lengths(array, batch_size, max_length)
-    if plan is None:
-        if not array.size or array.min() == 0:
-            raise ValueError(
-                "Length of all samples has to be greater than 0, but found an element in 'lengths' that is <= 0. "
-                "With a plan (plan=jaxpack.plan_buckets(lengths)) empty sequences are legal."
-            )
-        return array, plan_exact(array)
-    if plan.num_sequences != batch_size:
-        way_out = "append sequences of length 0" if batch_size < plan.num_sequences else "use a larger plan"
-        raise ValueError(f"the plan is for {plan.num_sequences} sequences, but the batch has {batch_size}: {way_out}.")
-    if not is_traced(array):
-        plan.check(array)
-    elif max_length < plan.max_length:
-        # The plan alone could not tell that such a length is a misfit; a negative one stays one in every operation.
-        array = jnp.where(array > max_length, -array, array)
-    return array, plan
-
-
-def _check_batch_lengths(lengths: np.ndarray | jax.Array, batch_size: int, max_length: int) -> None:
-    if lengths.shape[0] != batch_size:
-        raise ValueError(
-            f"Expected `len(lengths)` to be equal to batch_size, but got {lengths.shape[0]} lengths for a batch of "
-            f"{batch_size}. (Is batch_first right?)"
-        )
-    if not is_traced(lengths) and batch_size and lengths.max() > max_length:
-        row = int(np.argmax(lengths))
-        raise ValueError(
-            f"lengths[{row}] = {lengths[row]} is longer than the padded batch, which has {max_length} steps."
-        )
-
-
-def _lengths_as_shapes(lengths: ArrayLike | Sequence[int], function: str) -> np.ndarray:
-    if is_traced(lengths):
-        raise TypeError(
-            f"{function} needs concrete lengths, for they are the shapes of its result: call it outside jit. Inside, "
-            f"jaxpack.pad_packed_sequence keeps static shapes."
-        )
-    return concrete_lengths(lengths)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -350,14 +251,15 @@ def _sequences(sequences: Sequence[PyTree]) -> tuple[list[PyTree], np.ndarray]:
         leaves = jax.tree.leaves(sequence)
         is_array = any(np.ndim(leaf) == 0 for leaf in leaves)
         arrays.append(np.asarray(sequence) if is_array or not leaves else sequence)
-    reference = jax.tree.structure(arrays[0])
+    reference: Any = jax.tree.structure(arrays[0])
     lengths = []
     for i, array in enumerate(arrays):
         if jax.tree.structure(array) != reference:
             raise ValueError(f"sequences[{i}] has the structure {jax.tree.structure(array)}, sequences[0] {reference}.")
         leaves = jax.tree.leaves(array)
         if any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
-            raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {[leaf.shape for leaf in leaves]}.")
+            shapes = [leaf.shape for leaf in leaves]
+            raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {shapes}.")
         for leaf, first in zip(leaves, jax.tree.leaves(arrays[0]), strict=True):
             if leaf.shape[1:] != first.shape[1:]:
                 raise ValueError(
@@ -367,12 +269,11 @@ def _sequences(sequences: Sequence[PyTree]) -> tuple[list[PyTree], np.ndarray]:
     return arrays, np.array(lengths)
 
 
-def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, padding_value: float, side: str) -> PyTree:
-    """[B, T, *F] from sequences, by one gather from their concatenation."""
-    steps = np.arange(lengths.max())
-    steps = np.broadcast_to(steps, (len(lengths), len(steps)))
+def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, num_steps: int, padding_value: float, side: str) -> PyTree:
+    """[B, num_steps, *F] from sequences, by one gather from their concatenation."""
+    steps = np.broadcast_to(np.arange(num_steps), (len(lengths), num_steps))
     if side == "left":
-        steps = steps - (lengths.max() - lengths)[:, None]
+        steps = steps - (num_steps - lengths)[:, None]
     real = (steps >= 0) & (steps < lengths[:, None])
     source = np.where(real, (np.cumsum(lengths) - lengths)[:, None] + steps, 0)
 
@@ -382,7 +283,8 @@ def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, padding_value: float,
         joined = xp.concatenate(leaves)
         if not joined.shape[0]:  # only empty sequences
             return jnp.zeros((*source.shape, *joined.shape[1:]), joined.dtype)
-        padded = xp.where(expand(real, joined[source]), joined[source], xp.asarray(padding_value, joined.dtype))
+        padded = joined[source]
+        padded = xp.where(expand(real, padded), padded, xp.asarray(padding_value, joined.dtype))
         return jnp.asarray(padded)
 
     return jax.tree.map(pad, *arrays)
@@ -395,6 +297,6 @@ def _ramps(lengths: np.ndarray) -> np.ndarray:
 
 def _split(joined: PyTree, lengths: np.ndarray) -> list[PyTree]:
     """The sequences that lie one after the other in [sum(lengths), *F]."""
-    leaves, structure = jax.tree.flatten(joined)
-    parts = [jnp.split(leaf, np.cumsum(lengths)[:-1]) for leaf in leaves]
-    return [structure.unflatten(part) for part in zip(*parts, strict=True)]
+    parts = [jnp.split(leaf, np.cumsum(lengths)[:-1]) for leaf in jax.tree.leaves(joined)]
+    structure = jax.tree.structure(joined)
+    return [jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True)]

@@ -8,6 +8,7 @@ own last step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -106,11 +107,10 @@ def _check_step(step: Step, carry: PyTree, inputs: PyTree, plan: BucketPlan) -> 
     rows = plan.num_sequences
     x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), inputs)
     stepped, y = jax.eval_shape(step, carry, x)
-    if jax.tree.structure(stepped) != jax.tree.structure(carry):
-        raise TypeError(
-            f"packed_scan: step must return a carry of the structure it was given, {jax.tree.structure(carry)}, "
-            f"got {jax.tree.structure(stepped)}."
-        )
+    before: Any = jax.tree.structure(carry)
+    after: Any = jax.tree.structure(stepped)
+    if before != after:
+        raise TypeError(f"packed_scan: step must return a carry of the structure it was given, {before}, got {after}.")
     leaves = zip(jax.tree_util.tree_leaves_with_path(carry), jax.tree.leaves(stepped), strict=True)
     for (path, old), new in leaves:
         if (old.shape, old.dtype) != (new.shape, new.dtype):

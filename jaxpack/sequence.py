@@ -72,7 +72,7 @@ class PackedSequence:
     def mask(self) -> jax.Array:
         """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real."""
         ends = jnp.where(slot_fits(self), slot_lengths(self), self.plan.room)
-        return self.plan.cell_steps < ends[self.plan.cell_slots]
+        return ends[self.plan.cell_slots] > self.plan.cell_steps
 
     @property
     def fits(self) -> jax.Array:
@@ -195,9 +195,9 @@ def seal_states(packed: PackedSequence, states: PyTree) -> PyTree:
 
 def reversed_cells(packed: PackedSequence) -> jax.Array:
     """int32 [S]: for each cell, the cell that takes its place when valid spans are reversed. A permutation."""
-    plan, steps = packed.plan, packed.plan.cell_steps
+    plan = packed.plan
     lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)[plan.cell_slots]
-    steps = jnp.where(steps < lengths, lengths - 1 - steps, steps)
+    steps = jnp.where(lengths > plan.cell_steps, lengths - 1 - plan.cell_steps, plan.cell_steps)
     return cells_of(plan, plan.cell_slots, steps)
 
 
@@ -212,7 +212,7 @@ def permute(leaf: jax.Array, cells: jax.Array) -> jax.Array:
     return leaf.at[cells].get(mode="promise_in_bounds", unique_indices=True)
 
 
-def expand(mask: jax.Array, like: jax.Array) -> jax.Array:
+def expand(mask: Any, like: Any) -> Any:
     """A mask over leading axes, shaped to broadcast against an array with further ones."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 

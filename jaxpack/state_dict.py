@@ -40,7 +40,7 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
 def to_state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """NumPy arrays under PyTorch's names."""
     return {
-        f"{name}_{group}": np.ascontiguousarray(np.asarray(array).T)
+        f"{name}_{group}": np.array(np.asarray(array).T, order="C")
         for group, entries in params.items()
         for name, array in entries.items()
     }

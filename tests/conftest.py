@@ -4,6 +4,9 @@ import hypothesis
 import jax
 import pytest
 
+# Two devices, so that shard_map has something to shard over.
+jax.config.update("jax_num_cpu_devices", 2)
+
 # An example may compile a program, so there is no deadline, and no more examples than find what they look for.
 hypothesis.settings.register_profile("jaxpack", deadline=None, max_examples=30)
 hypothesis.settings.load_profile("jaxpack")

@@ -93,13 +93,14 @@ def layer(kind, params, sequences, initial):
 
 
 def count_cell_steps(jaxpr):
-    """Rows x steps over all scans of a (closed) jaxpr, from the shapes of their carries."""
+    """Rows x steps over all scans of a jaxpr: what a scan hands on has as many rows as it computes in a step."""
     total = 0
     for equation in jaxpr.eqns:
-        inner = [p for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
-        inner = [getattr(p, "jaxpr", p) for p in inner]
+        inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]
         if equation.primitive.name == "scan":
-            carries = equation.outvars[: equation.params["num_carry"]]
-            total += equation.params["length"] * max(v.aval.shape[0] for v in carries if v.aval.ndim)
-        total += sum(count_cell_steps(getattr(j, "jaxpr", j)) for j in inner if equation.primitive.name != "scan")
+            body = inner[0].outvars
+            handed_on = [v.aval.shape for v, b in zip(equation.outvars, body, strict=True) if v.aval == b.aval]
+            total += equation.params["length"] * max(shape[0] for shape in handed_on if shape)
+        else:
+            total += sum(count_cell_steps(getattr(j, "jaxpr", j)) for j in inner)
     return total

@@ -63,7 +63,7 @@ def test_plans_compare_hash_and_pickle_by_value():
     assert {same: 1}[STAIRS] == 1
     _ = same.cell_slots
     assert pickle.loads(pickle.dumps(same)) == STAIRS
-    assert STAIRS != BucketPlan((2, 4), (3, 2))
+    assert BucketPlan((2, 4), (3, 2)) != STAIRS
     assert eval(repr(STAIRS)) == STAIRS
 
 

@@ -96,7 +96,7 @@ def test_nan_cotangents_in_slack_reach_nothing():
         final, out = packed_scan(scaled, start, packed)
         return final, out.data
 
-    (final, out), vjp = jax.vjp(run, carry[0], 2.0)
+    (final, _out), vjp = jax.vjp(run, carry[0], 2.0)
     clean = vjp((jnp.ones_like(final), jnp.where(packed.mask, 1.0, 0.0)))
     dirty = vjp((jnp.ones_like(final), jnp.where(packed.mask, 1.0, jnp.nan)))
     for a, b in zip(clean, dirty, strict=True):
@@ -121,7 +121,9 @@ def test_exactly_45_cell_steps_for_the_seed_lengths():
         packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
         return packed_scan(lambda c, x: (c + x, c), jnp.zeros(8), packed)
 
-    count = lambda plan: oracles.count_cell_steps(jax.make_jaxpr(lambda b: run(b, plan))(jnp.ones((8, 8))).jaxpr)
+    def count(plan):
+        return oracles.count_cell_steps(jax.make_jaxpr(lambda b: run(b, plan))(jnp.ones((8, 8))).jaxpr)
+
     assert count(plan_exact(lengths)) == 45
     assert count(plan_padded(8, 8)) == 64
 

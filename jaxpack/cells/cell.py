@@ -65,10 +65,9 @@ def step_from_input(cell: Cell, params: Params, carry: Any, x: jax.Array) -> tup
     features = params["weight_ih"].shape[0]
     if x.ndim < 1 or x.shape[-1] != features:
         raise ValueError(f"x must have {features} features in its last axis, as weight_ih has, got shape {x.shape}.")
-    if jax.tree.structure(carry) != jax.tree.structure(cell.state_sizes):
-        raise TypeError(
-            f"the carry must be {_in_words(cell.state_sizes)}, got the structure {jax.tree.structure(carry)}."
-        )
+    given: Any = jax.tree.structure(carry)
+    if given != jax.tree.structure(cell.state_sizes):
+        raise TypeError(f"the carry must be {_in_words(cell.state_sizes)}, got the structure {given}.")
     for leaf, size in zip(jax.tree.leaves(carry), jax.tree.leaves(cell.state_sizes), strict=True):
         if jnp.shape(leaf)[-1:] != (size,):
             raise ValueError(f"the carry's last axis must have size {size}, got shape {jnp.shape(leaf)}.")

@@ -1,0 +1,63 @@
+"""Runs a stack of layers over a packed batch: directions, dropout between layers, initial and final states."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpack.cells import Cell, Params
+from jaxpack.recurrence import recur
+from jaxpack.sequence import PackedSequence, permute, reversed_cells, seal, seal_states
+
+
+@functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout"))
+def run_stack(
+    cell: Cell,
+    num_directions: int,
+    dropout: float,
+    params: Sequence[Params],
+    packed: PackedSequence,
+    state: Any,
+    dropout_key: jax.Array | None,
+) -> tuple[PackedSequence, Any]:
+    """The outputs of the last layer, and the final states of all. Jitted, so one compilation a plan outside jit too.
+
+    Args:
+      params: of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
+      packed: data [S, F], in the dtype of the computation.
+      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order.
+      dropout_key: None for no dropout.
+    """
+    plan, mask, reverse = packed.plan, packed.mask, reversed_cells(packed)
+    state = jax.tree.map(lambda leaf: leaf[:, packed.sorted_indices], state)
+    data: jax.Array = packed.data
+    finals: list[Any] = []
+    for first in range(0, len(params), num_directions):
+        if first and dropout_key is not None:
+            data = drop(jax.random.fold_in(dropout_key, first), data, dropout)
+        x = jnp.where(mask[:, None], data, 0)
+        here = range(first, first + num_directions)
+        final, outputs = recur(
+            cell,
+            [params[i] for i in here],
+            [x, permute(x, reverse)][:num_directions],
+            [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in here],
+            mask,
+            plan,
+        )
+        finals.extend(final)
+        data = jnp.concatenate([outputs[0], *(permute(y, reverse) for y in outputs[1:])], axis=-1)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *finals)
+    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seal_states(packed, stacked))
+    return packed.replace(data=seal(packed, data)), final_state
+
+
+def drop(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:
+    """Zeroes values with probability `rate`, and scales the others so that the mean stays."""
+    if rate == 1:
+        return jnp.zeros_like(data)
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, data.shape), data / (1 - rate), 0)

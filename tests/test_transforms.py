@@ -1,0 +1,252 @@
+"""jit, grad, jvp, vmap, checkpoint, scan, shard_map and export over everything public that can be jitted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from jax import lax
+
+import jaxpack
+from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, packed_scan, plan_padded
+
+F, H, B, T = 3, 4, 4, 5
+PLAN = BucketPlan((3, 5), (4, 2))
+LENGTHS = jnp.array([2, 5, 0, 3])
+BATCH = jnp.asarray(np.nan_to_num(oracles.random_batch(LENGTHS.tolist(), F, dtype=np.float32)))
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+LAYERS = {
+    "rnn": RNN(F, H, num_layers=2, bidirectional=True),
+    "relu": RNN(F, H, nonlinearity="relu"),
+    "lstm": LSTM(F, H, num_layers=2, bidirectional=True),
+    "projected": LSTM(F, H, bidirectional=True, proj_size=2),
+    "gru": GRU(F, H, num_layers=2, bidirectional=True),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def pack(batch=BATCH, lengths=LENGTHS):
+    return pack_padded_sequence(batch, lengths, batch_first=True, plan=PLAN)
+
+
+def first_state(state):
+    return state[0] if isinstance(state, tuple) else state
+
+
+def scalar(layer, params, packed):
+    output, state = layer.apply(params, packed)
+    return (output.data**2).sum() + jnp.sin(first_state(state)).sum()
+
+
+@each_layer
+@pytest.mark.usefixtures("x64")
+def test_forward_mode_equals_reverse_mode(name):
+    layer, packed = LAYERS[name], pack(BATCH.astype(jnp.float64))
+    params = layer.init(jax.random.key(0))
+
+    def loss(p):
+        return scalar(layer, p, packed)
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
+    _, directional = jax.jit(lambda p, t: jax.jvp(loss, (p,), (t,)))(params, tangent)
+    expected = sum((g * t).sum() for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True))
+    np.testing.assert_allclose(directional, expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_jacfwd_and_hessian():
+    layer, packed = LSTM(F, 2), pack(BATCH.astype(jnp.float64))
+    params = layer.init(jax.random.key(0))
+
+    def loss(bias):
+        return scalar(layer, {"l0": {**params["l0"], "bias_ih": bias}}, packed)
+
+    bias = params["l0"]["bias_ih"]
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(bias), jax.jit(jax.jacrev(loss))(bias), rtol=1e-12)
+    hessian = jax.jit(jax.hessian(loss))(bias)
+    np.testing.assert_allclose(hessian, jax.jit(jax.jacrev(jax.jacrev(loss)))(bias), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
+
+
+@each_layer
+def test_vmap_over_parameters_is_an_ensemble(name):
+    layer, packed = LAYERS[name], pack()
+    params = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
+    together = jax.jit(jax.vmap(jax.grad(lambda p: scalar(layer, p, packed))))(params)
+    for i in range(2):
+        alone = jax.jit(jax.grad(lambda p: scalar(layer, p, packed)))(jax.tree.map(lambda leaf, i=i: leaf[i], params))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-4, atol=1e-5), together, alone)
+
+
+def test_vmap_over_packed_batches_of_one_plan():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+    batches = jnp.stack([BATCH, BATCH * 2])
+    lengths = jnp.stack([LENGTHS, jnp.array([5, 5, 3, 1])])
+    packed = jax.vmap(pack)(batches, lengths)
+    outputs, _ = jax.jit(jax.vmap(lambda p: layer.apply(params, p)))(packed)
+    for i in range(2):
+        expected, _ = layer.apply(params, pack(batches[i], lengths[i]))
+        np.testing.assert_allclose(outputs.data[i], expected.data, atol=1e-6)
+
+
+def test_checkpoint_and_scan_around_a_packed_layer():
+    layer = LSTM(F, F)
+    params = layer.init(jax.random.key(0))
+
+    def residual(packed, params):
+        output, _ = layer.apply(params, packed)
+        return packed.replace(data=packed.data + output.data), None
+
+    def loss(params, body):
+        stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf * 0.5]), params)
+        return (lax.scan(body, pack(), stacked)[0].data ** 2).sum()
+
+    def unrolled(params):
+        packed = pack()
+        for factor in (1, 0.5):
+            packed, _ = residual(packed, jax.tree.map(lambda leaf, factor=factor: leaf * factor, params))
+        return (packed.data**2).sum()
+
+    expected = jax.jit(jax.grad(unrolled))(params)
+    for body in (residual, jax.checkpoint(residual)):
+        gradient = jax.jit(jax.grad(functools.partial(loss, body=body)))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
+
+
+def test_shard_map_packs_a_plan_per_shard():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+    batch, lengths = jnp.concatenate([BATCH, BATCH * 2]), jnp.concatenate([LENGTHS, jnp.array([5, 5, 3, 1])])
+    specs = (jax.P(), jax.P("data"), jax.P("data"))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=specs, out_specs=(jax.P("data"), jax.P(None, "data"), jax.P())
+    )
+    def run(params, batch, lengths):
+        def loss(params):
+            output, state = layer.apply(params, pack(batch, lengths))
+            means = jaxpack.segment_mean(output)
+            return lax.psum((means**2).sum(), "data"), (means, state)
+
+        gradient, (means, state) = jax.grad(loss, has_aux=True)(params)
+        return means, state, gradient
+
+    def reference(params):
+        output, state = layer.apply(params, batch, lengths=lengths)
+        means = output.sum(1) / jnp.maximum(lengths, 1)[:, None]
+        return (means**2).sum(), (means, state)
+
+    expected, (means, state) = jax.grad(reference, has_aux=True)(params)
+    for ours, theirs in zip(
+        jax.tree.leaves(run(params, batch, lengths)), jax.tree.leaves((means, state, expected)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_run_under_an_explicit_mesh_with_replicated_batches():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        output, _ = jax.jit(lambda x, n: layer.apply(params, x, lengths=n))(BATCH, LENGTHS)
+    np.testing.assert_allclose(output, layer.apply(params, BATCH, lengths=LENGTHS)[0], atol=1e-6)
+
+
+FUNCTIONS = {
+    "pack_padded_sequence": lambda p, x, n: pack(x, n).data,
+    "pad_packed_sequence": lambda p, x, n: jaxpack.pad_packed_sequence(p, True, -1.0, 7),
+    "pad_sequence": lambda p, x, n: jaxpack.pad_sequence([x[0], x[1, :2]]),
+    "pack_sequence": lambda p, x, n: jaxpack.pack_sequence([x[0], x[1, :2]]).data,
+    "reverse_sequences": lambda p, x, n: jaxpack.reverse_sequences(p).data,
+    "first": lambda p, x, n: jaxpack.first(p),
+    "last": lambda p, x, n: jaxpack.last(p),
+    "segment_sum": lambda p, x, n: jaxpack.segment_sum(p),
+    "segment_mean": lambda p, x, n: jaxpack.segment_mean(p),
+    "segment_max": lambda p, x, n: jaxpack.segment_max(p),
+    "segment_logsumexp": lambda p, x, n: jaxpack.segment_logsumexp(p),
+    "softmax": lambda p, x, n: jaxpack.softmax(p).data,
+    "concatenate": lambda p, x, n: jaxpack.concatenate([p, p]).data,
+    "map": lambda p, x, n: p.map(jnp.exp).data,
+    "astype": lambda p, x, n: p.astype(jnp.bfloat16).data,
+    "mask and fits": lambda p, x, n: (p.mask, p.fits),
+    "packed_scan": lambda p, x, n: packed_scan(lambda c, x: (c + x, c), jnp.zeros((B, F)), p)[1].data,
+    "rnn_cell": lambda p, x, n: jaxpack.rnn_cell(RNN(F, H).init(jax.random.key(0))["l0"], jnp.zeros((B, H)), x[:, 0]),
+    "lstm_cell": lambda p, x, n: jaxpack.lstm_cell(
+        LSTM(F, H).init(jax.random.key(0))["l0"], (jnp.zeros((B, H)),) * 2, x[:, 0]
+    ),
+    "gru_cell": lambda p, x, n: jaxpack.gru_cell(GRU(F, H).init(jax.random.key(0))["l0"], jnp.zeros((B, H)), x[:, 0]),
+}
+
+
+def test_every_public_jittable_function_is_lowered_below():
+    host_side = {"plan_exact", "plan_buckets", "plan_padded", "BucketPlan", "PackedSequence"}
+    host_side |= {"unpack_sequence", "unpad_sequence"}  # whose results have the lengths for shapes
+    assert set(jaxpack.__all__) - host_side - {"RNN", "LSTM", "GRU"} <= set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lowers_for_every_platform(name):
+    def function(x, n):
+        return FUNCTIONS[name](pack(x, n), x, n)
+
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(BATCH, LENGTHS)
+    assert exported.platforms == PLATFORMS
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6, rtol=1e-6
+        ),
+        exported.call(BATCH, LENGTHS),
+        function(BATCH, LENGTHS),
+    )
+
+
+@each_layer
+def test_a_training_step_lowers_for_every_platform(name):
+    layer, optimizer = LAYERS[name], optax.adam(1e-3)
+    params = layer.init(jax.random.key(0))
+
+    def step(params, state, batch, lengths):
+        loss, gradients = jax.value_and_grad(lambda p: scalar(layer, p, pack(batch, lengths)))(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    exported = jax.export.export(jax.jit(step), platforms=PLATFORMS)(params, optimizer.init(params), BATCH, LENGTHS)
+    assert exported.platforms == PLATFORMS
+
+
+def test_a_layer_without_a_plan_lowers_for_every_platform():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+    run = jax.jit(lambda x, n: layer.apply(params, x, lengths=n))
+    assert jax.export.export(run, platforms=PLATFORMS)(BATCH, LENGTHS).platforms == PLATFORMS
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("mask and fits", "astype")])
+def test_is_differentiable_in_both_modes(name):
+    def loss(x):
+        leaves = jax.tree.leaves(FUNCTIONS[name](pack(x), x, LENGTHS))
+        return sum(
+            jnp.where(jnp.isfinite(leaf), jnp.sin(leaf), 0).sum()
+            for leaf in leaves
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        )
+
+    tangent = jnp.cos(jnp.arange(BATCH.size)).reshape(BATCH.shape)
+    gradient = jax.jit(jax.grad(loss))(BATCH)
+    _, directional = jax.jit(lambda x: jax.jvp(loss, (x,), (tangent,)))(BATCH)
+    np.testing.assert_allclose(directional, (gradient * tangent).sum(), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(gradient).all()
+    assert (gradient != 0).any()
+
+
+def test_a_padded_plan_and_a_tight_plan_lower_to_other_programs():
+    run = jax.jit(lambda packed: jaxpack.segment_sum(packed))
+    for plan in (PLAN, plan_padded(B, T), PLAN):
+        run(pack_padded_sequence(BATCH, LENGTHS, True, plan=plan))
+    assert run._cache_size() == 2
