@@ -1,0 +1,28 @@
+"""The commands of `jaxpack`, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import jaxpack
+from jaxpack.cli.demo import demo
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"jaxpack {jaxpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _jaxpack(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Packed sequences and recurrent layers for JAX."""

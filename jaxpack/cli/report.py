@@ -1,0 +1,112 @@
+"""The report of `jaxpack demo`: what was learnt, computed, compiled and timed, in 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxpack.plan import BucketPlan
+
+_LINES = 14  # of the picture
+_ASCII = str.maketrans({"█": "#", "░": "."})  # for terminals that know no other characters
+
+
+class Column(NamedTuple):
+    """How training does under one plan."""
+
+    plan: BucketPlan
+    compile_seconds: float
+    epoch_seconds: float
+
+
+class Report(NamedTuple):
+    """What a run of the demo found.
+
+    Attributes:
+      title: what was trained, and how.
+      num_correct, num_tests: test utterances that the trained model tells right, and all of them.
+      num_steps: training steps of the run.
+      train_programs, test_programs: how many programs were compiled for them, and for the test.
+      tokens: real frames in an epoch.
+      num_batches: batches in an epoch.
+      columns: "packed" and "padded", compared.
+      trained: which of the two the model was trained under.
+      repeats: how often an epoch was timed under each.
+      lengths: int [B], the lengths in the first batch.
+    """
+
+    title: str
+    num_correct: int
+    num_tests: int
+    num_steps: int
+    train_programs: int
+    test_programs: int
+    tokens: int
+    num_batches: int
+    columns: Mapping[str, Column]
+    trained: str
+    repeats: int
+    lengths: np.ndarray
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Prints the report."""
+    picture, caption = _picture(report), _caption(report)
+    if console.options.ascii_only:
+        picture, caption = picture.translate(_ASCII), caption.translate(_ASCII)
+    speed = f"Speed: median of {report.repeats} epochs under each plan, taken in turns, on {jax.default_backend()}."
+    title = Text(report.title, style="bold")
+    for part in (title, _facts(report), _comparison(report), speed, Text(picture, no_wrap=True), caption):
+        console.print()
+        console.print(part, highlight=False)
+
+
+def _facts(report: Report) -> Table:
+    """What one asks first."""
+    accuracy = report.num_correct / report.num_tests
+    programs = f"{report.train_programs} for {report.num_steps:,} training steps, {report.test_programs} for the test"
+    table = Table.grid(padding=(0, 3))
+    table.add_row("Test accuracy", f"{accuracy:.1%}, {report.num_correct} of {report.num_tests} utterances")
+    table.add_row("Compiled programs", programs)
+    return table
+
+
+def _comparison(report: Report) -> Table:
+    """Packed beside padded."""
+    columns = report.columns["packed"], report.columns["padded"]
+    cells = [column.plan.size * report.num_batches for column in columns]
+    speeds = [report.tokens / column.epoch_seconds for column in columns]
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    table.add_column("")
+    for heading in ("packed", "padded", "packed/padded"):
+        table.add_column(heading, justify="right")
+    table.add_row("real tokens in an epoch", *[f"{report.tokens:,}"] * 2)
+    table.add_row("cells computed in an epoch", *(f"{count:,}" for count in cells), f"{cells[0] / cells[1]:.2f}")
+    table.add_row("cells that are real", *(f"{report.tokens / count:.0%}" for count in cells))
+    table.add_row("tokens per second in training", *(f"{s:,.0f}" for s in speeds), f"{speeds[0] / speeds[1]:.2f}")
+    table.add_row("seconds to compile the step", *(f"{column.compile_seconds:.1f}" for column in columns))
+    return table
+
+
+def _picture(report: Report) -> str:
+    """The plan with a batch in it. Marks are doubled, which makes a cell about as wide as it is high."""
+    lines = report.columns[report.trained].plan.picture(report.lengths, lines=_LINES).splitlines()
+    return "\n".join("  " + "".join(mark * 2 for mark in line) for line in lines)
+
+
+def _caption(report: Report) -> str:
+    """What the picture shows."""
+    plan, padded = report.columns[report.trained].plan, report.columns["padded"].plan
+    shown = f"{_LINES} of its {plan.num_sequences} rows" if plan.num_sequences > _LINES else "all its rows"
+    buckets = "1 bucket" if plan.num_buckets == 1 else f"{plan.num_buckets} buckets"
+    blank = " What is blank at the right, padding would compute." if plan.size < padded.size else ""
+    return (
+        f"The first batch under the run's plan ({buckets}; {shown}). Time runs right, utterances run down, longest "
+        f"first. █ real, ░ slack: computed, then masked.{blank}"
+    )
