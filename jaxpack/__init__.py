@@ -24,7 +24,7 @@ from jaxpack.reduce import (
     softmax,
 )
 from jaxpack.scan import packed_scan
-from jaxpack.sequence import PackedSequence
+from jaxpack.sequence import PackedSequence, unchecked
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "segment_mean",
     "segment_sum",
     "softmax",
+    "unchecked",
     "unpack_sequence",
     "unpad_sequence",
 ]

@@ -2,26 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxpack.plan import BucketPlan, check_lengths_type, concrete_lengths
 from jaxpack.planners import plan_exact
-from jaxpack.sequence import PyTree, is_traced
+from jaxpack.sequence import PackedSequence, PyTree, is_traced
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:
     """Arrays from what a user passed: nested lists of numbers are one array, any other pytree one of arrays."""
     leaves = jax.tree.leaves(batch)
     if not leaves:
-        raise ValueError(f"{name} is empty.")
+        raise ValueError(f"{name} holds no array, got {batch!r}.")
     if any(np.ndim(leaf) == 0 for leaf in leaves):
-        return jnp.asarray(batch)
-    return jax.tree.map(jnp.asarray, batch)
+        try:
+            return jnp.asarray(batch)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} is a nested list whose rows have different lengths. Pass a list of sequences to "
+                f"jaxpack.pack_sequence, or pad it with jaxpack.pad_sequence."
+            ) from error
+    return jax.tree.map(lambda leaf: jnp.asarray(without_torch(leaf)), batch)
+
+
+def without_torch(tensor: Any) -> Any:
+    """A NumPy array from a PyTorch tensor, without importing torch; anything else as it is."""
+    if not hasattr(tensor, "detach"):
+        return tensor
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # which NumPy lacks; float32 holds it exactly
+        return tensor.float().numpy().astype(jnp.bfloat16)
+    return tensor.numpy()
+
+
+def as_sequences(sequences: Iterable[PyTree]) -> tuple[list[PyTree], np.ndarray]:
+    """Arrays (or pytrees of them) and their lengths from a list of sequences; NumPy stays NumPy.
+
+    Raises:
+      TypeError: if it is no list.
+      ValueError: if it is empty, or the sequences differ in their structure or features.
+    """
+    if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
+        raise TypeError(f"sequences must be a list of arrays, got {type(sequences).__name__}.")
+    arrays = [_as_sequence(sequence) for sequence in sequences]
+    if not arrays:
+        raise ValueError("sequences is empty: at least one is needed.")
+    model = next((array for array in arrays if array is not None), np.zeros(0, np.float32))
+    arrays = [jax.tree.map(lambda leaf: leaf[:0], model) if array is None else array for array in arrays]
+    return arrays, np.array([_length_like(model, array, i) for i, array in enumerate(arrays)])
+
+
+def _as_sequence(sequence: PyTree) -> PyTree:
+    """A sequence's arrays; None for an empty list, which is a sequence of whatever the others hold."""
+    leaves = jax.tree.leaves(sequence)
+    if not leaves:
+        return None
+    if any(np.ndim(leaf) == 0 for leaf in leaves):
+        return np.asarray(sequence)
+    return jax.tree.map(without_torch, sequence)
+
+
+def _length_like(model: PyTree, array: PyTree, i: int) -> int:
+    """The length of a sequence, which must agree with another in all else."""
+    expected: Any = jax.tree.structure(model)
+    found: Any = jax.tree.structure(array)
+    if found != expected:
+        raise ValueError(f"sequences[{i}] has the structure {found}, others {expected}.")
+    leaves = jax.tree.leaves(array)
+    if any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+        shapes = [leaf.shape for leaf in leaves]
+        raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {shapes}.")
+    for leaf, other in zip(leaves, jax.tree.leaves(model), strict=True):
+        if leaf.shape[1:] != other.shape[1:]:
+            raise ValueError(f"sequences[{i}] has features of shape {leaf.shape[1:]}, others {other.shape[1:]}.")
+    return leaves[0].shape[0]
+
+
+def padded_batch(batch: PyTree, batch_first: bool, name: str) -> tuple[PyTree, int, int]:
+    """A padded pytree as arrays [B, T, *F], with B and T. Raises as `batch_shape`."""
+    batch = as_batch(batch, name)
+    _check_rank(batch, name)
+    if not batch_first:
+        batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
+    return batch, *batch_shape(batch, name)
+
+
+def _check_rank(batch: PyTree, name: str) -> None:
+    for leaf in jax.tree.leaves(batch):
+        if leaf.ndim < 2:
+            raise ValueError(f"{name} must have a batch and a time axis, [B, T, ...], got shape {leaf.shape}.")
 
 
 def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
@@ -31,10 +107,9 @@ def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
       ValueError: if a leaf has no two leading axes, the leaves disagree in them, or the batch axis is sharded under
         an explicit mesh.
     """
+    _check_rank(batch, name)
     leaves = jax.tree.leaves(batch)
     for leaf in leaves:
-        if leaf.ndim < 2:
-            raise ValueError(f"{name} must have a batch and a time axis, [B, T, ...], got shape {leaf.shape}.")
         if leaf.shape[:2] != leaves[0].shape[:2]:
             raise ValueError(
                 f"{name}: all arrays must have the same batch and time axes, got [B, T] = {leaves[0].shape[:2]} and "
@@ -96,6 +171,13 @@ def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> ja
     lengths = lengths.astype(jnp.int32)
     if max_length < plan.max_length:
         # The plan alone could not tell that such a length is a misfit; a negative one stays one in every operation.
+        row = jnp.argmax(lengths)
+        checkify.debug_check(
+            lengths[row] <= max_length,
+            f"lengths[{{row}}] = {{length}} is longer than the padded batch, which has {max_length} steps.",
+            row=row,
+            length=lengths[row],
+        )
         lengths = jnp.where(lengths > max_length, -lengths, lengths)
     return lengths
 

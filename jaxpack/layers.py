@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack import state_dict as state_dicts
-from jaxpack.cells import NONLINEARITIES, Cell, GRUCell, LSTMCell, Params, RNNCell
+from jaxpack.cells import Cell, GRUCell, LSTMCell, Params, RNNCell, check_nonlinearity
 from jaxpack.inputs import as_batch, batch_shape
 from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
 from jaxpack.plan import BucketPlan, as_int
@@ -55,10 +56,10 @@ class RecurrentLayer(abc.ABC):
             size = getattr(self, name)
             if as_int(name, size) < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout <= 1:
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
         for name in ("bias", "bidirectional"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
         if self.dropout and self.num_layers == 1:
             warnings.warn(
@@ -103,7 +104,10 @@ class RecurrentLayer(abc.ABC):
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"dtype must be a floating dtype, got {dtype}.")
         shapes, structure = jax.tree.flatten(self.shapes, is_leaf=lambda node: isinstance(node, tuple))
-        keys = jax.random.split(key, len(shapes))
+        try:
+            keys = jax.random.split(key, len(shapes))
+        except TypeError as error:
+            raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error
         leaves = [jax.random.uniform(k, s, dtype, -bound, bound) for k, s in zip(keys, shapes, strict=True)]
         return jax.tree.unflatten(structure, leaves)
 
@@ -147,8 +151,8 @@ class RecurrentLayer(abc.ABC):
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
-            check_packed(inputs, f"{type(self).__name__}.apply")
-            return self._apply_packed(params, inputs, initial_state, key, dtype)
+            packed = check_packed(inputs, f"{type(self).__name__}.apply")
+            return self._apply_packed(params, packed, initial_state, key, dtype)
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -228,6 +232,8 @@ class RecurrentLayer(abc.ABC):
         if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:
             expected = f"[S, {self.input_size}]" if packed else f"{self.input_size} features in the last axis"
             raise ValueError(f"inputs must have {expected} (input_size={self.input_size}), got shape {array.shape}.")
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"inputs must be real, got dtype {array.dtype}.")
 
     def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
         """The initial state as given, checked and cast, or zeros made from the inputs (which carry their sharding)."""
@@ -289,8 +295,7 @@ class RNN(RecurrentLayer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nonlinearity not in NONLINEARITIES:
-            raise ValueError(f'nonlinearity must be "tanh" or "relu", got {self.nonlinearity!r}.')
+        check_nonlinearity(self.nonlinearity)
 
     @property
     def cell(self) -> RNNCell:
@@ -376,8 +381,7 @@ def _check_params(layer: RecurrentLayer, params: PyTree) -> Any:
     shapes = layer.shapes
     given = jax.tree.map(jnp.shape, params)
     if given != shapes:
-        expected = dict(_flat(shapes))
-        found = dict(_flat(given)) if isinstance(given, Mapping) else {}
+        expected, found = dict(_flat(shapes)), dict(_flat(given))
         wrong = [f"{k} is missing" for k in expected if k not in found]
         wrong += [f"{k} is not known" for k in found if k not in expected]
         wrong += [
@@ -389,11 +393,10 @@ def _check_params(layer: RecurrentLayer, params: PyTree) -> Any:
     return jnp.result_type(*jax.tree.leaves(params))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
-    return pairs
+def _flat(shapes: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    """The shapes in a nested dict, with their keys joined."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda node: isinstance(node, tuple))
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), shape) for path, shape in leaves]
 
 
 def _shapes(tree: PyTree) -> str:

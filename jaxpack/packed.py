@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxpack.inputs import as_batch, batch_shape, check_batch_size, check_longest, lengths_and_plan, lengths_as_shapes
+from jaxpack.inputs import (
+    as_sequences,
+    check_batch_size,
+    check_longest,
+    lengths_and_plan,
+    lengths_as_shapes,
+    padded_batch,
+)
 from jaxpack.plan import BucketPlan, as_int
 from jaxpack.sequence import (
     PackedSequence,
@@ -61,10 +68,7 @@ def pack_padded_sequence(
       TypeError: if lengths are not integers, or traced while no plan is given.
     Source: torch.nn.utils.rnn.pack_padded_sequence, whose enforce_sorted defaults to True.
     """
-    batch = as_batch(input, "input")
-    if not batch_first:
-        batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
-    batch_size, max_length = batch_shape(batch, "input")
+    batch, batch_size, max_length = padded_batch(input, batch_first, "input")
     lengths, plan = lengths_and_plan(lengths, plan, batch_size, max_length)
     if enforce_sorted and isinstance(lengths, np.ndarray) and (np.diff(lengths) > 0).any():
         raise ValueError(
@@ -96,7 +100,9 @@ def pad_packed_sequence(
       ValueError: if a concrete length is above total_length (traced: that sequence is NaN).
     Source: torch.nn.utils.rnn.pad_packed_sequence.
     """
-    check_packed(sequence, "pad_packed_sequence")
+    sequence = check_packed(sequence, "pad_packed_sequence")
+    if np.ndim(padding_value) != 0:
+        raise ValueError(f"padding_value must be one number, got shape {np.shape(padding_value)}.")
     length = sequence.plan.max_length if total_length is None else as_int("total_length", total_length)
     if not is_traced(sequence.lengths):
         longest = int(np.max(sequence.lengths))
@@ -120,7 +126,7 @@ def pack_sequence(
     Raises and differs as `pack_padded_sequence`.
     Source: torch.nn.utils.rnn.pack_sequence, whose enforce_sorted defaults to True.
     """
-    arrays, lengths = _sequences(sequences)
+    arrays, lengths = as_sequences(sequences)
     steps = lengths.max() if plan is None else max(lengths.max(), plan.max_length)  # a shape, and so a program, a plan
     batch = _pad_arrays(arrays, lengths, int(steps), 0, "right")
     return pack_padded_sequence(batch, lengths, True, enforce_sorted, plan=plan)
@@ -133,7 +139,7 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
       TypeError: if given no PackedSequence, or if lengths are traced: they are the result's shapes.
     Source: torch.nn.utils.rnn.unpack_sequence.
     """
-    check_packed(packed_sequences, "unpack_sequence")
+    packed_sequences = check_packed(packed_sequences, "unpack_sequence")
     lengths = lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
     plan = packed_sequences.plan
     slots = np.repeat(np.argsort(np.argsort(-lengths, kind="stable")), lengths)
@@ -164,7 +170,7 @@ def pad_sequence(
     """
     if padding_side not in ("left", "right"):
         raise ValueError(f'padding_side must be "left" or "right", got {padding_side!r}.')
-    arrays, lengths = _sequences(sequences)
+    arrays, lengths = as_sequences(sequences)
     batch = _pad_arrays(arrays, lengths, int(lengths.max()), padding_value, padding_side)
     return batch if batch_first else jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
 
@@ -181,10 +187,7 @@ def unpad_sequence(
       TypeError: if lengths are traced (they are the result's shapes) or no integers.
     Source: torch.nn.utils.rnn.unpad_sequence.
     """
-    batch = as_batch(padded_sequences, "padded_sequences")
-    if not batch_first:
-        batch = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch)
-    batch_size, max_length = batch_shape(batch, "padded_sequences")
+    batch, batch_size, max_length = padded_batch(padded_sequences, batch_first, "padded_sequences")
     array = lengths_as_shapes(lengths, "unpad_sequence")
     check_batch_size(array, None, batch_size)
     check_longest(array, max_length)
@@ -201,7 +204,7 @@ def reverse_sequences(packed: PackedSequence) -> PackedSequence:
       TypeError: if given a padded array (pass it through pack_padded_sequence first).
     Source: tf.reverse_sequence, flax.linen.recurrent.flip_sequences.
     """
-    check_packed(packed, "reverse_sequences")
+    packed = check_packed(packed, "reverse_sequences")
     cells = reversed_cells(packed)
     return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: permute(leaf, cells), packed.data)))
 
@@ -227,7 +230,14 @@ def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_fi
     plan = packed.plan
     slots = packed.unsorted_indices[:, None]
     steps = jnp.arange(length, dtype=jnp.int32)[None]
-    fits = who_fits(packed)[packed.unsorted_indices] & (packed.lengths <= length)
+    short = packed.lengths <= length
+    checkify.debug_check(
+        jnp.all(short),
+        f"lengths[{{row}}] = {{length}} is above total_length = {length}.",
+        row=jnp.argmin(short),
+        length=packed.lengths[jnp.argmin(short)],
+    )
+    fits = who_fits(packed)[packed.unsorted_indices] & short
     held = steps < jnp.asarray(plan.room)[slots]
     real = held & ((steps < packed.lengths[:, None]) | ~fits[:, None])
     cells = cells_of(plan, slots, jnp.where(held, steps, 0))
@@ -238,35 +248,6 @@ def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_fi
         return padded if batch_first else jnp.swapaxes(padded, 0, 1)
 
     return jax.tree.map(gather, packed.data)
-
-
-def _sequences(sequences: Sequence[PyTree]) -> tuple[list[PyTree], np.ndarray]:
-    """Arrays and their lengths from a list of sequences; NumPy stays NumPy."""
-    if not isinstance(sequences, (list, tuple)):
-        raise TypeError(f"sequences must be a list of arrays, got {type(sequences).__name__}.")
-    if not sequences:
-        raise ValueError("sequences is empty: at least one is needed.")
-    arrays = []
-    for sequence in sequences:
-        leaves = jax.tree.leaves(sequence)
-        is_array = any(np.ndim(leaf) == 0 for leaf in leaves)
-        arrays.append(np.asarray(sequence) if is_array or not leaves else sequence)
-    reference: Any = jax.tree.structure(arrays[0])
-    lengths = []
-    for i, array in enumerate(arrays):
-        if jax.tree.structure(array) != reference:
-            raise ValueError(f"sequences[{i}] has the structure {jax.tree.structure(array)}, sequences[0] {reference}.")
-        leaves = jax.tree.leaves(array)
-        if any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
-            shapes = [leaf.shape for leaf in leaves]
-            raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {shapes}.")
-        for leaf, first in zip(leaves, jax.tree.leaves(arrays[0]), strict=True):
-            if leaf.shape[1:] != first.shape[1:]:
-                raise ValueError(
-                    f"sequences[{i}] has features of shape {leaf.shape[1:]}, sequences[0] {first.shape[1:]}."
-                )
-        lengths.append(leaves[0].shape[0])
-    return arrays, np.array(lengths)
 
 
 def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, num_steps: int, padding_value: float, side: str) -> PyTree:

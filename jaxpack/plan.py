@@ -258,6 +258,8 @@ def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
       TypeError: if they are traced or are no numbers.
       ValueError: if they are no vector, not whole, or negative.
     """
+    if lengths is None:
+        raise TypeError("lengths must be a vector [B] of integers, got None.")
     try:
         array = np.asarray(lengths)
     except TypeError as error:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpack.cells import Cell, Params
 from jaxpack.plan import BucketPlan
@@ -41,4 +42,5 @@ def recur(
         return tuple(carry for carry, _ in stepped), tuple(y for _, y in stepped)
 
     projected = tuple(cell.project(p, x) for p, x in zip(params, inputs, strict=True))
-    return scan_slots(step, tuple(carries), projected, mask, plan)
+    zeros = jax.tree.map(jnp.zeros_like, tuple(carries))
+    return scan_slots(step, tuple(carries), zeros, projected, mask, plan)

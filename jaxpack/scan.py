@@ -7,6 +7,7 @@ own last step.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack.plan import Bucket, BucketPlan
-from jaxpack.sequence import PackedSequence, PyTree, check_packed, expand, sanitise, seal, seal_states
+from jaxpack.sequence import (
+    PackedSequence,
+    PyTree,
+    check_packed,
+    expand,
+    sanitise,
+    seal,
+    seal_states,
+    stand_in_slots,
+)
 
 Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
 
@@ -31,7 +41,7 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
     Args:
       step: step(carry, x) -> (carry, y) for all rows alive at once: in bucket k, x is the data at one step,
         [rows[k], *F], and leaves of the carry are [rows[k], ...]. Called once per bucket while tracing. In slack it
-        is given real data, and what it returns is dropped.
+        is given a first step again (a sequence's initial carry and first data), and what it returns is dropped.
       carry: the initial carry, a pytree of arrays [B, ...] in the caller's row order.
       packed: data [S, *F], or a pytree of such arrays.
 
@@ -44,7 +54,7 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
       ValueError: if a leaf of the carry or of y has another leading axis.
     Source: jax.lax.scan.
     """
-    check_packed(packed, "packed_scan")
+    packed = check_packed(packed, "packed_scan")
     plan = packed.plan
     carry = jax.tree.map(jnp.asarray, carry)
     for leaf in jax.tree.leaves(carry):
@@ -56,37 +66,43 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
     carry = jax.tree.map(lambda leaf: lax.convert_element_type(leaf[packed.sorted_indices], leaf.dtype), carry)
     inputs = sanitise(packed)
     _check_step(step, carry, inputs, plan)
-    carry, outputs = scan_slots(step, carry, inputs, packed.mask, plan)
+    first = jax.tree.map(lambda leaf: lax.stop_gradient(leaf[stand_in_slots(packed)]), carry)
+    carry, outputs = scan_slots(step, carry, first, inputs, packed.mask, plan)
     return seal_states(packed, carry), packed.replace(data=seal(packed, outputs))
 
 
 def scan_slots(
-    step: Step, carry: PyTree, inputs: PyTree, mask: jax.Array, plan: BucketPlan, unroll: int = 1
+    step: Step, carry: PyTree, stand_in: PyTree, inputs: PyTree, mask: jax.Array, plan: BucketPlan
 ) -> tuple[PyTree, PyTree]:
     """The recurrence itself, on slots: no sorting, no sanitising, no checks.
 
     Args:
       carry: [B, ...] per slot, longest first.
-      inputs: [S, ...] per cell, of which slack may hold anything that step can digest.
+      stand_in: what step is given for a carry in slack, whose gradients must not meet what a sequence ended with.
+      inputs: [S, ...] per cell, of which slack may hold anything that step can digest beside the stand-in.
       mask: bool [S], True at real cells.
-      unroll: steps per iteration of the compiled loop.
 
     Returns:
       The carry after each slot's last real step [B, ...], and the outputs [S, ...], arbitrary in slack.
     """
-    chex.assert_tree_shape_prefix(carry, (plan.num_sequences,))
+    chex.assert_tree_shape_prefix((carry, stand_in), (plan.num_sequences,))
     chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
 
-    def masked(carry: PyTree, cell: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
+    def masked(carry: PyTree, cell: tuple[PyTree, jax.Array], stand_in: PyTree) -> tuple[PyTree, PyTree]:
         x, real = cell
-        stepped, y = step(carry, x)
-        return jax.tree.map(lambda new, old: jnp.where(expand(real, old), new, old), stepped, carry), y
+
+        def select(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(expand(real, old), new, old)
+
+        stepped, y = step(jax.tree.map(select, carry, stand_in), x)
+        return jax.tree.map(select, stepped, carry), y
 
     finished, outputs = [], []
     for bucket in plan.buckets:
         finished.append(jax.tree.map(lambda leaf, rows=bucket.rows: leaf[rows:], carry))
         carry = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], carry)
-        carry, ys = lax.scan(masked, carry, _block(bucket, (inputs, mask)), unroll=unroll)
+        stand_in = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], stand_in)
+        carry, ys = lax.scan(functools.partial(masked, stand_in=stand_in), carry, _block(bucket, (inputs, mask)))
         outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
     carry = jax.tree.map(lambda *parts: jnp.concatenate(parts), carry, *reversed(finished))
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
@@ -72,7 +74,7 @@ class PackedSequence:
     def mask(self) -> jax.Array:
         """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real."""
         ends = jnp.where(slot_fits(self), slot_lengths(self), self.plan.room)
-        return ends[self.plan.cell_slots] > self.plan.cell_steps
+        return jnp.asarray(ends[self.plan.cell_slots] > self.plan.cell_steps)
 
     @property
     def fits(self) -> jax.Array:
@@ -93,20 +95,20 @@ class PackedSequence:
         Raises:
           ValueError: if fn returns arrays without the leading axis of S cells.
         """
-        check_packed(self, "map")
-        data = fn(sanitise(self))
+        packed = check_packed(self, "map")
+        data = fn(sanitise(packed))
         for leaf in jax.tree.leaves(data):
             if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != self.plan.size:
                 raise ValueError(
                     f"map: the function must return one value per cell, a leading axis of {self.plan.size}, "
                     f"got shape {jnp.shape(leaf)}. For values per sequence use jaxpack.segment_sum and its kin."
                 )
-        return self.replace(data=seal(self, data))
+        return packed.replace(data=seal(packed, data))
 
     def astype(self, dtype: Any) -> PackedSequence:
         """A copy whose data has another dtype."""
-        check_packed(self, "astype")
-        return self.replace(data=seal(self, jax.tree.map(lambda leaf: leaf.astype(dtype), self.data)))
+        packed = check_packed(self, "astype")
+        return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: leaf.astype(dtype), packed.data)))
 
     def _only_leaf(self, what: str) -> jax.Array:
         leaves = jax.tree.leaves(self.data)
@@ -119,13 +121,30 @@ class PackedSequence:
         return f"PackedSequence(data={data!r}, lengths={_describe(self.lengths)}, plan={self.plan!r})"
 
 
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function without the checks that it holds for `checkify`, so that jax.export can serialise it.
+
+    jax.export.export(jax.jit(jaxpack.unchecked(serve)))(packed).serialize()
+
+    Under plain jit those checks do nothing, but their trace keeps an export from being written to a file. Sequences
+    that do not fit are NaN as ever.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _, result = checkify.checkify(function, errors=frozenset())(*args, **kwargs)
+        return result
+
+    return run
+
+
 def is_traced(array: object) -> bool:
     """Whether an array's values are unknown now, because a transformation traces the program."""
     return isinstance(array, jax.core.Tracer)
 
 
-def check_packed(packed: object, function: str) -> None:
-    """The door of every function that takes a PackedSequence.
+def check_packed(packed: object, function: str) -> PackedSequence:
+    """The door of every function that takes a PackedSequence: checks it, and makes NumPy leaves JAX arrays.
 
     Raises:
       TypeError: if it is none.
@@ -150,11 +169,12 @@ def check_packed(packed: object, function: str) -> None:
             )
     if not is_traced(packed.lengths):
         packed.plan.check(packed.lengths)
+    return jax.tree.map(jnp.asarray, packed)
 
 
 def slot_lengths(packed: PackedSequence) -> jax.Array:
     """int32 [B]: the length in each slot, longest first."""
-    return packed.lengths[packed.sorted_indices]
+    return jnp.asarray(packed.lengths)[packed.sorted_indices]
 
 
 def slot_fits(packed: PackedSequence) -> jax.Array:
@@ -170,15 +190,20 @@ def sanitise(packed: PackedSequence) -> PyTree:
     where a `where` discards its value. Data is; and stop_gradient keeps it out of the gradient.
     """
     plan, mask = packed.plan, packed.mask
-    first_cells = plan.step_offsets[plan.slot_starts] + plan.slot_rows
-    stand_in = jnp.where(slot_lengths(packed) > 0, first_cells, first_cells[0])[plan.cell_slots]
+    slots = stand_in_slots(packed)[plan.cell_slots]
     any_real = slot_lengths(packed)[0] > 0
 
     def replace(leaf: jax.Array) -> jax.Array:
-        real = jax.lax.stop_gradient(leaf)[stand_in]
+        real = jax.lax.stop_gradient(leaf)[cells_of(plan, slots, 0)]
         return jnp.where(expand(mask, leaf), leaf, jnp.where(any_real, real, jnp.ones_like(real)))
 
     return jax.tree.map(replace, packed.data)
+
+
+def stand_in_slots(packed: PackedSequence) -> jax.Array:
+    """int32 [B]: for each slot one that holds a real first step: itself, or the longest if its sequence is empty."""
+    slots = jnp.arange(packed.plan.num_sequences, dtype=jnp.int32)
+    return jnp.where(slot_lengths(packed) > 0, slots, 0)
 
 
 def seal(packed: PackedSequence, cells: PyTree) -> PyTree:
@@ -236,7 +261,27 @@ def poison(leaf: jax.Array, fits: jax.Array) -> jax.Array:
     """NaN in the rows that do not fit, if the dtype has one. A product, so that gradients are NaN there too."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # where inf * (1 + 0j) would be inf + nan j
+        return jax.lax.complex(poison(leaf.real, fits), poison(leaf.imag, fits))
     return leaf * jnp.where(expand(fits, leaf), 1, jnp.nan).astype(leaf.dtype)
+
+
+def _serialize_plan(auxdata: Any) -> bytes:
+    """A PackedSequence's static part, for jax.export."""
+    (plan,) = auxdata
+    return json.dumps(dataclasses.asdict(plan)).encode()
+
+
+def _deserialize_plan(data: bytes) -> Any:
+    return (BucketPlan(**json.loads(data)),)
+
+
+jax.export.register_pytree_node_serialization(
+    PackedSequence,
+    serialized_name="jaxpack.PackedSequence",
+    serialize_auxdata=_serialize_plan,
+    deserialize_auxdata=_deserialize_plan,
+)
 
 
 class _Brief(str):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpack.inputs import without_torch
+
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
@@ -29,7 +31,7 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
         raise KeyError(f"state_dict does not match the layer: {'; '.join(found)}.{_hint(names, extra)}")
     params: dict[str, dict[str, jax.Array]] = {group: {} for group in shapes}
     for key, (group, name) in names.items():
-        array = _numpy(state_dict[key])
+        array = np.asarray(without_torch(state_dict[key]))
         expected = shapes[group][name][::-1]
         if array.shape != expected:
             raise ValueError(f"state_dict[{key!r}] must have shape {expected}, got {array.shape}.")
@@ -44,16 +46,6 @@ def to_state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarr
         for group, entries in params.items()
         for name, array in entries.items()
     }
-
-
-def _numpy(tensor: Any) -> np.ndarray:
-    """A NumPy array from an array or a PyTorch tensor, without importing torch."""
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # which NumPy lacks; float32 holds it exactly
-        return tensor.float().numpy().astype(jnp.bfloat16)
-    return tensor.numpy()
 
 
 def _hint(names: Mapping[str, Any], extra: list[str]) -> str:

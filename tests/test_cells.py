@@ -74,6 +74,11 @@ def test_batch_axes_are_free():
             ValueError,
             r"size 4, got shape \(5,\)",
         ),
+        (
+            lambda p: lstm_cell(p, (jnp.zeros((5, H)),) * 2, jnp.ones((2, F))),
+            ValueError,
+            r"batch axes must be those of x, \(2, 3\), got shape \(5, 4\)",
+        ),
         (lambda p: lstm_cell(p, jnp.zeros(H), jnp.ones(F)), TypeError, r"carry must be a pair \(h, c\)"),
         (lambda p: rnn_cell(p, (jnp.zeros(H),) * 2, jnp.ones(F)), TypeError, "carry must be an array h"),
         (lambda p: rnn_cell(p, jnp.zeros(H), jnp.ones(F), "sin"), ValueError, "nonlinearity must be .* got 'sin'"),

@@ -421,6 +421,7 @@ def test_dropout_without_a_key_is_an_error_in_training():
         (lambda: GRU(F, H, 2, bias=1), TypeError, "bias must be a bool, got 1"),
         (lambda: GRU(F, H, 2, True, 1.5), ValueError, r"dropout must be a number in \[0, 1\].*got 1.5"),
         (lambda: GRU(F, H, 2, True, "a"), ValueError, r"dropout must be a number in \[0, 1\].*got 'a'"),
+        (lambda: RNN(F, H, 1, ["tanh"]), ValueError, r"got \['tanh'\]"),
         (lambda: RNN(F, H, nonlinearity="sigmoid"), ValueError, """must be "tanh" or "relu", got 'sigmoid'"""),
         (lambda: LSTM(F, H, proj_size=H), ValueError, "proj_size must be 0 .* below hidden_size=4, got 4"),
         (lambda: LSTM(F, H, proj_size=-1), ValueError, "proj_size must be 0 .* got -1"),
@@ -445,6 +446,8 @@ PACKED = pack_padded_sequence(jnp.ones((2, 3, F)), [3, 2], batch_first=True)
         (jnp.ones((3, F + 1)), {}, ValueError, r"3 features .*got shape \(3, 4\)"),
         (PACKED.map(lambda x: x[:, :2]), {}, ValueError, r"\[S, 3\].*got shape \(5, 2\)"),
         (PACKED.replace(data={"a": PACKED.data, "b": PACKED.data}), {}, ValueError, "one array of data"),
+        (jnp.ones((2, 3, F)) * 1j, {}, TypeError, "inputs must be real, got dtype complex64"),
+        (None, {}, ValueError, "inputs holds no array, got None"),
         (PACKED, {"lengths": [3, 2]}, TypeError, "carry their lengths and plan"),
         (PACKED, {"plan": PACKED.plan}, TypeError, "carry their lengths and plan"),
         (jnp.ones((2, 3, F)), {"lengths": [4, 1]}, ValueError, r"lengths\[0\] = 4 is longer"),
@@ -483,3 +486,25 @@ def test_gru_and_rnn_return_output_and_h():
         assert output.shape == (5, H)
         assert h_n.shape == (1, 2, H)
         np.testing.assert_array_equal(jaxpack.last(output), h_n[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_sequence_may_have_any_initial_state(kind):
+    layer = make_layer(kind)
+    params = layer.init(jax.random.key(0))
+    states = tuple(s.at[:, 1].set(jnp.nan) for s in map(jnp.asarray, initial_states(layer, 2, np.float32)))
+    gradient = jax.grad(
+        lambda p: layer.apply(p, jnp.ones((2, 3, F)), states if is_lstm(layer) else states[0], lengths=[3, 0])[0].sum()
+    )(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("params", [None, {}, {"l0": {}}, [jnp.ones(3)]])
+def test_what_is_no_parameters_is_refused(params):
+    with pytest.raises(TypeError, match=r"params do not match LSTM.*l0.weight_ih is missing"):
+        SINGLE.apply(params, PACKED)
+
+
+def test_a_seed_is_no_key():
+    with pytest.raises(TypeError, match=r"random key, such as jax.random.key\(0\), got 7"):
+        SINGLE.init(7)

@@ -6,6 +6,7 @@ import pytest
 import strategies
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import checkify
 
 from jaxpack import (
     BucketPlan,
@@ -308,7 +309,7 @@ BATCH = jnp.ones((2, 3, 1))
         (lambda: pack_padded_sequence(BATCH, [3, 1.5], True), ValueError, "whole numbers"),
         (lambda: pack_padded_sequence(BATCH, [[3, 1]], True), ValueError, "vector"),
         (lambda: pack_padded_sequence(jnp.ones(3), [3], True), ValueError, r"batch and a time axis.*\(3,\)"),
-        (lambda: pack_padded_sequence({}, [3], True), ValueError, "input is empty"),
+        (lambda: pack_padded_sequence({}, [3], True), ValueError, "input holds no array"),
         (
             lambda: pack_padded_sequence({"a": BATCH, "b": BATCH[:, :2]}, [2, 2], True),
             ValueError,
@@ -344,11 +345,20 @@ BATCH = jnp.ones((2, 3, 1))
             "total_length must be an int, got 2.5",
         ),
         (lambda: pack_sequence([]), ValueError, "sequences is empty"),
-        (lambda: pack_sequence(jnp.ones((2, 3))), TypeError, "list of arrays"),
+        (lambda: pack_sequence({"a": BATCH}), TypeError, "list of arrays, got dict"),
+        (lambda: pack_sequence(3), TypeError, "list of arrays, got int"),
+        (
+            lambda: pack_padded_sequence([[1, 2], [3]], [2, 1], True),
+            ValueError,
+            "rows have different lengths.*pack_seq",
+        ),
+        (lambda: pack_padded_sequence(jnp.ones(3), [3]), ValueError, r"batch and a time axis.*\(3,\)"),
+        (lambda: pack_padded_sequence(BATCH, None, True), TypeError, "got None"),
+        (lambda: pad_packed_sequence(pack_sequence([[1]]), padding_value=[1, 2]), ValueError, "one number"),
         (
             lambda: pack_sequence([jnp.ones((2, 1)), jnp.ones((2, 3))]),
             ValueError,
-            r"sequences\[1\] has features of shape \(3,\), sequences\[0\] \(1,\)",
+            r"sequences\[1\] has features of shape \(3,\), others \(1,\)",
         ),
         (lambda: pad_sequence([jnp.ones(2)], padding_side="top"), ValueError, 'padding_side must be "left" or "right"'),
         (lambda: unpad_sequence(BATCH, [3, 4], True), ValueError, r"lengths\[1\] = 4 is longer"),
@@ -375,3 +385,34 @@ def test_packing_across_an_explicit_mesh_says_where_to_pack():
         batch = jax.device_put(jnp.ones((2, 3)), jax.NamedSharding(mesh, jax.P("data")))
         with pytest.raises(ValueError, match=r"sharded over its batch axis.*jax.shard_map"):
             pack_padded_sequence(batch, [3, 2], batch_first=True)
+
+
+def test_checkify_names_a_length_above_total_length():
+    packed = pack_padded_sequence(jnp.arange(5)[None], [5], True, plan=plan_padded(1, 5))
+    error, _ = checkify.checkify(jax.jit(lambda p: pad_packed_sequence(p, total_length=2)[0]))(packed)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"lengths\[0\] = 5 is above total_length = 2"):
+        error.throw()
+
+
+@oracles.needs_torch
+def test_torch_tensors_are_taken_everywhere():
+    torch = oracles.torch
+    tensors = [torch.randn(3, 2, requires_grad=True), torch.randn(1, 2)]
+    packed = pack_sequence(tensors)
+    np.testing.assert_array_equal(packed.data, torch.nn.utils.rnn.pack_sequence(tensors).data.detach())
+    padded = torch.randn(2, 3, 2, dtype=torch.bfloat16)
+    again = pack_padded_sequence(padded, torch.tensor([3, 1]), batch_first=True)
+    assert again.dtype == jnp.bfloat16
+    assert len(unpad_sequence(padded, torch.tensor([3, 1]), batch_first=True)) == 2
+
+
+def test_sequences_may_come_from_any_iterable():
+    rows = np.arange(6.0).reshape(2, 3)
+    np.testing.assert_array_equal(pad_sequence(rows, batch_first=True), rows)
+    np.testing.assert_array_equal(pad_sequence((row for row in rows), batch_first=True), rows)
+
+
+def test_an_empty_list_is_a_sequence_of_what_the_others_hold():
+    packed = pack_sequence([[], [[1, 2]], []], plan=BucketPlan((2,), (3,)))
+    assert packed.dtype == jnp.int32
+    assert [s.shape for s in unpack_sequence(packed)] == [(0, 2), (1, 2), (0, 2)]

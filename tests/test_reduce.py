@@ -137,6 +137,19 @@ def test_half_precision_is_summed_in_single(dtype):
     assert jaxpack.segment_mean(packed)[0] == 0.25
 
 
+def test_half_precision_neither_overflows_nor_rounds_counts():
+    packed = pack_padded_sequence(np.full((1, 1001), 1000, np.float16), [1001], batch_first=True)
+    assert jaxpack.segment_mean(packed)[0] == 1000
+    assert jaxpack.segment_logsumexp(packed.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_bools_and_narrow_integers_reduce_as_in_numpy():
+    flags = pack_sequence([[True, False, True], [False]])
+    assert jaxpack.segment_sum(flags).tolist() == [2, 0]
+    assert jaxpack.segment_max(flags).tolist() == [True, False]
+    assert jaxpack.segment_sum(pack_sequence([np.array([250, 250, 17], np.uint8)])).tolist() == [517]
+
+
 def test_softmax_equals_jax_on_each_sequence():
     batch, packed = packed_batch()
     weights = softmax(packed)
@@ -171,6 +184,7 @@ def test_concatenate_joins_features():
 @pytest.mark.parametrize(
     ("others", "error", "message"),
     [
+        (lambda p: p, TypeError, "list of PackedSequence, got PackedSequence"),
         (lambda p: [], ValueError, "at least one"),
         (lambda p: [p, p.data], TypeError, "takes a PackedSequence"),
         (lambda p: [p, packed_batch(plan=BucketPlan((5,), (4,)))[1]], ValueError, r"packed\[1\] has the plan"),
@@ -181,3 +195,15 @@ def test_concatenate_joins_features():
 def test_concatenate_refuses_what_does_not_match(others, error, message):
     with pytest.raises(error, match=message):
         concatenate(others(packed_batch()[1]))
+
+
+def test_concatenating_traced_batches_of_different_lengths_is_nan_where_they_differ():
+    @jax.jit
+    def run(lengths, others):
+        plan = BucketPlan((4,), (3,))
+        first, second = (pack_padded_sequence(jnp.ones((3, 4, 1)), n, True, plan=plan) for n in (lengths, others))
+        return jaxpack.segment_sum(concatenate([first, second]))
+
+    sums = run(jnp.array([4, 3, 1]), jnp.array([4, 1, 3]))
+    assert np.isnan(sums[1:]).all()
+    assert sums[0].tolist() == [4, 4]

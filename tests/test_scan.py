@@ -184,3 +184,25 @@ def test_a_step_or_carry_of_another_shape_is_refused(step, carry, error, message
 def test_refuses_a_padded_array():
     with pytest.raises(TypeError, match="packed_scan takes a PackedSequence"):
         packed_scan(step, jnp.zeros(2), jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("plan", [BucketPlan((3,), (2,)), plan_exact([3, 1]), BucketPlan((2, 5), (2, 1))])
+def test_a_step_never_meets_in_slack_what_a_sequence_ended_with(plan):
+    # The root of what is left: of row 1 nothing is left after its only step, and its derivative there is infinite.
+    def loss(x):
+        packed = pack_padded_sequence(x, [3, 1], batch_first=True, plan=plan)
+        return packed_scan(lambda c, v: (c - v, jnp.sqrt(c - v)), jnp.array([4.0, 1.5]), packed)[1].data.sum()
+
+    gradient = jax.grad(loss)(jnp.ones((2, 3)))
+    np.testing.assert_allclose(gradient[1], [-0.5 / np.sqrt(0.5), 0, 0], rtol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+def test_an_empty_sequence_may_have_any_initial_carry():
+    packed = pack_padded_sequence(jnp.ones((2, 3)), [0, 2], batch_first=True, plan=plan_padded(2, 3))
+
+    def loss(weight):
+        final, _ = packed_scan(lambda c, x: (c * weight + x, c), jnp.array([jnp.nan, 1.0]), packed)
+        return final[1]
+
+    assert jax.grad(loss)(2.0) == 2 * 2.0 + 1

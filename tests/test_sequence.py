@@ -5,6 +5,7 @@ import oracles
 import pytest
 from jax.experimental import checkify
 
+import jaxpack
 from jaxpack import BucketPlan, PackedSequence, pack_padded_sequence, plan_buckets, segment_sum
 
 LENGTHS = [2, 4, 1]
@@ -180,3 +181,36 @@ def test_what_disagrees_with_its_plan_is_refused(packed):
 def test_leaves_may_be_anything_a_pytree_holds():
     hollow = PackedSequence(None, None, object(), object(), plan_buckets([3]))
     assert jax.tree.structure(jax.tree.map(lambda leaf: leaf, hollow)) == jax.tree.structure(hollow)
+
+
+def test_numpy_leaves_are_arrays_too(packed):
+    host = jax.device_get(packed)
+    assert isinstance(host.data, np.ndarray)
+    for function in (jaxpack.last, jaxpack.segment_sum, jaxpack.segment_max):
+        np.testing.assert_array_equal(function(host), function(packed))
+    for function in (jaxpack.reverse_sequences, jaxpack.softmax, lambda p: p.map(jnp.exp), lambda p: p.astype(int)):
+        np.testing.assert_array_equal(function(host).data, function(packed).data)
+    np.testing.assert_array_equal(host.mask, packed.mask)
+
+
+def test_complex_infinities_are_not_poisoned():
+    packed = pack_padded_sequence(np.array([[np.inf + 0j, 1 + 2j]], np.complex64), [2], True)
+    np.testing.assert_array_equal(packed.data, np.array([np.inf + 0j, 1 + 2j], np.complex64))
+
+
+def test_an_exported_function_of_packed_batches_can_be_serialised(packed):
+    exported = jax.export.export(jax.jit(jaxpack.unchecked(lambda p: p.map(jnp.tanh))))(packed)
+    restored = jax.export.deserialize(exported.serialize())
+    result = restored.call(packed)
+    assert result.plan == packed.plan
+    np.testing.assert_array_equal(result.data, packed.map(jnp.tanh).data)
+
+
+def test_checkify_names_a_length_beyond_the_array():
+    @jax.jit
+    def run(lengths):
+        return pack_padded_sequence(jnp.ones((3, 4), int), lengths, True, plan=LOOSE).data
+
+    error, _ = checkify.checkify(run)(jnp.array([2, 5, 3]))
+    with pytest.raises(checkify.JaxRuntimeError, match=r"lengths\[1\] = 5 is longer than .* 4 steps"):
+        error.throw()

@@ -3,15 +3,15 @@
 from jaxpack.cells.cell import Cell, Params
 from jaxpack.cells.gru import GRUCell, gru_cell
 from jaxpack.cells.lstm import LSTMCell, lstm_cell
-from jaxpack.cells.rnn import NONLINEARITIES, RNNCell, rnn_cell
+from jaxpack.cells.rnn import RNNCell, check_nonlinearity, rnn_cell
 
 __all__ = [
-    "NONLINEARITIES",
     "Cell",
     "GRUCell",
     "LSTMCell",
     "Params",
     "RNNCell",
+    "check_nonlinearity",
     "gru_cell",
     "lstm_cell",
     "rnn_cell",

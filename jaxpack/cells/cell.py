@@ -71,6 +71,8 @@ def step_from_input(cell: Cell, params: Params, carry: Any, x: jax.Array) -> tup
     for leaf, size in zip(jax.tree.leaves(carry), jax.tree.leaves(cell.state_sizes), strict=True):
         if jnp.shape(leaf)[-1:] != (size,):
             raise ValueError(f"the carry's last axis must have size {size}, got shape {jnp.shape(leaf)}.")
+        if jnp.shape(leaf)[:-1] != x.shape[:-1]:
+            raise ValueError(f"the carry's batch axes must be those of x, {x.shape}, got shape {jnp.shape(leaf)}.")
     return cell.step(params, carry, cell.project(params, x))
 
 

@@ -37,6 +37,12 @@ class RNNCell(Cell):
         return h, h
 
 
+def check_nonlinearity(nonlinearity: object) -> None:
+    """Raises ValueError unless it is one of ours."""
+    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
+        raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}.')
+
+
 def rnn_cell(params: Params, carry: jax.Array, x: jax.Array, nonlinearity: str = "tanh") -> tuple[jax.Array, jax.Array]:
     """One step of a simple recurrent cell, for step-by-step decoding.
 
@@ -53,6 +59,5 @@ def rnn_cell(params: Params, carry: jax.Array, x: jax.Array, nonlinearity: str =
       ValueError: if a last axis does not match the parameters, or the nonlinearity is unknown.
     Source: torch.nn.RNNCell.
     """
-    if nonlinearity not in NONLINEARITIES:
-        raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}.')
+    check_nonlinearity(nonlinearity)
     return step_from_input(RNNCell(params["weight_hh"].shape[0], nonlinearity), params, carry, x)
