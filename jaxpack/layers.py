@@ -16,7 +16,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,14 @@ from jaxpack.sequence import PackedSequence, PyTree, check_packed
 from jaxpack.stack import run_stack
 
 LayerParams = dict[str, Params]
+
+
+class _Call(NamedTuple):
+    """How one call of `apply` runs."""
+
+    params_dtype: Any
+    dropout_key: jax.Array | None
+    forward_mode: bool
 
 
 class RecurrentLayer(abc.ABC):
@@ -121,6 +129,7 @@ class RecurrentLayer(abc.ABC):
         lengths: ArrayLike | None = None,
         plan: BucketPlan | None = None,
         deterministic: bool = False,
+        forward_mode: bool = False,
     ) -> tuple[Any, Any]:
         """Runs the layer.
 
@@ -133,6 +142,8 @@ class RecurrentLayer(abc.ABC):
           plan: for padded inputs, the static shape to run under. Default: the padded one, which is one program for
             all lengths.
           deterministic: whether to leave dropout out, as for evaluation.
+          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call. It then runs a plain scan,
+            which is slower in training; jax.hessian and forward over reverse do not need it.
 
         Returns:
           The output, laid out as the inputs are, [.., D*H] for D directions of width H, zero past each length; and
@@ -143,16 +154,16 @@ class RecurrentLayer(abc.ABC):
         Raises:
           ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; or if
             dropout is on and no key is given.
-          TypeError: if inputs are packed and lengths or plan are given too, or parameters have another structure.
+          TypeError: if inputs are packed and lengths or plan are given too, or parameters have another structure; or
+            under jax.jvp without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
-        dtype = _check_params(self, params)
-        key = self._active_dropout_key(dropout_key, deterministic)
+        call = _Call(_check_params(self, params), self._active_dropout_key(dropout_key, deterministic), forward_mode)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
             packed = check_packed(inputs, f"{type(self).__name__}.apply")
-            return self._apply_packed(params, packed, initial_state, key, dtype)
+            return self._apply_packed(params, packed, initial_state, call)
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -160,13 +171,13 @@ class RecurrentLayer(abc.ABC):
                 f"got {_shapes(batch)}."
             )
         if batch.ndim == 2:
-            return self._apply_unbatched(params, batch, initial_state, key, lengths, plan, dtype)
+            return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
         batch_size, max_length = batch_shape(batch, "inputs")
         self._check_features(batch)
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         plan = plan_padded(batch_size, max(max_length, 1)) if plan is None else plan
         packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
-        output, state = self._apply_packed(params, packed, initial_state, key, dtype)
+        output, state = self._apply_packed(params, packed, initial_state, call)
         return pad_packed_sequence(output, batch_first=True, total_length=max_length)[0], state
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
@@ -190,27 +201,43 @@ class RecurrentLayer(abc.ABC):
         return state_dicts.to_state_dict(params)
 
     def _apply_packed(
-        self, params: LayerParams, packed: PackedSequence, initial_state: Any, key: jax.Array | None, dtype: Any
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call
     ) -> tuple[PackedSequence, Any]:
         data = packed.data
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
             raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
         self._check_features(data, packed=True)
-        dtype = jnp.result_type(data, dtype)
+        dtype = jnp.result_type(data, call.params_dtype)
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
-        return run_stack(self.cell, self.num_directions, float(self.dropout), ordered, packed, state, key)
+        try:
+            return run_stack(
+                self.cell,
+                self.num_directions,
+                float(self.dropout),
+                ordered,
+                packed,
+                state,
+                call.dropout_key,
+                call.forward_mode,
+            )
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__}.apply has its own derivative, which is for reverse mode. For jax.jvp, "
+                f"jax.jacfwd or jax.linearize of it pass apply(..., forward_mode=True)."
+            ) from error
 
     def _apply_unbatched(
         self,
         params: LayerParams,
         sequence: jax.Array,
         initial_state: Any,
-        key: jax.Array | None,
+        call: _Call,
         lengths: ArrayLike | None,
         plan: BucketPlan | None,
-        dtype: Any,
     ) -> tuple[jax.Array, Any]:
         """One sequence [T, F], as a batch of one."""
         self._check_features(sequence)
@@ -219,12 +246,12 @@ class RecurrentLayer(abc.ABC):
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no lengths= or "
                 f"plan=. A batch is [B, T, {self.input_size}]."
             )
-        state = self._initial_state(initial_state, sequence, None, jnp.result_type(sequence, dtype))
+        state = self._initial_state(initial_state, sequence, None, jnp.result_type(sequence, call.params_dtype))
         batched = jax.tree.map(lambda leaf: leaf[:, None], state)
         packed = pack_padded_sequence(
             sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
         )
-        output, final = self._apply_packed(params, packed, batched, key, dtype)
+        output, final = self._apply_packed(params, packed, batched, call)
         padded = pad_packed_sequence(output, batch_first=True, total_length=len(sequence))[0]
         return padded[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
 

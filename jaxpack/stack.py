@@ -14,7 +14,7 @@ from jaxpack.recurrence import recur
 from jaxpack.sequence import PackedSequence, permute, reversed_cells, seal, seal_states
 
 
-@functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout"))
+@functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout", "forward_mode"))
 def run_stack(
     cell: Cell,
     num_directions: int,
@@ -23,6 +23,7 @@ def run_stack(
     packed: PackedSequence,
     state: Any,
     dropout_key: jax.Array | None,
+    forward_mode: bool,
 ) -> tuple[PackedSequence, Any]:
     """The outputs of the last layer, and the final states of all. Jitted, so one compilation a plan outside jit too.
 
@@ -31,28 +32,31 @@ def run_stack(
       packed: data [S, F], in the dtype of the computation.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order.
       dropout_key: None for no dropout.
+      forward_mode: whether to run the plain scan.
     """
     plan, mask, reverse = packed.plan, packed.mask, reversed_cells(packed)
     state = jax.tree.map(lambda leaf: leaf[:, packed.sorted_indices], state)
     data: jax.Array = packed.data
-    finals: list[Any] = []
+    finals: list[tuple[jax.Array, ...]] = []
     for first in range(0, len(params), num_directions):
         if first and dropout_key is not None:
             data = drop(jax.random.fold_in(dropout_key, first), data, dropout)
         x = jnp.where(mask[:, None], data, 0)
         here = range(first, first + num_directions)
-        final, outputs = recur(
+        outputs, final = recur(
             cell,
             [params[i] for i in here],
             [x, permute(x, reverse)][:num_directions],
-            [jax.tree.map(lambda leaf, i=i: leaf[i], state) for i in here],
+            [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in here],
             mask,
             plan,
+            forward_mode,
         )
         finals.extend(final)
         data = jnp.concatenate([outputs[0], *(permute(y, reverse) for y in outputs[1:])], axis=-1)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *finals)
-    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seal_states(packed, stacked))
+    leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
+    by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seal_states(packed, by_slot))
     return packed.replace(data=seal(packed, data)), final_state
 
 

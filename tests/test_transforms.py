@@ -36,8 +36,8 @@ def first_state(state):
     return state[0] if isinstance(state, tuple) else state
 
 
-def scalar(layer, params, packed):
-    output, state = layer.apply(params, packed)
+def scalar(layer, params, packed, **options):
+    output, state = layer.apply(params, packed, **options)
     return (output.data**2).sum() + jnp.sin(first_state(state)).sum()
 
 
@@ -48,9 +48,9 @@ def test_forward_mode_equals_reverse_mode(name):
     params = layer.init(jax.random.key(0))
 
     def loss(p):
-        return scalar(layer, p, packed)
+        return scalar(layer, p, packed, forward_mode=True)
 
-    gradient = jax.jit(jax.grad(loss))(params)
+    gradient = jax.jit(jax.grad(lambda p: scalar(layer, p, packed)))(params)
     tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
     _, directional = jax.jit(lambda p, t: jax.jvp(loss, (p,), (t,)))(params, tangent)
     expected = sum((g * t).sum() for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True))
@@ -62,11 +62,12 @@ def test_jacfwd_and_hessian():
     layer, packed = LSTM(F, 2), pack(BATCH.astype(jnp.float64))
     params = layer.init(jax.random.key(0))
 
-    def loss(bias):
-        return scalar(layer, {"l0": {**params["l0"], "bias_ih": bias}}, packed)
+    def loss(bias, **options):
+        return scalar(layer, {"l0": {**params["l0"], "bias_ih": bias}}, packed, **options)
 
     bias = params["l0"]["bias_ih"]
-    np.testing.assert_allclose(jax.jit(jax.jacfwd(loss))(bias), jax.jit(jax.jacrev(loss))(bias), rtol=1e-12)
+    forward = jax.jit(jax.jacfwd(functools.partial(loss, forward_mode=True)))(bias)
+    np.testing.assert_allclose(forward, jax.jit(jax.jacrev(loss))(bias), rtol=1e-12)
     hessian = jax.jit(jax.hessian(loss))(bias)
     np.testing.assert_allclose(hessian, jax.jit(jax.jacrev(jax.jacrev(loss)))(bias), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)

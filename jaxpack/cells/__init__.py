@@ -1,14 +1,17 @@
 """The cells: one file a family, with its equations, parameters and step."""
 
-from jaxpack.cells.cell import Cell, Params
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params
 from jaxpack.cells.gru import GRUCell, gru_cell
 from jaxpack.cells.lstm import LSTMCell, lstm_cell
 from jaxpack.cells.rnn import RNNCell, check_nonlinearity, rnn_cell
 
 __all__ = [
+    "Carry",
     "Cell",
+    "Fused",
     "GRUCell",
     "LSTMCell",
+    "Linear",
     "Params",
     "RNNCell",
     "check_nonlinearity",

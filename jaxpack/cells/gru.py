@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Cell, Params, step_from_input
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, step_from_input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,22 +25,44 @@ class GRUCell(Cell):
 
     num_gates: ClassVar[int] = 3
 
-    def project(self, params: Params, x: jax.Array) -> jax.Array:
-        """W_ih x + b_ih."""
-        projected = x @ params["weight_ih"]
-        return projected + params["bias_ih"] if "bias_ih" in params else projected
+    def fuse(self, params: Params) -> Fused:
+        """Gate columns n, r, z, hn: the input reaches the first three, h the last three; r and z at half scale."""
+        (w_r, w_z, w_n), (u_r, u_z, u_n) = (jnp.split(params[k], 3, axis=1) for k in ("weight_ih", "weight_hh"))
+        zeros = jnp.zeros_like(params["weight_ih"][0])
+        (b_r, b_z, b_n), (c_r, c_z, c_n) = (jnp.split(params.get(k, zeros), 3) for k in ("bias_ih", "bias_hh"))
+        return Fused(
+            jnp.concatenate([w_n, w_r / 2, w_z / 2], axis=1),
+            jnp.concatenate([u_r / 2, u_z / 2, u_n], axis=1),
+            jnp.concatenate([b_n, (b_r + c_r) / 2, (b_z + c_z) / 2, c_n]),
+        )
 
-    def step(self, params: Params, carry: jax.Array, projected: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
         """The file's equations."""
-        recurrent = carry @ params["weight_hh"]
-        if "bias_hh" in params:
-            recurrent = recurrent + params["bias_hh"]
-        r, z, n = jnp.split(projected, 3, axis=-1)
-        hr, hz, hn = jnp.split(recurrent, 3, axis=-1)
-        r, z = jax.nn.sigmoid(r + hr), jax.nn.sigmoid(z + hz)
-        n = jnp.tanh(n + r * hn)
-        h = n + z * (carry - n)
-        return h, h
+        (h,) = carry
+        z, n, *_ = self._gates(fused, projected, h)
+        return (n + z * (h - n),)
+
+    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
+        """Gates recomputed from x and h."""
+        z, n, r, hn, slope = self._gates(fused, self.project(fused, x), h)
+        by_n = (1 - z) * (1 - n * n)
+        by_r, by_z = jnp.split(jnp.concatenate([by_n * hn, h - n], axis=-1) * slope / 2, 2, axis=-1)
+        return Linear(gates=jnp.concatenate([by_n, by_r, by_z, by_n * r], axis=-1), passes=z)
+
+    def pull_back(
+        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """All gates read d."""
+        return at.gates * jnp.concatenate([d, d, d, d], axis=-1), None
+
+    def _gates(self, fused: Fused, projected: jax.Array, h: jax.Array) -> tuple[jax.Array, ...]:
+        """z, n, r, W_hn h + b_hn, and the slope of the tanh of r and z."""
+        size = self.hidden_size
+        recurrent = h @ fused.w_h
+        t = jnp.tanh(projected[..., size:] + recurrent[..., : 2 * size])
+        r, z = jnp.split(t / 2 + 0.5, 2, axis=-1)
+        hn = recurrent[..., 2 * size :] + fused.bias[3 * size :]
+        return z, jnp.tanh(projected[..., :size] + r * hn), r, hn, 1 - t * t
 
 
 def gru_cell(params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

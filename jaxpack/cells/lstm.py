@@ -16,9 +16,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Cell, Params, step_from_input
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, step_from_input, total_bias
 
-LSTMCarry = tuple[jax.Array, jax.Array]
+LSTMState = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +44,53 @@ class LSTMCell(Cell):
         projection = {"weight_hr": (self.hidden_size, self.proj_size)} if self.proj_size else {}
         return super().shapes(input_size, bias) | projection
 
-    def project(self, params: Params, x: jax.Array) -> jax.Array:
-        """W_ih x + b_ih + b_hh."""
-        projected = x @ params["weight_ih"]
-        return projected + (params["bias_ih"] + params["bias_hh"]) if "bias_ih" in params else projected
+    def fuse(self, params: Params) -> Fused:
+        """One bias, and sigmoid gates at half scale: sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so one tanh serves all."""
+        scale = jnp.repeat(jnp.array([0.5, 0.5, 1, 0.5], params["weight_ih"].dtype), self.hidden_size)
+        bias = total_bias(params)
+        return Fused(params["weight_ih"] * scale, params["weight_hh"] * scale, bias * scale, params.get("weight_hr"))
 
-    def step(self, params: Params, carry: LSTMCarry, projected: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
         """The file's equations."""
         h, c = carry
-        i, f, g, o = jnp.split(projected + h @ params["weight_hh"], 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        if self.proj_size:
-            h = h @ params["weight_hr"]
-        return (h, c), h
+        i, f, g, o, _ = _gates(projected + h @ fused.w_h)
+        c = f * c + i * g
+        h = o * jnp.tanh(c)
+        return (h if fused.w_out is None else h @ fused.w_out), c
+
+    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
+        """Gates recomputed from x and h; c, given the gates a linear recurrence, from its value at the start."""
+        i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h)
+        c = recall(f, i * g)
+        tanh_c = jnp.tanh(f * c + i * g)
+        return Linear(
+            gates=jnp.concatenate([g / 2, c / 2, i, tanh_c / 2], axis=-1) * slope,
+            passes=jnp.zeros_like(h[:, :1]),
+            reads=o * (1 - tanh_c * tanh_c),
+            forget=f,
+            out=None if fused.w_out is None else o * tanh_c,
+        )
+
+    def pull_back(
+        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """i, f and g read dc, o reads d."""
+        assert dc is not None
+        assert at.reads is not None
+        assert at.forget is not None
+        d = d if transposed.w_out is None else d @ transposed.w_out
+        dc = dc + at.reads * d
+        return at.gates * jnp.concatenate([dc, dc, dc, d], axis=-1), at.forget * dc
 
 
-def lstm_cell(params: Params, carry: LSTMCarry, x: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+def _gates(a: jax.Array) -> tuple[jax.Array, ...]:
+    """i, f, g, o from their pre-activations (sigmoid gates at half scale), and the slope of the tanh of all."""
+    t = jnp.tanh(a)
+    i, f, g, o = jnp.split(t, 4, axis=-1)
+    return i / 2 + 0.5, f / 2 + 0.5, g, o / 2 + 0.5, 1 - t * t
+
+
+def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState, jax.Array]:
     """One step of an LSTM cell, for step-by-step decoding.
 
     `functools.partial(lstm_cell, params)` is a step for packed_scan and for lax.scan.

@@ -13,7 +13,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Cell, Params, step_from_input
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, step_from_input, total_bias
 
 NONLINEARITIES = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
@@ -26,15 +26,24 @@ class RNNCell(Cell):
 
     num_gates: ClassVar[int] = 1
 
-    def project(self, params: Params, x: jax.Array) -> jax.Array:
-        """W_ih x + b_ih + b_hh."""
-        projected = x @ params["weight_ih"]
-        return projected + (params["bias_ih"] + params["bias_hh"]) if "bias_ih" in params else projected
+    def fuse(self, params: Params) -> Fused:
+        """One bias, the sum of both."""
+        return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
 
-    def step(self, params: Params, carry: jax.Array, projected: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
         """The file's equation."""
-        h = NONLINEARITIES[self.nonlinearity](projected + carry @ params["weight_hh"])
-        return h, h
+        return (NONLINEARITIES[self.nonlinearity](projected + carry[0] @ fused.w_h),)
+
+    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
+        """The nonlinearity's slope, which its value tells."""
+        slope = 1 - next_h * next_h if self.nonlinearity == "tanh" else (next_h > 0).astype(next_h.dtype)
+        return Linear(gates=slope, passes=jnp.zeros_like(slope[:, :1]))
+
+    def pull_back(
+        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The one gate reads d."""
+        return at.gates * d, None
 
 
 def check_nonlinearity(nonlinearity: object) -> None:
