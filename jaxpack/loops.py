@@ -18,7 +18,7 @@ from jax import lax
 from jaxpack.cells import Carry, Cell, Fused, Linear
 from jaxpack.plan import Bucket, BucketPlan
 
-CHUNK_CELLS = 512  # cells of a chunk on CPU: 256 made training 8 % slower, 1024 needed a third more memory
+CHUNK_CELLS = 512  # cells of a chunk on CPU: 256 made training 8 % slower
 
 Memories = tuple[jax.Array, ...]  # for each bucket the memory c at the start of each chunk, [chunks, rows, H]
 
@@ -71,7 +71,7 @@ def forward(
     """The recurrence.
 
     Args:
-      x: [S, F], finite in slack.
+      x: [S, F], anything in slack.
       mask: bool [S], True at real cells.
       carry: per slot, leaves [B, ...].
 
@@ -91,8 +91,8 @@ def forward(
             carry, y, kept = state
             base, _, skip = chunks.locate(index)
             kept = tuple(lax.dynamic_update_index_in_dim(k, c, index, 0) for k, c in zip(kept, carry[1:], strict=True))
-            projected = cell.project(fused, _read(x, base, chunks.size))
             real = _read(mask, base, chunks.size)
+            projected = cell.project(fused, _read_inputs(x, real, base))
 
             def step(j: Any, state: Any) -> Any:
                 carry, y = state
@@ -152,10 +152,11 @@ def backward(
             # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
             y_, memories_, dstate = lax.optimization_barrier((y, memories, dstate))
             window = _Window(chunks, base, start, skip, schedule)
-            xs = _read(x, base, chunks.size)
             h = window.before(y_, first_h)
             memory = memories_[k][index] if memories_ else None
-            real = _read(mask, base, chunks.size)[:, None]
+            real = _read(mask, base, chunks.size)
+            xs = _read_inputs(x, real, base)
+            real = real[:, None]
             recall = window.recall(real, memory)
             linear = _at_slack(real, cell.linearise(fused, xs, h, _read(y_, base, chunks.size), recall))
             own = real & window.own
@@ -259,9 +260,9 @@ def _pull_back_chunk(
 
 def _at_slack(real: jax.Array, linear: Linear) -> Linear:
     """With what holds at slack, where a step keeps its carry, in its place there."""
-    slack = {"gates": 0, "passes": 1, "reads": 0, "forget": 1, "out": 0}
+    slack = {"passes": 1, "reads": 0, "forget": 1}  # gates and out are zeroed where they are used
     given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
-    return linear._replace(**{name: jnp.where(real, leaf, slack[name]) for name, leaf in given.items()})
+    return linear._replace(**{name: jnp.where(real, given[name], at) for name, at in slack.items() if name in given})
 
 
 def _loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], state: Any, unroll: int = 1) -> Any:
@@ -278,6 +279,11 @@ def _buffer(like: jax.Array, shape: tuple[int, ...], fill: float) -> jax.Array:
 
 def _read(leaf: jax.Array, start: Any, size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(leaf, start, size)
+
+
+def _read_inputs(x: jax.Array, real: jax.Array, start: Any) -> jax.Array:
+    """A chunk's inputs, zero in slack: masked here, so that no masked copy of all inputs is made."""
+    return jnp.where(real[:, None], _read(x, start, len(real)), 0)
 
 
 def _write(leaf: jax.Array, value: jax.Array, start: Any) -> jax.Array:

@@ -46,8 +46,8 @@ def recur(
     """Runs one cell per direction over a plan.
 
     Args:
-      params, inputs, carries: per direction its parameters, its inputs [S, F] (zero in slack) and its initial carry,
-        leaves [B, ...] per slot.
+      params, inputs, carries: per direction its parameters, its inputs [S, F] (anything in slack) and its initial
+        carry, leaves [B, ...] per slot.
       mask: bool [S], True at real cells.
       forward_mode: whether to run the plain scan, which can be differentiated in forward mode too.
 
@@ -75,7 +75,8 @@ def _plain(
         stepped = tuple(cell.step(*each) for each in zip(fused, carries, projected, strict=True))
         return stepped, tuple(carry[0] for carry in stepped)
 
-    projected = tuple(cell.project(f, x) for f, x in zip(fused, inputs, strict=True))
+    clean = (jnp.where(mask[:, None], x, 0) for x in inputs)
+    projected = tuple(cell.project(f, x) for f, x in zip(fused, clean, strict=True))
     zeros = jax.tree.map(jnp.zeros_like, carries)
     carries, outputs = scan_slots(step, carries, zeros, projected, mask, plan)
     return tuple(jnp.where(mask[:, None], y, 0) for y in outputs), carries

@@ -41,12 +41,11 @@ def run_stack(
     for first in range(0, len(params), num_directions):
         if first and dropout_key is not None:
             data = drop(jax.random.fold_in(dropout_key, first), data, dropout)
-        x = jnp.where(mask[:, None], data, 0)
         here = range(first, first + num_directions)
         outputs, final = recur(
             cell,
             [params[i] for i in here],
-            [x, permute(x, reverse)][:num_directions],
+            [data, permute(data, reverse)][:num_directions],
             [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in here],
             mask,
             plan,

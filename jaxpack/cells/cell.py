@@ -98,8 +98,8 @@ class Cell:
         raise NotImplementedError
 
     def project(self, fused: Fused, x: jax.Array) -> jax.Array:
-        """What the gates get from the input: [..., F] -> [..., X]."""
-        return x @ fused.w_x + fused.bias[: fused.w_x.shape[1]]
+        """What the gates get from the input, but for the bias: [..., F] -> [..., X]."""
+        return x @ fused.w_x
 
     def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
         """One step from the projected input."""

@@ -59,10 +59,10 @@ class GRUCell(Cell):
         """z, n, r, W_hn h + b_hn, and the slope of the tanh of r and z."""
         size = self.hidden_size
         recurrent = h @ fused.w_h
-        t = jnp.tanh(projected[..., size:] + recurrent[..., : 2 * size])
+        t = jnp.tanh(projected[..., size:] + recurrent[..., : 2 * size] + fused.bias[size : 3 * size])
         r, z = jnp.split(t / 2 + 0.5, 2, axis=-1)
         hn = recurrent[..., 2 * size :] + fused.bias[3 * size :]
-        return z, jnp.tanh(projected[..., :size] + r * hn), r, hn, 1 - t * t
+        return z, jnp.tanh(projected[..., :size] + fused.bias[:size] + r * hn), r, hn, 1 - t * t
 
 
 def gru_cell(params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -53,14 +53,14 @@ class LSTMCell(Cell):
     def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
         """The file's equations."""
         h, c = carry
-        i, f, g, o, _ = _gates(projected + h @ fused.w_h)
+        i, f, g, o, _ = _gates(projected + h @ fused.w_h + fused.bias)
         c = f * c + i * g
         h = o * jnp.tanh(c)
         return (h if fused.w_out is None else h @ fused.w_out), c
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """Gates recomputed from x and h; c, given the gates a linear recurrence, from its value at the start."""
-        i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h)
+        i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h + fused.bias)
         c = recall(f, i * g)
         tanh_c = jnp.tanh(f * c + i * g)
         return Linear(

@@ -32,7 +32,7 @@ class RNNCell(Cell):
 
     def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
         """The file's equation."""
-        return (NONLINEARITIES[self.nonlinearity](projected + carry[0] @ fused.w_h),)
+        return (NONLINEARITIES[self.nonlinearity](projected + carry[0] @ fused.w_h + fused.bias),)
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """The nonlinearity's slope, which its value tells."""
