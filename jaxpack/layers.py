@@ -28,6 +28,7 @@ from jaxpack import state_dict as state_dicts
 from jaxpack.cells import Cell, GRUCell, LSTMCell, Params, RNNCell, check_nonlinearity
 from jaxpack.inputs import as_batch, batch_shape
 from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
+from jaxpack.params import check_params, draw
 from jaxpack.plan import BucketPlan, as_int
 from jaxpack.planners import plan_padded
 from jaxpack.sequence import PackedSequence, PyTree, check_packed
@@ -107,17 +108,7 @@ class RecurrentLayer(abc.ABC):
           key: a JAX random key.
           dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
         """
-        bound = 1 / math.sqrt(self.hidden_size)
-        dtype = jax.dtypes.canonicalize_dtype(float if dtype is None else dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"dtype must be a floating dtype, got {dtype}.")
-        shapes, structure = jax.tree.flatten(self.shapes, is_leaf=lambda node: isinstance(node, tuple))
-        try:
-            keys = jax.random.split(key, len(shapes))
-        except TypeError as error:
-            raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error
-        leaves = [jax.random.uniform(k, s, dtype, -bound, bound) for k, s in zip(keys, shapes, strict=True)]
-        return jax.tree.unflatten(structure, leaves)
+        return draw(key, self.shapes, 1 / math.sqrt(self.hidden_size), dtype)
 
     def apply(
         self,
@@ -158,7 +149,9 @@ class RecurrentLayer(abc.ABC):
             under jax.jvp without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
-        call = _Call(_check_params(self, params), self._active_dropout_key(dropout_key, deterministic), forward_mode)
+        call = _Call(
+            check_params(params, self.shapes, self), self._active_dropout_key(dropout_key, deterministic), forward_mode
+        )
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
@@ -197,7 +190,7 @@ class RecurrentLayer(abc.ABC):
 
         torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})
         """
-        _check_params(self, params)
+        check_params(params, self.shapes, self)
         return state_dicts.to_state_dict(params)
 
     def _apply_packed(
@@ -401,29 +394,6 @@ class GRU(RecurrentLayer):
     def cell(self) -> GRUCell:
         """The cell that every layer and direction runs."""
         return GRUCell(self.hidden_size)
-
-
-def _check_params(layer: RecurrentLayer, params: PyTree) -> Any:
-    """The parameters' common dtype; raises unless they have the layer's structure and shapes."""
-    shapes = layer.shapes
-    given = jax.tree.map(jnp.shape, params)
-    if given != shapes:
-        expected, found = dict(_flat(shapes)), dict(_flat(given))
-        wrong = [f"{k} is missing" for k in expected if k not in found]
-        wrong += [f"{k} is not known" for k in found if k not in expected]
-        wrong += [
-            f"{k} has shape {found[k]}, not {expected[k]}" for k in expected if k in found and found[k] != expected[k]
-        ]
-        raise (TypeError if set(expected) != set(found) else ValueError)(
-            f"params do not match {layer}: {'; '.join(wrong[:4])}. Make them with init(key) or from_torch(state_dict)."
-        )
-    return jnp.result_type(*jax.tree.leaves(params))
-
-
-def _flat(shapes: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    """The shapes in a nested dict, with their keys joined."""
-    leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=lambda node: isinstance(node, tuple))
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), shape) for path, shape in leaves]
 
 
 def _shapes(tree: PyTree) -> str:

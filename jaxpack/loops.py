@@ -138,11 +138,8 @@ def backward(
     for k in reversed(range(plan.num_buckets)):
         bucket = plan.buckets[k]
         chunks = cut(bucket, schedule.chunk_cells)
-        if k:
-            before = bucket.offset - plan.buckets[k - 1].rows
-            first_h = y[before : before + bucket.rows]
-        else:
-            first_h = carry[0]
+        before = bucket.offset - plan.buckets[k - 1].rows
+        first_h = y[before : before + bucket.rows] if k else carry[0]
         dstate = [jnp.concatenate([d, full[len(d) : bucket.rows]]) for d, full in zip(grads[0], dcarry, strict=True)]
 
         def chunk(index: Any, state: Any, chunks: Chunks = chunks, first_h: Any = first_h, k: int = k) -> Any:
@@ -164,22 +161,28 @@ def backward(
             d = jnp.where(own, _read(dy, base, chunks.size), 0)
             gates, d, linear = lax.optimization_barrier((gates, d, linear))
             dstate, da, d = _pull_back_chunk(cell, transposed, window, linear, gates, d, dstate)
+            dx = _write(dx, da[:, : fused.w_x.shape[1]] @ transposed.w_x, base)
             h = jnp.where(own, h, 0)  # of an empty sequence it may be NaN
-            width_x, width_h = fused.w_x.shape[1], fused.w_h.shape[1]
-            dx = _write(dx, da[:, :width_x] @ transposed.w_x, base)
-            dfused = Fused(
-                dfused.w_x + _transpose(xs) @ da[:, :width_x],
-                dfused.w_h + _transpose(h) @ da[:, -width_h:],
-                dfused.bias + da.sum(0),
-                None if linear.out is None else dfused.w_out + _transpose(jnp.where(own, linear.out, 0)) @ d,
-            )
-            return dstate, dx, dfused
+            out = None if linear.out is None else jnp.where(own, linear.out, 0)
+            return dstate, dx, _add_gradients(dfused, xs, h, out, da, d)
 
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
         count = chunks.number if schedule.chunk_cells is None else lax.optimization_barrier(jnp.int32(chunks.number))
         grads = _loop(0, count, chunk, (dstate, *grads[1:]))
     dstate, dx, dfused = grads
     return dfused, dx, tuple(dstate)
+
+
+def _add_gradients(
+    dfused: Fused, x: jax.Array, h: jax.Array, out: jax.Array | None, da: jax.Array, d: jax.Array
+) -> Fused:
+    """The weights' cotangents with a chunk's share: what they were multiplied with, transposed, times what came of it."""
+    return Fused(
+        dfused.w_x + _transpose(x) @ da[:, : dfused.w_x.shape[1]],
+        dfused.w_h + _transpose(h) @ da[:, -dfused.w_h.shape[1] :],
+        dfused.bias + da.sum(0),
+        None if out is None else dfused.w_out + _transpose(out) @ d,
+    )
 
 
 class _Window(NamedTuple):

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpack.inputs import without_torch
-
-Shapes = dict[str, dict[str, tuple[int, ...]]]
+from jaxpack.params import Shapes
 
 
 def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
