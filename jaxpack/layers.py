@@ -149,9 +149,8 @@ class RecurrentLayer(abc.ABC):
             under jax.jvp without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
-        call = _Call(
-            check_params(params, self.shapes, self), self._active_dropout_key(dropout_key, deterministic), forward_mode
-        )
+        key = self._active_dropout_key(dropout_key, deterministic)
+        call = _Call(check_params(params, self.shapes, self), key, forward_mode)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")

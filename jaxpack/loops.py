@@ -176,12 +176,12 @@ def backward(
 def _add_gradients(
     dfused: Fused, x: jax.Array, h: jax.Array, out: jax.Array | None, da: jax.Array, d: jax.Array
 ) -> Fused:
-    """The weights' cotangents with a chunk's share: what they were multiplied with, transposed, times what came of it."""
+    """The weights' cotangents with a chunk's share: what a weight was multiplied with, times what came of it."""
     return Fused(
         dfused.w_x + _transpose(x) @ da[:, : dfused.w_x.shape[1]],
         dfused.w_h + _transpose(h) @ da[:, -dfused.w_h.shape[1] :],
         dfused.bias + da.sum(0),
-        None if out is None else dfused.w_out + _transpose(out) @ d,
+        None if out is None or dfused.w_out is None else dfused.w_out + _transpose(out) @ d,
     )
 
 
