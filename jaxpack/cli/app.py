@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 import jaxpack
+from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
+from jaxpack.cli.plan import plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
-app.command()(demo)
+for command in (demo, bench, plan):
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

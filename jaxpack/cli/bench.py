@@ -1,0 +1,196 @@
+"""`jaxpack bench`: what packing buys on this machine, beside the libraries that one would use otherwise."""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jaxpack import plot
+from jaxpack.cli.bench_measure import HUGE_PAGES, measure
+from jaxpack.cli.bench_peers import PEERS
+from jaxpack.cli.bench_report import print_bench
+from jaxpack.cli.bench_workloads import Workload, named_workload, workload_names
+from jaxpack.cli.files import check_json, check_plot, read_lengths
+
+_TUNABLES = "GLIBC_TUNABLES"
+_FIRST_GLIBC = (2, 35)  # that knows HUGE_PAGES
+_MOST_BYTES = 2**32  # of padded inputs
+
+
+class CellName(enum.StrEnum):
+    """The cells that can be measured on a user's own lengths."""
+
+    LSTM = "lstm"
+    GRU = "gru"
+    RNN = "rnn"
+
+
+def bench(
+    workload: Annotated[
+        str | None, typer.Argument(metavar="WORKLOAD", help=f"One of {', '.join(workload_names())}.")
+    ] = None,
+    lengths: Annotated[
+        pathlib.Path | None,
+        typer.Option("--lengths", metavar="FILE", help="Measure on your own lengths: whole numbers, all of one batch."),
+    ] = None,
+    cell: Annotated[
+        CellName | None, typer.Option(help="The cell to run on --lengths.", show_default="lstm", case_sensitive=False)
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(min=1, help="Input features, with --lengths.", show_default="128")
+    ] = None,
+    hidden_size: Annotated[
+        int | None, typer.Option(min=1, help="Hidden size, with --lengths.", show_default="256")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns to time.")] = 15,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of lengths, inputs and weights.")] = 0,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"Measure only this; repeatable: {', '.join(PEERS)}.", show_default="all"),
+    ] = None,
+    json_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--json", metavar="FILE", callback=check_json, help="Write all that was found."),
+    ] = None,
+    plot_file: Annotated[
+        pathlib.Path | None,
+        typer.Option("--plot", metavar="FILE", callback=check_plot, help="Draw the ratios (.png, .svg, .pdf, ...)."),
+    ] = None,
+    huge_pages: Annotated[
+        bool,
+        typer.Option("--huge-pages", help="Measure again in a process with that variable set; twice the time."),
+    ] = False,
+) -> None:
+    """Measure packed and padded layers of jaxpack, Flax, PyTorch, Haiku and Keras.
+
+    All run in one process, in turns, with the same batch and the same number
+    of threads; what is not installed is listed. Without a WORKLOAD or --lengths
+    it is lognormal: 64 sequences, half of them longer than 50 steps.
+
+    On Linux, temporary memory above 32 MiB costs page faults: glibc's malloc
+    hands it back to the system after every call, and gets it again page by
+    page. The report counts them. Set the environment variable
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before Python starts, and there are
+    few; --huge-pages shows the difference.
+    """
+    names = _peer_names(peer)
+    chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
+    if huge_pages:
+        _check_huge_pages()
+    result = _measure(chosen, names, repeats)
+    if huge_pages:
+        again = _arguments(chosen, lengths, names, repeats)
+        result["huge_pages"] = _with_huge_pages(again)
+    print_bench(result, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if plot_file is not None:
+        plot.plot_bench(result).savefig(plot_file)
+
+
+def _peer_names(given: list[str] | None) -> list[str]:
+    """What to measure, in the order of the report."""
+    unknown = [name for name in given or () if name not in PEERS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is not known. There are {', '.join(PEERS)}.", param_hint="'--peer'")
+    return [name for name in PEERS if not given or name in given]
+
+
+def _workload(
+    name: str | None,
+    path: pathlib.Path | None,
+    cell: CellName | None,
+    features: int | None,
+    hidden_size: int | None,
+    seed: int,
+) -> Workload:
+    """The workload of a name, or of the user's own lengths."""
+    options: dict[str, Any] = {"cell": cell and cell.value, "features": features, "hidden_size": hidden_size}
+    given = {option: value for option, value in options.items() if value is not None}
+    if path is None:
+        name = "lognormal" if name is None else name
+        for option in given:
+            raise typer.BadParameter(
+                f"the workload {name} has its own. It goes with --lengths FILE.", param_hint=f"'--{_dashed(option)}'"
+            )
+        try:
+            return named_workload(name, seed)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="'WORKLOAD'") from error
+    hint = "'--lengths'"
+    if name is not None:
+        raise typer.BadParameter(f"give a workload ({name}) or lengths, not both.", param_hint=hint)
+    workload = Workload(path.name, read_lengths(path, "--lengths"), seed=seed, **given)
+    if not workload.tokens:
+        raise typer.BadParameter(f"all lengths in {path} are 0: there is nothing to compute.", param_hint=hint)
+    size = workload.batch_size * workload.longest * max(workload.features, workload.layer.output_size) * 4
+    if size > _MOST_BYTES:
+        raise typer.BadParameter(
+            f"{path} makes one padded batch of {workload.batch_size:,} x {workload.longest:,} steps, "
+            f"{size / 2**30:.0f} GiB. Give the lengths of one batch, not of a whole corpus.",
+            param_hint=hint,
+        )
+    return workload
+
+
+def _measure(workload: Workload, names: list[str], repeats: int) -> dict[str, Any]:
+    """The result, with a progress bar."""
+    columns = TextColumn("{task.description:26}"), BarColumn(24), TimeElapsedColumn()
+    # Drawn only when told: a bar that redraws itself would take time from what is being timed.
+    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=1)
+
+        def tell(doing: str, done: float) -> None:
+            progress.update(task, description=doing, completed=done, refresh=True)
+
+        return measure(workload, names, repeats, tell)
+
+
+def _check_huge_pages() -> None:
+    """Raises unless a process with huge pages would be another one."""
+    name, version = platform.libc_ver()
+    hint = "'--huge-pages'"
+    if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < _FIRST_GLIBC:
+        first = ".".join(map(str, _FIRST_GLIBC))
+        raise typer.BadParameter(
+            f"{_TUNABLES} is of glibc {first} and newer; here is {name} {version}.", param_hint=hint
+        )
+    if HUGE_PAGES in os.environ.get(_TUNABLES, ""):
+        raise typer.BadParameter(f"{_TUNABLES} has {HUGE_PAGES} already: leave one of the two out.", param_hint=hint)
+
+
+def _arguments(workload: Workload, path: pathlib.Path | None, names: list[str], repeats: int) -> list[str]:
+    """The command line of the same run."""
+    arguments = ["bench", "--repeats", str(repeats), "--seed", str(workload.seed)]
+    for name in names:
+        arguments += ["--peer", name]
+    if path is None:
+        return [*arguments, workload.name]
+    for option in ("cell", "features", "hidden_size"):
+        arguments += [f"--{_dashed(option)}", str(getattr(workload, option))]
+    return [*arguments, "--lengths", str(path)]
+
+
+def _with_huge_pages(arguments: list[str]) -> dict[str, Any]:
+    """The result of the same command in a process of its own: malloc reads the variable only at the start."""
+    tunables = ":".join(filter(None, (os.environ.get(_TUNABLES), HUGE_PAGES)))
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "result.json"
+        command = [sys.executable, "-m", "jaxpack", *arguments, "--json", str(file)]
+        subprocess.run(command, env={**os.environ, _TUNABLES: tunables}, stdout=subprocess.DEVNULL, check=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")

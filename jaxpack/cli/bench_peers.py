@@ -1,0 +1,372 @@
+"""What `jaxpack bench` compares: a function for each library, from a workload to calls that can be timed.
+
+To add a library, write one more function under `@peer(name)`. It imports the library, makes the same layer and gives
+back `jax_calls(apply, params, inputs, rest, cotangent, cells)`, or calls of its own; it raises `Missing` if it cannot.
+
+All are given the same: the batch in the layout that they work on (packed, or padded; time or batch first), laid out
+before, weights from the workload's seed, and a loss that is the sum of the real outputs times a fixed cotangent.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpack
+from jaxpack.cli.bench_workloads import Workload
+
+PASSES = ("forward", "training")
+
+
+class Missing(Exception):  # noqa: N818 - it is no error
+    """Why a library is not measured."""
+
+
+class Calls(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      forward: computes the outputs.
+      training: computes the loss and its gradients with respect to weights and inputs.
+      cells: the steps of rows that are computed, in each direction of each layer.
+      compile_seconds: by pass, what it took to trace, lower and compile; None if nothing is compiled.
+      temp_bytes: by pass, the peak of temporary memory as the compiler planned it; None if nothing is compiled.
+      same_weights: whether the weights are the workload's own, so that the loss must be jaxpack's.
+    """
+
+    forward: Callable[[], Any]
+    training: Callable[[], Any]
+    cells: int
+    compile_seconds: Mapping[str, float] | None = None
+    temp_bytes: Mapping[str, int] | None = None
+    same_weights: bool = False
+
+
+Build = Callable[[Workload], Calls]
+PEERS: dict[str, Build] = {}
+
+
+def peer(name: str) -> Callable[[Build], Build]:
+    """Enters a function under the name that the report and the option --peer know it by."""
+
+    def enter(build: Build) -> Build:
+        PEERS[name] = build
+        return build
+
+    return enter
+
+
+def num_threads() -> int:
+    """The CPUs that this process may use, which is what XLA uses; torch is given as many threads."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def jax_calls(
+    apply: Callable[[Any, Any, Any], jax.Array],
+    params: Any,
+    inputs: Any,
+    rest: Any,
+    cotangent: Any,
+    cells: int,
+    *,
+    same_weights: bool = False,
+) -> Calls:
+    """Calls of a function of JAX, compiled ahead of time.
+
+    Args:
+      apply: from parameters, inputs and the rest to the outputs.
+      params, inputs: what gradients are taken with respect to.
+      rest: other arrays that are not known at compile time, such as lengths.
+      cotangent: laid out as the outputs are.
+      cells, same_weights: as of Calls.
+    """
+
+    def loss(params: Any, inputs: Any, rest: Any, cotangent: Any) -> jax.Array:
+        return jnp.sum(apply(params, inputs, rest) * cotangent)
+
+    params, inputs, rest, cotangent = jax.device_put((params, inputs, rest, cotangent))
+    training_arguments = params, inputs, rest, cotangent
+    forward, forward_seconds = _compile(apply, params, inputs, rest)
+    training, training_seconds = _compile(jax.value_and_grad(loss, argnums=(0, 1)), *training_arguments)
+    return Calls(
+        functools.partial(forward, params, inputs, rest),
+        functools.partial(training, *training_arguments),
+        cells,
+        {"forward": forward_seconds, "training": training_seconds},
+        {"forward": _temp_bytes(forward), "training": _temp_bytes(training)},
+        same_weights,
+    )
+
+
+def _compile(function: Callable[..., Any], *arguments: Any) -> tuple[jax.stages.Compiled, float]:
+    """The compiled function, and the seconds from its first trace on."""
+    jax.clear_caches()  # what another function of the same library left traced
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    return compiled, time.perf_counter() - start
+
+
+def _temp_bytes(compiled: jax.stages.Compiled) -> int:
+    return int(getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0))
+
+
+def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
+    """jaxpack from packed data to packed outputs."""
+
+    def pack(array: np.ndarray) -> jaxpack.PackedSequence:
+        return jaxpack.pack_padded_sequence(array, workload.lengths, batch_first=True, plan=plan)
+
+    def apply(params: Any, data: jax.Array, packed: jaxpack.PackedSequence) -> jax.Array:
+        output, _ = workload.layer.apply(params, packed.replace(data=data))
+        return output.data
+
+    packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
+    without_data = packed.replace(data=None)
+    return jax_calls(apply, workload.params, packed.data, without_data, cotangent, plan.size, same_weights=True)
+
+
+@peer("jaxpack")
+def _jaxpack(workload: Workload) -> Calls:
+    """The plan that jaxpack.plan_buckets chooses."""
+    return _packed(workload, workload.plan)
+
+
+@peer("jaxpack-padded")
+def _jaxpack_padded(workload: Workload) -> Calls:
+    """One rectangle: every row runs to the longest."""
+    return _packed(workload, workload.padded_plan)
+
+
+@peer("jaxpack-in-out")
+def _jaxpack_in_out(workload: Workload) -> Calls:
+    """The chosen plan, from a padded batch to padded outputs: with packing and padding in the time."""
+
+    def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=workload.plan)
+        return output
+
+    arrays = workload.inputs, _int32(workload), workload.cotangent
+    return jax_calls(apply, workload.params, *arrays, workload.plan.size, same_weights=True)
+
+
+@peer("flax.nnx")
+def _flax_nnx(workload: Workload) -> Calls:
+    """flax.nnx.RNN with seq_lengths, and flax.nnx.Bidirectional."""
+    from flax import nnx
+
+    cells = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell, "rnn": nnx.SimpleCell}
+    rngs = nnx.Rngs(workload.seed)
+
+    def layer(features: int) -> Any:
+        rnns = [
+            nnx.RNN(cells[workload.cell](features, workload.hidden_size, rngs=rngs))
+            for _ in range(_directions(workload))
+        ]
+        return nnx.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
+
+    split = [nnx.split(layer(features), nnx.Param, ...) for features in _input_sizes(workload)]
+    graphs, params, others = zip(*split, strict=True)
+
+    def apply(params: Any, inputs: jax.Array, rest: Any) -> jax.Array:
+        lengths, others = rest
+        outputs = inputs
+        for graph, layer_params, other in zip(graphs, params, others, strict=True):
+            module = nnx.merge(graph, layer_params, other, copy=True)  # variables of this trace, for it counts keys
+            outputs = module(outputs, seq_lengths=lengths)
+        return outputs
+
+    rest = _int32(workload), others
+    return jax_calls(apply, params, workload.inputs, rest, workload.cotangent, workload.padded_plan.size)
+
+
+@peer("flax.linen")
+def _flax_linen(workload: Workload) -> Calls:
+    """flax.linen.RNN with seq_lengths, and flax.linen.Bidirectional."""
+    from flax import linen
+
+    cells = {"lstm": linen.OptimizedLSTMCell, "gru": linen.GRUCell, "rnn": linen.SimpleCell}
+
+    def layer() -> Any:
+        rnns = [linen.RNN(cells[workload.cell](workload.hidden_size)) for _ in range(_directions(workload))]
+        return linen.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
+
+    layers = [layer() for _ in range(workload.num_layers)]
+    keys = jax.random.split(jax.random.key(workload.seed), workload.num_layers)
+    examples = [jnp.zeros((1, 1, features)) for features in _input_sizes(workload)]
+    params = [layer.init(key, example) for layer, key, example in zip(layers, keys, examples, strict=True)]
+
+    def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        outputs = inputs
+        for layer, layer_params in zip(layers, params, strict=True):
+            outputs = layer.apply(layer_params, outputs, seq_lengths=lengths)
+        return outputs
+
+    return jax_calls(apply, params, workload.inputs, _int32(workload), workload.cotangent, workload.padded_plan.size)
+
+
+@peer("torch-packed")
+def _torch_packed(workload: Workload) -> Calls:
+    """torch.nn.LSTM and kin on a PackedSequence."""
+    if not workload.lengths.all():
+        raise Missing("pack_padded_sequence of torch refuses lengths of 0")
+    torch = _torch()
+
+    def pack(array: np.ndarray) -> Any:
+        lengths = torch.from_numpy(np.asarray(workload.lengths))
+        arguments = {"batch_first": True, "enforce_sorted": False}
+        return torch.nn.utils.rnn.pack_padded_sequence(torch.from_numpy(array), lengths, **arguments)
+
+    packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
+
+    def layout(data: Any) -> Any:
+        return torch.nn.utils.rnn.PackedSequence(data, *packed[1:])
+
+    return _torch_calls(workload, packed.data, layout, lambda output: output.data, cotangent, workload.tokens)
+
+
+@peer("torch-padded")
+def _torch_padded(workload: Workload) -> Calls:
+    """torch.nn.LSTM and kin on a padded batch, time first. Torch takes no lengths for it.
+
+    So its backward direction reads the padding before the sequence, which takes as long but gives other outputs.
+    """
+    torch = _torch()
+    inputs, cotangent = (
+        torch.from_numpy(np.ascontiguousarray(array.swapaxes(0, 1))) for array in (workload.inputs, workload.cotangent)
+    )
+    calls = _torch_calls(workload, inputs, lambda x: x, lambda output: output, cotangent, workload.padded_plan.size)
+    return calls._replace(same_weights=not workload.bidirectional)
+
+
+def _torch_calls(
+    workload: Workload,
+    inputs: Any,
+    layout: Callable[[Any], Any],
+    data: Callable[[Any], Any],
+    cotangent: Any,
+    cells: int,
+) -> Calls:
+    """Calls of a torch module, from a tensor through `layout` to what the module takes, and by `data` back."""
+    torch = _torch()
+    device = _torch_device(torch)
+    modules = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
+    sizes = workload.features, workload.hidden_size, workload.num_layers
+    module = modules[workload.cell](*sizes, bidirectional=workload.bidirectional)
+    state = workload.layer.to_torch(workload.params)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    module, inputs, cotangent = module.to(device), inputs.to(device), cotangent.to(device)
+    leaves = [*module.parameters(), inputs.requires_grad_()]
+
+    def wait(result: Any) -> Any:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return wait(data(module(layout(inputs))[0]))
+
+    def training() -> Any:
+        loss = (data(module(layout(inputs))[0]) * cotangent).sum()
+        return wait((loss, torch.autograd.grad(loss, leaves)))
+
+    return Calls(forward, training, cells, same_weights=True)
+
+
+def _torch() -> Any:
+    """Torch, with as many threads as XLA."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(num_threads())
+    return torch
+
+
+def _torch_device(torch: Any) -> str:
+    """Where torch runs, which must be where JAX runs."""
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    if backend == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    raise Missing(f"JAX runs on {backend}, which torch {torch.__version__} cannot use here")
+
+
+@peer("haiku")
+def _haiku(workload: Workload) -> Calls:
+    """haiku.dynamic_unroll over the padded batch; both directions by reversing each sequence in its padding."""
+    if workload.cell == "rnn":
+        raise Missing("haiku.VanillaRNN is a relu, not a tanh")
+    hk = importlib.import_module("haiku")
+    cells = {"lstm": hk.LSTM, "gru": hk.GRU}
+
+    def unroll(inputs: jax.Array) -> jax.Array:
+        cell = cells[workload.cell](workload.hidden_size)
+        outputs, _ = hk.dynamic_unroll(cell, inputs, cell.initial_state(inputs.shape[0]), time_major=False)
+        return outputs
+
+    def stack(inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        steps = jnp.arange(workload.longest)
+        real = steps < lengths[:, None]
+        mirrored = jnp.where(real, lengths[:, None] - 1 - steps, steps)[..., None]
+        outputs = inputs
+        for _ in range(workload.num_layers):
+            directions = [unroll(outputs)]
+            if workload.bidirectional:
+                backward = unroll(jnp.take_along_axis(outputs, mirrored, axis=1))
+                directions.append(jnp.take_along_axis(backward, mirrored, axis=1))
+            outputs = jnp.concatenate(directions, axis=-1)
+        return outputs
+
+    transformed = hk.without_apply_rng(hk.transform(stack))
+    arrays = workload.inputs, _int32(workload), workload.cotangent
+    params = transformed.init(jax.random.key(workload.seed), *arrays[:2])
+    return jax_calls(transformed.apply, params, *arrays, workload.padded_plan.size)
+
+
+@peer("keras")
+def _keras(workload: Workload) -> Calls:
+    """keras.layers.LSTM and kin with a mask, on Keras's JAX backend."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = importlib.import_module("keras")
+    if keras.backend.backend() != "jax":
+        raise Missing(f"its backend is {keras.backend.backend()}: set KERAS_BACKEND=jax")
+    cells = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
+    keras.utils.set_random_seed(workload.seed)
+
+    def layer(features: int) -> Any:
+        made = cells[workload.cell](workload.hidden_size, return_sequences=True)
+        made = keras.layers.Bidirectional(made) if workload.bidirectional else made
+        made.build((workload.batch_size, workload.longest, features))
+        return made
+
+    layers = [layer(features) for features in _input_sizes(workload)]
+    states = [[variable.value for variable in layer.non_trainable_variables] for layer in layers]
+
+    def apply(params: Any, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+        outputs = inputs
+        for layer, layer_params, state in zip(layers, params, states, strict=True):
+            outputs, _ = layer.stateless_call(layer_params, state, outputs, mask=mask)
+        return outputs
+
+    params = [[variable.value for variable in layer.trainable_variables] for layer in layers]
+    return jax_calls(apply, params, workload.inputs, workload.mask, workload.cotangent, workload.padded_plan.size)
+
+
+def _directions(workload: Workload) -> int:
+    return 2 if workload.bidirectional else 1
+
+
+def _input_sizes(workload: Workload) -> list[int]:
+    """The features that each layer is given."""
+    return [workload.features] + [workload.layer.output_size] * (workload.num_layers - 1)
+
+
+def _int32(workload: Workload) -> np.ndarray:
+    return workload.lengths.astype(np.int32)

@@ -1,0 +1,141 @@
+"""Plots, drawn by matplotlib, which the extra `plot` brings: a plan as its staircase, a benchmark as bars.
+
+    jaxpack.plot.plot_plan(plan, lengths).savefig("plan.svg")
+
+Figures are made without pyplot, so nothing global changes and no window opens. Colours are Okabe and Ito's, which
+colour-blind readers can tell apart; they differ in lightness too, for print.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxpack.plan import BucketPlan
+
+__all__ = ["formats", "plot_bench", "plot_plan"]
+
+Figure = Any  # matplotlib.figure.Figure, which only the extra brings
+
+_REAL, _SLACK, _EDGE = "#0072B2", "#F0E442", "#333333"
+_BEST, _OURS, _OTHER = "#0072B2", "#56B4E9", "#BBBBBB"
+_PASSES = {"forward": "Forward", "training": "Forward and backward"}
+
+
+def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
+    """The staircase of a plan: time runs right, sequences run down, longest first.
+
+    Args:
+      plan: what to draw.
+      lengths: [N], if given real cells are dark and slack is light.
+
+    Returns:
+      A matplotlib.figure.Figure; save it with `.savefig(path)`.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+      ValueError, TypeError: if the lengths do not fit the plan, or are none.
+    """
+    cells = f"{plan.size:,} cells"
+    if lengths is None:
+        filled = plan.room
+    else:
+        cells += f", {plan.efficiency(lengths):.0%} of them real"
+        filled = -np.sort(-np.asarray(lengths))
+        filled = np.pad(filled, (0, plan.num_sequences - len(filled)))
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    rows = np.arange(plan.num_sequences + 1)
+    axes.stairs(
+        filled, rows, orientation="horizontal", fill=True, color=_REAL, label="real" if lengths is not None else "cells"
+    )
+    if lengths is not None:
+        axes.stairs(
+            plan.room,
+            rows,
+            baseline=filled,
+            orientation="horizontal",
+            fill=True,
+            color=_SLACK,
+            label="slack: computed, masked",
+        )
+    edges = [((b.start, 0), b.steps, b.rows) for b in plan.buckets]
+    patches = importlib.import_module("matplotlib.patches")
+    for corner, width, height in edges:
+        axes.add_patch(patches.Rectangle(corner, width, height, fill=False, edgecolor=_EDGE, linewidth=1))
+    axes.set_xlim(0, plan.num_steps)
+    axes.set_ylim(plan.num_sequences, 0)
+    axes.set_xlabel("time [steps]")
+    axes.set_ylabel("sequences, longest first [rows]")
+    axes.set_title(f"{_buckets(plan)}, {cells}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_bench(results: Mapping[str, Any]) -> Figure:
+    """How many times the matmul limit each library takes: bars to the median, lines from 25 to 75 %.
+
+    Args:
+      results: what `jaxpack bench --json FILE` wrote, loaded.
+
+    Returns:
+      A matplotlib.figure.Figure; save it with `.savefig(path)`.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+    """
+    peers = results["peers"]
+    names = [peer["name"] for peer in peers]
+    colors = [_BEST if name == "jaxpack" else _OURS if name.startswith("jaxpack") else _OTHER for name in names]
+    figure = _figure(8.0, 1.6 + 0.34 * len(peers))
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), _PASSES.items(), strict=True):
+        ratios = [peer[key]["times_limit"] for peer in peers]
+        medians = np.array([ratio["median"] for ratio in ratios])
+        spread = np.array([[r["median"] - r["low"], r["high"] - r["median"]] for r in ratios]).T
+        bars = axes.barh(names, medians, xerr=spread, color=colors, ecolor=_EDGE, capsize=3)
+        axes.bar_label(bars, [f"{median:,.1f}" for median in medians], padding=4)
+        axes.axvline(1, color=_EDGE, linestyle="--", linewidth=1)
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.set_title(title)
+        axes.set_xlabel("time / matmul limit [1]")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_inverted(True)
+    machine = results["machine"]
+    figure.suptitle(
+        f"{results['workload']['name']}, on {machine['cpu'] if machine['backend'] == 'cpu' else machine['device']}"
+    )
+    return figure
+
+
+def formats() -> tuple[str, ...]:
+    """The formats, as file names end in them, that a figure can be saved in.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+    """
+    return tuple(sorted(_figure(1, 1).canvas.get_supported_filetypes()))
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    try:
+        module = importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise ModuleNotFoundError(
+            "plots need matplotlib, which is not installed: pip install 'jaxpack[plot]'", name=error.name
+        ) from error
+    return module.Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def _buckets(plan: BucketPlan) -> str:
+    return "1 bucket" if plan.num_buckets == 1 else f"{plan.num_buckets} buckets"

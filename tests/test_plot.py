@@ -1,0 +1,111 @@
+"""Plots: what is drawn is what was counted or measured, and a missing matplotlib is named with the way out."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import jaxpack
+from jaxpack import plot
+
+LENGTHS = [4, 6, 8, 5, 4, 3, 7, 8]
+
+
+@pytest.fixture
+def matplotlib():
+    return pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
+
+
+def drawn_cells(axes, label):
+    """The area of the stairs of a label: they are one step wide and one row high."""
+    (stairs,) = [patch for patch in axes.patches if patch.get_label() == label]
+    values, _, baseline = stairs.get_data()
+    return np.sum(values - (0 if baseline is None else baseline))
+
+
+def ratio(median):
+    return {"median": median, "low": median - 0.5, "high": median + 0.25}
+
+
+def results():
+    """The part of a benchmark's result that is drawn."""
+    medians = {"jaxpack": (2.0, 2.25), "flax.nnx": (4.0, 7.0)}
+    peers = [
+        {"name": name, "forward": {"times_limit": ratio(f)}, "training": {"times_limit": ratio(t)}}
+        for name, (f, t) in medians.items()
+    ]
+    return {
+        "workload": {"name": "lognormal"},
+        "machine": {"cpu": "a processor", "backend": "cpu", "device": "cpu"},
+        "peers": peers,
+    }
+
+
+@pytest.mark.parametrize("num_buckets", [1, 3, None])
+def test_plan_is_drawn_with_its_real_and_slack_cells(matplotlib, num_buckets):
+    plan = jaxpack.plan_buckets(LENGTHS, num_buckets)
+    (axes,) = plot.plot_plan(plan, LENGTHS).axes
+    assert drawn_cells(axes, "real") == sum(LENGTHS)
+    assert drawn_cells(axes, "slack: computed, masked") == plan.size - sum(LENGTHS)
+    outlines = [patch for patch in axes.patches if not patch.get_fill()]
+    assert [(p.get_x(), p.get_width(), p.get_height()) for p in outlines] == [
+        (b.start, b.steps, b.rows) for b in plan.buckets
+    ]
+
+
+def test_plan_plot_says_what_it_shows(matplotlib):
+    plan = jaxpack.plan_buckets(LENGTHS, 3)
+    (axes,) = plot.plot_plan(plan, LENGTHS).axes
+    assert axes.get_title() == "3 buckets, 48 cells, 94% of them real"
+    assert axes.get_xlabel() == "time [steps]"
+    assert axes.get_ylabel() == "sequences, longest first [rows]"
+    assert axes.yaxis_inverted()
+
+
+def test_plan_without_lengths_is_drawn_as_its_cells(matplotlib):
+    plan = jaxpack.plan_padded(3, 4)
+    (axes,) = plot.plot_plan(plan).axes
+    assert axes.get_title() == "1 bucket, 12 cells"
+    assert drawn_cells(axes, "cells") == 12
+
+
+def test_plan_plot_takes_fewer_lengths_than_rows_and_refuses_misfits(matplotlib):
+    plan = jaxpack.plan_padded(3, 4)
+    (axes,) = plot.plot_plan(plan, [2, 0]).axes
+    assert drawn_cells(axes, "real") == 2
+    with pytest.raises(ValueError, match="does not fit"):
+        plot.plot_plan(plan, [5])
+
+
+def test_bench_bars_are_the_ratios_with_their_spread(matplotlib):
+    figure = plot.plot_bench(results())
+    for axes, key in zip(figure.axes, ("forward", "training"), strict=True):
+        expected = [peer[key]["times_limit"] for peer in results()["peers"]]
+        bars, errors = [c for c in axes.containers if hasattr(c, "patches")], axes.collections
+        assert [bar.get_width() for bar in bars[0].patches] == [r["median"] for r in expected]
+        ends = [segment[:, 0].tolist() for segment in errors[0].get_segments()]
+        assert ends == [[r["low"], r["high"]] for r in expected]
+        assert axes.get_xlabel() == "time / matmul limit [1]"
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["jaxpack", "flax.nnx"]
+    assert figure.get_suptitle() == "lognormal, on a processor"
+
+
+def test_figures_can_be_saved_in_the_formats_that_are_named(matplotlib, tmp_path):
+    assert {"png", "svg", "pdf"} <= set(plot.formats())
+    for name, draw in {
+        "plan.png": lambda: plot.plot_plan(jaxpack.plan_exact(LENGTHS), LENGTHS),
+        "bench.svg": lambda: plot.plot_bench(results()),
+    }.items():
+        draw().savefig(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: plot.plot_plan(jaxpack.plan_padded(3, 4)), lambda: plot.plot_bench(results()), plot.formats]
+)
+def test_a_missing_matplotlib_is_named_with_the_extra(monkeypatch, draw):
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'jaxpack\[plot\]'"):
+        draw()
