@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxpack.plan import BucketPlan, check_lengths_type, concrete_lengths
@@ -171,13 +170,6 @@ def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> ja
     lengths = lengths.astype(jnp.int32)
     if max_length < plan.max_length:
         # The plan alone could not tell that such a length is a misfit; a negative one stays one in every operation.
-        row = jnp.argmax(lengths)
-        checkify.debug_check(
-            lengths[row] <= max_length,
-            f"lengths[{{row}}] = {{length}} is longer than the padded batch, which has {max_length} steps.",
-            row=row,
-            length=lengths[row],
-        )
         lengths = jnp.where(lengths > max_length, -lengths, lengths)
     return lengths
 

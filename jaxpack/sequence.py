@@ -248,8 +248,9 @@ def who_fits(packed: PackedSequence) -> jax.Array:
     slot = jnp.argmin(fits)
     checkify.debug_check(
         jnp.all(fits),
-        "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps. Use a plan that covers "
-        "it (jaxpack.plan_buckets(lengths)) or truncate the sequence.",
+        "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps (a negative length was "
+        "below 0, or longer than its padded batch). Use a plan that covers it (jaxpack.plan_buckets(lengths)) or "
+        "truncate the sequence.",
         row=packed.sorted_indices[slot],
         length=slot_lengths(packed)[slot],
         room=jnp.asarray(packed.plan.room)[slot],
