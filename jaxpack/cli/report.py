@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxpack.cli.text import picture_of, plain_marks
 from jaxpack.plan import BucketPlan
 
 _LINES = 14  # of the picture
-_ASCII = str.maketrans({"█": "#", "░": "."})  # for terminals that know no other characters
 
 
 class Column(NamedTuple):
@@ -57,12 +57,12 @@ class Report(NamedTuple):
 
 def print_report(report: Report, console: Console) -> None:
     """Prints the report."""
-    picture, caption = _picture(report), _caption(report)
-    if console.options.ascii_only:
-        picture, caption = picture.translate(_ASCII), caption.translate(_ASCII)
+    drawn = picture_of(report.columns[report.trained].plan, report.lengths, _LINES)
+    picture = plain_marks(Text(drawn, no_wrap=True), console)
+    caption = plain_marks(Text(_caption(report)), console)
     speed = f"Speed: median of {report.repeats} epochs under each plan, taken in turns, on {jax.default_backend()}."
     title = Text(report.title, style="bold")
-    for part in (title, _facts(report), _comparison(report), speed, Text(picture, no_wrap=True), caption):
+    for part in (title, _facts(report), _comparison(report), speed, picture, caption):
         console.print()
         console.print(part, highlight=False)
 
@@ -92,12 +92,6 @@ def _comparison(report: Report) -> Table:
     table.add_row("tokens per second in training", *(f"{s:,.0f}" for s in speeds), f"{speeds[0] / speeds[1]:.2f}")
     table.add_row("seconds to compile the step", *(f"{column.compile_seconds:.1f}" for column in columns))
     return table
-
-
-def _picture(report: Report) -> str:
-    """The plan with a batch in it. Marks are doubled, which makes a cell about as wide as it is high."""
-    lines = report.columns[report.trained].plan.picture(report.lengths, lines=_LINES).splitlines()
-    return "\n".join("  " + "".join(mark * 2 for mark in line) for line in lines)
 
 
 def _caption(report: Report) -> str:
