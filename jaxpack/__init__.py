@@ -1,6 +1,7 @@
 """jaxpack: packed sequences and recurrent layers for JAX, for batches whose sequences have different lengths."""
 
 from jaxpack.cells import gru_cell, lstm_cell, rnn_cell
+from jaxpack.cost import CostModel
 from jaxpack.layers import GRU, LSTM, RNN
 from jaxpack.packed import (
     pack_padded_sequence,
@@ -12,7 +13,7 @@ from jaxpack.packed import (
     unpad_sequence,
 )
 from jaxpack.plan import BucketPlan
-from jaxpack.planners import plan_buckets, plan_exact, plan_padded
+from jaxpack.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
 from jaxpack.reduce import (
     concatenate,
     first,
@@ -33,6 +34,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "BucketPlan",
+    "CostModel",
     "PackedSequence",
     "concatenate",
     "first",
@@ -44,9 +46,11 @@ __all__ = [
     "packed_scan",
     "pad_packed_sequence",
     "pad_sequence",
+    "plan_best",
     "plan_buckets",
     "plan_exact",
     "plan_padded",
+    "plan_rows",
     "reverse_sequences",
     "rnn_cell",
     "segment_logsumexp",

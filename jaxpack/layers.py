@@ -42,6 +42,7 @@ class _Call(NamedTuple):
 
     params_dtype: Any
     dropout_key: jax.Array | None
+    planned: bool
     forward_mode: bool
 
 
@@ -130,8 +131,8 @@ class RecurrentLayer(abc.ABC):
           initial_state: h_0, for LSTM (h_0, c_0), as the final state is laid out. Default: zeros.
           dropout_key: a JAX random key. Needed if dropout is between layers, unless deterministic.
           lengths: int [B], for padded inputs. They may be traced. Default: all T.
-          plan: for padded inputs, the static shape to run under. Default: the padded one, which is one program for
-            all lengths.
+          plan: for padded inputs, the static shape to run under. Default: none, which is one program for all lengths
+            whose loops follow them as it runs (on GPUs: the padded plan).
           deterministic: whether to leave dropout out, as for evaluation.
           forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call. It then runs a plain scan,
             which is slower in training; jax.hessian and forward over reverse do not need it.
@@ -150,12 +151,12 @@ class RecurrentLayer(abc.ABC):
         Source: torch.nn.RNN, LSTM and GRU.
         """
         key = self._active_dropout_key(dropout_key, deterministic)
-        call = _Call(check_params(params, self.shapes, self), key, forward_mode)
+        call = _Call(check_params(params, self.shapes, self), key, plan is not None, forward_mode)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
             packed = check_packed(inputs, f"{type(self).__name__}.apply")
-            return self._apply_packed(params, packed, initial_state, call)
+            return self._apply_packed(params, packed, initial_state, call._replace(planned=True))
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -166,6 +167,8 @@ class RecurrentLayer(abc.ABC):
             return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
         batch_size, max_length = batch_shape(batch, "inputs")
         self._check_features(batch)
+        if lengths is None:  # nothing is ragged: the padded plan is exact
+            call = call._replace(planned=True)
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         plan = plan_padded(batch_size, max(max_length, 1)) if plan is None else plan
         packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
@@ -212,6 +215,7 @@ class RecurrentLayer(abc.ABC):
                 packed,
                 state,
                 call.dropout_key,
+                call.planned,
                 call.forward_mode,
             )
         except TypeError as error:
@@ -243,7 +247,7 @@ class RecurrentLayer(abc.ABC):
         packed = pack_padded_sequence(
             sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
         )
-        output, final = self._apply_packed(params, packed, batched, call)
+        output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))
         padded = pad_packed_sequence(output, batch_first=True, total_length=len(sequence))[0]
         return padded[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
 

@@ -12,8 +12,12 @@ The vocabulary, for lengths [4, 2, 1] under boundaries (2, 4), rows (3, 1):
     row 2    x . |          .  is slack: a cell of the plan past its sequence's end
 
 Sequence i, counted from the longest, lives in *slot* i: a row, the step it starts at, and the room it has.
-In a staircase every row holds one slot that starts at step 0. What maps sequences to cells is written in terms
-of slots, never in terms of rows.
+In a staircase every row holds one slot that starts at step 0; in a row plan several slots share a row, end to end.
+What maps sequences to cells is written in terms of slots, never in terms of rows. Lengths [4, 2, 1] in two rows,
+boundaries (4,), rows (2,), starts ((0,), (0, 2)):
+
+    row 0    x x x x        slot 0
+    row 1    x x:x .        slot 1 starts at step 0, slot 2 at step 2; the room of both is 2
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,23 +56,28 @@ class Bucket(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BucketPlan:
-    """A static staircase: which rows are alive over which steps.
+    """A static staircase: which rows are alive over which steps, and which steps of a row each sequence gets.
 
     Bucket k spans steps [boundaries[k-1], boundaries[k]) for rows [0, rows[k]).
 
     BucketPlan(boundaries=(2, 4), rows=(3, 1)).size = 2*3 + 2*1 = 8
+    BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2))).room = [4, 2, 2]
 
     Args:
       boundaries: the end step of each bucket, strictly increasing.
       rows: how many rows are alive in each bucket, non-increasing and at least 1.
+      starts: for each row the steps at which its slots start, from 0. A slot ends where the next one starts, or with
+        its row. Default: one slot a row.
 
     Raises:
       TypeError: if an entry is no int.
-      ValueError: if the two differ in length, are empty, or are not a staircase.
+      ValueError: if boundaries and rows differ in length, are empty, or are not a staircase; or if starts has not an
+        entry for each row, or a row's starts do not increase from 0 or lie past its end.
     """
 
     boundaries: tuple[int, ...]
     rows: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         boundaries, rows = _ints("boundaries", self.boundaries), _ints("rows", self.rows)
@@ -83,6 +92,7 @@ class BucketPlan:
             raise ValueError(f"rows must not increase and must be at least 1, got {rows}.")
         object.__setattr__(self, "boundaries", boundaries)
         object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "starts", self._checked_starts())
         if self.size > _INDEX_MAX:
             raise ValueError(f"the plan has {self.size} cells, more than int32 can index. Split the batch.")
 
@@ -93,8 +103,8 @@ class BucketPlan:
 
     @property
     def num_sequences(self) -> int:
-        """The batch size B; counts sequences that may stay empty."""
-        return self.rows[0]
+        """The batch size B, the number of slots; counts sequences that may stay empty."""
+        return sum(map(len, self.starts)) if self.starts else self.rows[0]
 
     @property
     def max_length(self) -> int:
@@ -130,21 +140,49 @@ class BucketPlan:
         """Cells before each step, and at the end all of them. int32 [num_steps + 1]."""
         return _frozen(np.concatenate([[0], np.cumsum(self.batch_sizes)]))
 
-    @functools.cached_property
+    @property
     def room(self) -> np.ndarray:
         """Steps that the i-th longest sequence may have: the room of slot i, non-increasing. int32 [B]."""
-        alive = np.searchsorted(-np.asarray(self.rows), -np.arange(self.num_sequences))  # buckets with rows > i
-        return _frozen(np.asarray(self.boundaries)[alive - 1])
+        return self._slots[2]
 
-    @functools.cached_property
+    @property
     def slot_rows(self) -> np.ndarray:
         """The row that each slot lies in. int32 [B]."""
-        return _frozen(np.arange(self.num_sequences))
+        return self._slots[0]
 
-    @functools.cached_property
+    @property
     def slot_starts(self) -> np.ndarray:
         """The step at which each slot starts. int32 [B]."""
-        return _frozen(np.zeros(self.num_sequences, np.int64))
+        return self._slots[1]
+
+    @functools.cached_property
+    def slot_begins(self) -> np.ndarray:
+        """The first cell of each slot. int32 [B]."""
+        return _frozen(self.step_offsets[self.slot_starts] + self.slot_rows)
+
+    @functools.cached_property
+    def slot_ends(self) -> np.ndarray:
+        """The last cell of each slot. int32 [B]."""
+        return _frozen(self.step_offsets[self.slot_starts + self.room - 1] + self.slot_rows)
+
+    @functools.cached_property
+    def _slots(self) -> np.ndarray:
+        """Row, start and room of each slot, [3, B], the largest room first."""
+        ends = self._row_ends
+        starts = self.starts or ((0,),) * len(ends)
+        rows = np.repeat(np.arange(len(ends)), [len(row) for row in starts])
+        steps = np.array([step for row in starts for step in row])
+        room = np.append(steps[1:], 0)
+        last = np.append(np.diff(rows) > 0, True)
+        room[last] = ends
+        slots = np.stack([rows, steps, room - steps])
+        return _frozen(slots[:, _longest_first(slots[2])])
+
+    @property
+    def _row_ends(self) -> np.ndarray:
+        """The step at which each row ends. [rows[0]]."""
+        alive = np.searchsorted(-np.asarray(self.rows), -np.arange(self.rows[0]))  # buckets with rows > i
+        return np.asarray(self.boundaries)[alive - 1]
 
     @functools.cached_property
     def cell_slots(self) -> np.ndarray:
@@ -202,21 +240,46 @@ class BucketPlan:
         return 1 - self.slack(lengths) / self.size
 
     def picture(self, lengths: npt.ArrayLike | None = None, *, columns: int = 64, lines: int = 16) -> str:
-        """The staircase in text: time runs right, sequences run down, longest first.
+        """The plan in text: time runs right, rows run down, longest first; slots that share a row alternate in shade.
 
         Args:
-          lengths: [N], if given real cells are drawn full and slack is drawn light.
+          lengths: [N], if given real cells are drawn full and slack is drawn light; ValueError if they do not fit.
           columns, lines: the largest picture in characters; a larger plan is sampled.
         """
+        if lengths is not None:
+            self.check(lengths)
         filled = self.room if lengths is None else -np.sort(-concrete_lengths(lengths))
         filled = np.pad(filled, (0, self.num_sequences - len(filled)))
-        steps = _samples(self.num_steps, columns)
-        rows = _samples(self.num_sequences, lines)
-        lines_of_text = []
-        for slot in rows:
-            marks = np.where(steps < filled[slot], "█", np.where(steps < self.room[slot], "░", " "))
-            lines_of_text.append("".join(marks).rstrip())
-        return "\n".join(lines_of_text)
+        steps, rows = _samples(self.num_steps, columns), _samples(self.rows[0], lines)
+        alive = rows[:, None] < self.batch_sizes[steps]
+        cells = np.where(alive, self.step_offsets[steps] + rows[:, None], 0)
+        slots = self.cell_slots[cells]
+        full = np.where(self._places_in_row[slots] % 2, "▓", "█")
+        marks = np.where(alive, np.where(self.cell_steps[cells] < filled[slots], full, "░"), " ")
+        return "\n".join("".join(line).rstrip() for line in marks)
+
+    @property
+    def _places_in_row(self) -> np.ndarray:
+        """How many slots lie before each slot in its row. [B]."""
+        by_row = np.lexsort((self.slot_starts, self.slot_rows))
+        places = np.empty(self.num_sequences, int)
+        places[by_row] = np.concatenate([np.arange(len(row)) for row in self.starts or ((0,),) * self.rows[0]])
+        return places
+
+    def _checked_starts(self) -> tuple[tuple[int, ...], ...]:
+        """`starts` as tuples of ints; empty if each row holds one slot, so that equal plans are equal."""
+        starts = tuple(_ints(f"starts[{i}]", row) for i, row in enumerate(self.starts))
+        if all(row == (0,) for row in starts) and len(starts) in (0, self.rows[0]):
+            return ()
+        if len(starts) != self.rows[0]:
+            raise ValueError(f"starts must have one entry per row, got {len(starts)} for {self.rows[0]} rows.")
+        for i, (row, end) in enumerate(zip(starts, self._row_ends, strict=True)):
+            if row[:1] != (0,) or any(later <= earlier for earlier, later in itertools.pairwise((*row, int(end)))):
+                raise ValueError(
+                    f"the starts of a row must increase from 0 and lie before its end, got starts[{i}] = {row} in a "
+                    f"row of {end} steps."
+                )
+        return starts
 
     def _misfits(self, lengths: np.ndarray) -> np.ndarray:
         """[N] which sequences, in the caller's order, are longer than the room they get."""
@@ -226,29 +289,39 @@ class BucketPlan:
         return misfits
 
     def __repr__(self) -> str:
-        boundaries, rows = (
-            str(values)
-            if len(values) <= _WIDEST_REPR
-            else f"({', '.join(map(str, values[:4]))}, ..., {', '.join(map(str, values[-2:]))})"
-            for values in (self.boundaries, self.rows)
-        )
-        return f"BucketPlan(boundaries={boundaries}, rows={rows})"
+        fields = {"boundaries": self.boundaries, "rows": self.rows} | ({"starts": self.starts} if self.starts else {})
+        return f"BucketPlan({', '.join(f'{name}={_brief(values)}' for name, values in fields.items())})"
 
     def _repr_html_(self) -> str:
-        """A small picture of the staircase for notebooks (inline SVG in the page's own text colour)."""
+        """A small picture of the plan for notebooks (inline SVG in the page's own text colour)."""
         width, height = 320, 120
-        x, y = width / self.num_steps, height / self.num_sequences
+        x, y = width / self.num_steps, height / self.rows[0]
         stairs = "".join(
             f'<rect x="{b.start * x:.2f}" width="{b.steps * x:.2f}" height="{b.rows * y:.2f}" '
             f'fill="currentColor" fill-opacity=".25" stroke="currentColor"/>'
             for b in self.buckets
         )
-        padded = self.num_sequences * self.num_steps
+        starts = "".join(
+            f'<path d="M{step * x:.2f} {row * y:.2f}v{y:.2f}" stroke="currentColor"/>'
+            for row, step in zip(self.slot_rows, self.slot_starts, strict=True)
+            if step
+        )
+        buckets = "1 bucket" if self.num_buckets == 1 else f"{self.num_buckets} buckets"
+        shape = f"{self.rows[0]} rows of {self.num_steps} steps" if self.starts else buckets
+        padded = self.num_sequences * self.max_length
         return (
-            f"<figure><svg width='{width + 2}' height='{height + 2}' viewBox='-1 -1 {width + 2} {height + 2}'>{stairs}"
-            f"</svg><figcaption>{self.num_buckets} buckets, {self.num_sequences} sequences of at most "
+            f"<figure><svg width='{width + 2}' height='{height + 2}' viewBox='-1 -1 {width + 2} {height + 2}'>"
+            f"{stairs}{starts}</svg><figcaption>{shape}, {self.num_sequences} sequences of at most "
             f"{self.max_length} steps, {self.size:,} cells (padded: {padded:,})</figcaption></figure>"
         )
+
+
+def _brief(values: tuple[Any, ...]) -> str:
+    """A tuple, abbreviated if it is long."""
+    texts = [_brief(value) if isinstance(value, tuple) else str(value) for value in values]
+    if len(texts) > _WIDEST_REPR:
+        texts = [*texts[:4], "...", *texts[-2:]]
+    return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
 
 
 def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:

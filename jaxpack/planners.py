@@ -1,4 +1,4 @@
-"""How to choose a plan for a batch of lengths: exactly, in few buckets, or padded.
+"""How to choose a plan for a batch of lengths: exactly, in few buckets, in rows of several sequences, or padded.
 
 All planners give every sequence room for at least one step, so that a batch of B lengths yields a plan for B
 sequences.
@@ -6,15 +6,18 @@ sequences.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.cost import CostModel
 from jaxpack.plan import BucketPlan, as_int, concrete_lengths
 
-# A bucket is worth its place if it saves this share of the batch's real cells. Measured on 2 CPU cores (LSTM, B=64,
-# F=128, H=256, log-normal lengths, training): 16 us a cell, 60 us a step, 0.4 s of compilation a bucket. 2 % of the
-# cells is then 1.5 ms of an 85 ms training step, which pays for its bucket after some 250 steps.
-_WORTHWHILE = 1 / 50
+_WIDER = 32  # plan_rows tries rows wider by 1/32 each time,
+_CLOSE = 0.99  # until no width could save more than 1 %
 
 
 def plan_exact(lengths: npt.ArrayLike) -> BucketPlan:
@@ -51,9 +54,9 @@ def plan_buckets(
     num_buckets: int | None = None,
     *,
     row_multiple: int = 1,
-    bucket_cost: float | None = None,
+    cost_model: CostModel | None = None,
 ) -> BucketPlan:
-    """The staircase of fewest cells with at most `num_buckets` buckets.
+    """The staircase of fewest cells with at most `num_buckets` buckets, or with as many as pay for themselves.
 
     plan_buckets([4, 2, 1], 2) = BucketPlan(boundaries=(2, 4), rows=(3, 1))
 
@@ -67,11 +70,11 @@ def plan_buckets(
 
     Args:
       lengths: [B] whole numbers >= 0, concrete.
-      num_buckets: the most buckets to use. Default: as many as are worth their cost.
+      num_buckets: the most buckets to use. Default: as many as pay for themselves.
       row_multiple: rows of every bucket are rounded up to a multiple of it (but never above B): 8 fills the tiles of
         TPUs and GPUs.
-      bucket_cost: how many cells a further bucket must save to be used. Default: 0 if num_buckets is given, else
-        1/50 of the batch's real cells.
+      cost_model: says how many cells a further bucket must save to be used. Default: any if num_buckets is given,
+        else as many as CostModel() says.
 
     Raises:
       TypeError: if lengths are traced or no numbers.
@@ -81,11 +84,10 @@ def plan_buckets(
         raise ValueError(f"num_buckets must be at least 1, got {num_buckets}.")
     if as_int("row_multiple", row_multiple) < 1:
         raise ValueError(f"row_multiple must be at least 1, got {row_multiple}.")
-    if bucket_cost is not None and not bucket_cost >= 0:
-        raise ValueError(f"bucket_cost must be 0 or more cells, got {bucket_cost}.")
+    if cost_model is None and num_buckets is None:
+        cost_model = CostModel()
+    bucket_cost = cost_model.bucket_cells if cost_model else 0
     ends, rows = _stairs(lengths)
-    if bucket_cost is None:
-        bucket_cost = 0 if num_buckets is not None else _WORTHWHILE * np.diff(ends, prepend=0) @ rows
     rows = np.minimum(-(-rows // row_multiple) * row_multiple, rows[0])
     last_of_its_rows = np.append(rows[1:] < rows[:-1], True)
     ends, rows = ends[last_of_its_rows], rows[last_of_its_rows]
@@ -94,12 +96,63 @@ def plan_buckets(
     return BucketPlan(tuple(ends[boundaries - 1].tolist()), tuple(rows[starts].tolist()))
 
 
-def _stairs(lengths: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The exact staircase: its end steps and the rows alive before each of them."""
+def plan_rows(
+    lengths: npt.ArrayLike, num_rows: int | None = None, *, cost_model: CostModel | None = None
+) -> BucketPlan:
+    """A rectangle whose rows hold several sequences each, end to end: one loop, and hardly any slack.
+
+    plan_rows([4, 2, 1], 2) = BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))
+
+    Sequences are packed best fit first: the longest first, each into the fullest row that has room for it. What is left
+    of a row is room for its last, shortest sequence.
+
+    Args:
+      lengths: [B] whole numbers >= 0, concrete.
+      num_rows: the most rows to use, which are then as short as was found. Default: as many as cost least.
+      cost_model: weighs the cells that wider rows save against the steps that they take. Default: CostModel().
+
+    Raises:
+      TypeError: if lengths are traced or no numbers.
+      ValueError: if lengths are empty, negative or not whole, or num_rows is below 1.
+    """
+    if num_rows is not None and as_int("num_rows", num_rows) < 1:
+        raise ValueError(f"num_rows must be at least 1, got {num_rows}.")
+    longest_first = np.sort(_at_least_one(lengths))[::-1].tolist()
+    if num_rows is None:
+        return _cheapest_rows(longest_first, cost_model or CostModel())
+    # Best fit opens a row only where all others are filled beyond total/num_rows, so this width suffices.
+    width = longest_first[0] + -(-sum(longest_first) // num_rows)
+    return _narrowest_rows(longest_first, num_rows, width)
+
+
+def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) -> BucketPlan:
+    """The cheaper of `plan_buckets(lengths)` and `plan_rows(lengths)`: for whoever would rather not choose.
+
+    plan_best([5, 5, 5]) = plan_padded(3, 5)
+
+    Args:
+      lengths: [B] whole numbers >= 0, concrete.
+      cost_model: what costs how much. Default: CostModel().
+
+    Raises:
+      TypeError: if lengths are traced or no numbers. ValueError: if they are empty, negative or not whole.
+    """
+    cost_model = cost_model or CostModel()
+    plans = [planner(lengths, cost_model=cost_model) for planner in (plan_buckets, plan_rows)]
+    return min(plans, key=cost_model.total)
+
+
+def _at_least_one(lengths: npt.ArrayLike) -> np.ndarray:
+    """The room that each sequence needs. [B], B >= 1."""
     array = np.maximum(concrete_lengths(lengths), 1)
     if not array.size:
         raise ValueError("lengths is empty: a plan needs at least one sequence.")
-    ends, counts = np.unique(array, return_counts=True)
+    return array
+
+
+def _stairs(lengths: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The exact staircase: its end steps and the rows alive before each of them."""
+    ends, counts = np.unique(_at_least_one(lengths), return_counts=True)
     return ends, np.cumsum(counts[::-1])[::-1]
 
 
@@ -145,3 +198,46 @@ def _one_more_bucket(
         open_ = low <= high
         low, high, left, right = low[open_], high[open_], left[open_], right[open_]
     return best, choice
+
+
+def _cheapest_rows(lengths: Sequence[int], cost_model: CostModel) -> BucketPlan:
+    """The row plan of least cost among those that ever wider rows lead to; lengths are sorted, longest first."""
+    total, width = sum(lengths), lengths[0]
+    num_rows = len(_best_fit(lengths, width))
+    best = _narrowest_rows(lengths, num_rows, width)
+    while width < total:
+        width = min(total, width + -(-width // _WIDER))
+        ideal = BucketPlan((width,), (total // width,))  # without slack: no wider rows cost less
+        if cost_model.total(ideal) > _CLOSE * cost_model.total(best):
+            break
+        num_rows = len(_best_fit(lengths, width))
+        if cost_model.total(BucketPlan((-(-total // num_rows),), (num_rows,))) < cost_model.total(best):
+            best = min(best, _narrowest_rows(lengths, num_rows, width), key=cost_model.total)
+    return best
+
+
+def _narrowest_rows(lengths: Sequence[int], num_rows: int, width: int) -> BucketPlan:
+    """The row plan of at most num_rows rows, enough at `width`, and of the fewest steps that bisection finds to do."""
+    least = max(lengths[0], -(-sum(lengths) // num_rows))
+    steps = range(least, width)
+    width = least + bisect_left(steps, True, key=lambda width: len(_best_fit(lengths, width)) <= num_rows)
+    rows = _best_fit(lengths, width)
+    return BucketPlan((width,), (len(rows),), tuple((0, *itertools.accumulate(row[:-1])) for row in rows))
+
+
+def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Lengths, longest first, dealt to rows of a width: each to the fullest row that has room, else to a new one.
+
+    What is left of a row and its number are one int, left * B + row, so that a sorted list of ints finds the row.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for length in lengths:
+        place = bisect_left(left, length * len(lengths))
+        if place == len(left):
+            left.append(width * len(lengths) + len(rows))
+            rows.append([])
+        row = left.pop(place)
+        rows[row % len(lengths)].append(length)
+        insort(left, row - length * len(lengths))
+    return rows

@@ -1,4 +1,4 @@
-"""Plots, drawn by matplotlib, which the extra `plot` brings: a plan as its staircase, a benchmark as bars.
+"""Plots, drawn by matplotlib, which the extra `plot` brings: a plan in its cells, a benchmark as bars.
 
     jaxpack.plot.plot_plan(plan, lengths).savefig("plan.svg")
 
@@ -27,7 +27,7 @@ _PASSES = {"forward": "Forward", "training": "Forward and backward"}
 
 
 def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
-    """The staircase of a plan: time runs right, sequences run down, longest first.
+    """The rows of a plan: time runs right, sequences run down, longest first; lines mark where slots start in a row.
 
     Args:
       plan: what to draw.
@@ -49,29 +49,20 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
         filled = np.pad(filled, (0, plan.num_sequences - len(filled)))
     figure = _figure(6.4, 4.0)
     axes = figure.add_subplot()
-    rows = np.arange(plan.num_sequences + 1)
-    axes.stairs(
-        filled, rows, orientation="horizontal", fill=True, color=_REAL, label="real" if lengths is not None else "cells"
-    )
+    starts, ends = plan.slot_starts, plan.slot_starts + plan.room
+    _draw_spans(axes, plan.slot_rows, starts, starts + filled, _REAL, "cells" if lengths is None else "real")
     if lengths is not None:
-        axes.stairs(
-            plan.room,
-            rows,
-            baseline=filled,
-            orientation="horizontal",
-            fill=True,
-            color=_SLACK,
-            label="slack: computed, masked",
-        )
-    edges = [((b.start, 0), b.steps, b.rows) for b in plan.buckets]
+        _draw_spans(axes, plan.slot_rows, starts + filled, ends, _SLACK, "slack: computed, masked")
+    inner = starts > 0
+    axes.vlines(starts[inner], plan.slot_rows[inner], plan.slot_rows[inner] + 1, color="white", linewidth=1)
     patches = importlib.import_module("matplotlib.patches")
-    for corner, width, height in edges:
-        axes.add_patch(patches.Rectangle(corner, width, height, fill=False, edgecolor=_EDGE, linewidth=1))
+    for b in plan.buckets:
+        axes.add_patch(patches.Rectangle((b.start, 0), b.steps, b.rows, fill=False, edgecolor=_EDGE, linewidth=1))
     axes.set_xlim(0, plan.num_steps)
-    axes.set_ylim(plan.num_sequences, 0)
+    axes.set_ylim(plan.rows[0], 0)
     axes.set_xlabel("time [steps]")
     axes.set_ylabel("sequences, longest first [rows]")
-    axes.set_title(f"{_buckets(plan)}, {cells}")
+    axes.set_title(f"{_shape(plan)}, {cells}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -137,5 +128,14 @@ def _figure(width: float, height: float) -> Figure:
     return module.Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
-def _buckets(plan: BucketPlan) -> str:
+def _draw_spans(axes: Any, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, color: str, label: str) -> None:
+    """Rectangles one row high, as one artist, without the seams that blurred edges would leave between rows."""
+    collections = importlib.import_module("matplotlib.collections")
+    corners = np.stack([[starts, ends, ends, starts], [rows, rows, rows + 1, rows + 1]])  # [2, 4, B]
+    axes.add_collection(collections.PolyCollection(corners.T, facecolor=color, antialiased=False, label=label))
+
+
+def _shape(plan: BucketPlan) -> str:
+    if plan.starts:
+        return f"{plan.rows[0]:,} rows of {plan.num_steps:,} steps"
     return "1 bucket" if plan.num_buckets == 1 else f"{plan.num_buckets} buckets"

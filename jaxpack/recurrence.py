@@ -6,9 +6,13 @@ one large product, and takes the gradients of weights and inputs a chunk at a ti
 step is left in the loop. (LSTM, B=64, F=128, H=256, log-normal lengths, 2 cores, one run: see the README's bench.)
 
 Platforms want other loops, so the choice is made when a program is lowered (jax.lax.platform_dependent; an export for
-several platforms holds both). CPUs want chunks that stay in cache and one direction after the other. Accelerators want
+several platforms holds all). CPUs want chunks that stay in cache and one direction after the other. Accelerators want
 few, large operations: a bucket is one chunk, steps are unrolled, both directions share each step, and loops have
 static trip counts.
+
+Without a plan the cells lie under the padded one, and a ladder of loops goes over it, whose trip counts follow from the
+lengths (jaxpack.stairs). On a GPU such a loop would ask the host at every step whether to go on, so it runs the padded
+plan itself there.
 
 Any further derivative (forward over reverse, reverse over reverse) is that of the plain scan, which `forward_mode`
 selects from the start.
@@ -26,12 +30,16 @@ from jax import lax
 
 from jaxpack import loops
 from jaxpack.cells import Carry, Cell, Fused, Params
-from jaxpack.loops import Memories, Schedule
+from jaxpack.loops import Schedule
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import scan_slots
+from jaxpack.stairs import CHUNK_CELLS, Stair, kept_rows, ladder_ends, ladder_of, levels_of, stairs_of
 
-CPU = Schedule(chunk_cells=loops.CHUNK_CELLS, unroll=1, together=False)
+CPU = Schedule(chunk_cells=CHUNK_CELLS, unroll=1, together=False)
 ACCELERATOR = Schedule(chunk_cells=None, unroll=8, together=True)
+TPU_LADDER = Schedule(chunk_cells=8 * CHUNK_CELLS, unroll=1, together=True)  # chunks are static, its stairs are not
+
+Shared = tuple[jax.Array, jax.Array | None]  # what directions share: the mask, and without a plan the ladder's ends
 
 
 def recur(
@@ -41,6 +49,7 @@ def recur(
     carries: Sequence[Carry],
     mask: jax.Array,
     plan: BucketPlan,
+    spans: jax.Array | None,
     forward_mode: bool,
 ) -> tuple[Sequence[jax.Array], Sequence[Carry]]:
     """Runs one cell per direction over a plan.
@@ -49,16 +58,18 @@ def recur(
       params, inputs, carries: per direction its parameters, its inputs [S, F] (anything in slack) and its initial
         carry, leaves [B, ...] per slot.
       mask: bool [S], True at real cells.
+      spans: int32 [B], the real steps of each slot, to run without a plan over the cells of a padded one; or None.
       forward_mode: whether to run the plain scan, which can be differentiated in forward mode too.
 
     Returns:
-      Per direction the outputs [S, P], arbitrary in slack, and the final carry per slot.
+      Per direction the outputs [S, P], zero in slack, and the final carry per slot.
     """
     # Weights take on what the inputs vary over under shard_map, outside the derivative: autodiff sums it up again.
     zero = lax.full_like(inputs[0], 0, shape=())
     fused = tuple(jax.tree.map(lambda w: w + zero, cell.fuse(p)) for p in params)
+    ends = None if spans is None else ladder_ends(levels_of(plan.num_sequences), spans)
     run = _plain if forward_mode else _fast
-    return run(cell, plan, fused, tuple(inputs), mask, tuple(carries))
+    return run(cell, plan, fused, tuple(inputs), (mask, ends), tuple(carries))
 
 
 def _plain(
@@ -66,10 +77,11 @@ def _plain(
     plan: BucketPlan,
     fused: tuple[Fused, ...],
     inputs: tuple[jax.Array, ...],
-    mask: jax.Array,
+    shared: Shared,
     carries: tuple[Carry, ...],
 ) -> tuple[tuple[jax.Array, ...], tuple[Carry, ...]]:
     """The masked scan, both directions in one, with JAX's own derivatives: the reference of the fast one."""
+    mask, _ = shared
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         stepped = tuple(cell.step(*each) for each in zip(fused, carries, projected, strict=True))
@@ -83,14 +95,14 @@ def _plain(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _fast(cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, mask: jax.Array, carries: Any) -> Any:
-    outputs, finals, _ = _forward(cell, plan, fused, inputs, mask, carries)
+def _fast(cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, shared: Shared, carries: Any) -> Any:
+    outputs, finals, _ = _forward(cell, plan, fused, inputs, shared, carries)
     return outputs, finals
 
 
-def _fast_fwd(cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, mask: jax.Array, carries: Any) -> Any:
-    outputs, finals, memories = _forward(cell, plan, fused, inputs, mask, carries)
-    return (outputs, finals), (fused, inputs, mask, carries, outputs, memories)
+def _fast_fwd(cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, shared: Shared, carries: Any) -> Any:
+    outputs, finals, kept = _forward(cell, plan, fused, inputs, shared, carries)
+    return (outputs, finals), (fused, inputs, shared, carries, outputs, kept)
 
 
 def _fast_bwd(cell: Cell, plan: BucketPlan, saved: Any, cotangents: Any) -> Any:
@@ -103,23 +115,27 @@ _fast.defvjp(_fast_fwd, _fast_bwd)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _forward(
-    cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, mask: jax.Array, carries: Any
-) -> tuple[tuple[jax.Array, ...], tuple[Carry, ...], tuple[Memories, ...]]:
-    run = _on_each_platform(lambda schedule: functools.partial(loops.forward, cell, plan, schedule))
-    return _transposed(run(fused, inputs, _shared(mask, inputs), carries))
+    cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, shared: Shared, carries: Any
+) -> tuple[tuple[jax.Array, ...], tuple[Carry, ...], tuple[Carry, ...]]:
+    kept = kept_rows(plan, None if shared[1] is None else levels_of(plan.num_sequences))
+
+    def run(schedule: Schedule, stairs: Sequence[Stair], mask: jax.Array, fused: Any, x: Any, carry: Any) -> Any:
+        return loops.forward(cell, plan, stairs, kept, schedule.unroll, fused, x, mask, carry)
+
+    return _on_each_platform(run, plan, shared, fused, inputs, carries)
 
 
 @_forward.defjvp
 def _forward_jvp(cell: Cell, plan: BucketPlan, primals: Any, tangents: Any) -> Any:
-    fused, inputs, mask, carries = primals
-    outputs, finals, memories = _forward(cell, plan, *primals)
+    fused, inputs, shared, carries = primals
+    outputs, finals, kept = _forward(cell, plan, *primals)
     _, (doutputs, dfinals) = jax.jvp(
-        lambda fused, inputs, carries: _plain(cell, plan, fused, inputs, mask, carries),
+        lambda fused, inputs, carries: _plain(cell, plan, fused, inputs, shared, carries),
         (fused, inputs, carries),
         (tangents[0], tangents[1], tangents[3]),
     )
-    # Only the backward loops read the memories, and their derivative does not.
-    return (outputs, finals, memories), (doutputs, dfinals, jax.tree.map(jnp.zeros_like, memories))
+    # Only the backward loops read what is kept, and their derivative does not.
+    return (outputs, finals, kept), (doutputs, dfinals, jax.tree.map(jnp.zeros_like, kept))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -128,24 +144,25 @@ def _backward(
     plan: BucketPlan,
     fused: Any,
     inputs: Any,
-    mask: jax.Array,
+    shared: Shared,
     carries: Any,
     outputs: Any,
-    memories: Any,
+    kept: Any,
     doutputs: Any,
     dfinals: Any,
 ) -> tuple[tuple[Fused, ...], tuple[jax.Array, ...], tuple[Carry, ...]]:
-    run = _on_each_platform(lambda schedule: functools.partial(loops.backward, cell, plan, schedule))
-    masks = _shared(mask, inputs)
-    return _transposed(run(fused, inputs, masks, carries, outputs, memories, doutputs, dfinals))
+    def run(schedule: Schedule, stairs: Sequence[Stair], mask: jax.Array, fused: Any, x: Any, *rest: Any) -> Any:
+        return loops.backward(cell, plan, stairs, schedule, fused, x, mask, *rest)
+
+    return _on_each_platform(run, plan, shared, fused, inputs, carries, outputs, kept, doutputs, dfinals)
 
 
 @_backward.defjvp
 def _backward_jvp(cell: Cell, plan: BucketPlan, primals: Any, tangents: Any) -> Any:
-    fused, inputs, mask, carries, _, _, *cotangents = primals
+    fused, inputs, shared, carries, _, _, *cotangents = primals
 
     def plain(fused: Any, inputs: Any, carries: Any, *cotangents: Any) -> Any:
-        _, vjp = jax.vjp(lambda f, x, c: _plain(cell, plan, f, x, mask, c), fused, inputs, carries)
+        _, vjp = jax.vjp(lambda f, x, c: _plain(cell, plan, f, x, shared, c), fused, inputs, carries)
         return vjp(tuple(cotangents))
 
     _, derivative = jax.jvp(
@@ -156,28 +173,35 @@ def _backward_jvp(cell: Cell, plan: BucketPlan, primals: Any, tangents: Any) -> 
     return _backward(cell, plan, *primals), derivative
 
 
-def _on_each_platform(make: Callable[[Schedule], Callable[..., Any]]) -> Callable[..., Any]:
-    """A function of tuples, one entry per direction, which runs each direction as its platform wants."""
+def _on_each_platform(
+    run: Callable[..., tuple[Any, ...]], plan: BucketPlan, shared: Shared, *operands: tuple[Any, ...]
+) -> Any:
+    """run(schedule, stairs, mask, *operands) for each direction, as the program's platform wants it.
 
-    def run(schedule: Schedule, *operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    Args:
+      operands: tuples, one entry per direction.
+
+    Returns:
+      A tuple for each of run's results, with one entry per direction.
+    """
+
+    def go(schedule: Schedule, ladder: bool, mask: jax.Array, ends: jax.Array | None, *operands: Any) -> Any:
+        if ladder and ends is not None:
+            stairs = ladder_of(plan, levels_of(plan.num_sequences), ends, schedule.chunk_cells)
+        else:
+            stairs = stairs_of(plan, schedule.chunk_cells)
         each = list(zip(*operands, strict=True))
+        one = functools.partial(run, schedule, stairs, mask)
         if not schedule.together or len(each) == 1:
-            return tuple(make(schedule)(*direction) for direction in each)
+            return tuple(zip(*(one(*direction) for direction in each), strict=True))
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-        results = jax.vmap(make(schedule))(*stacked)
-        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], results) for i in range(len(each)))
+        results = jax.vmap(one)(*stacked)
+        return tuple(
+            tuple(jax.tree.map(lambda leaf, i=i: leaf[i], result) for i in range(len(each))) for result in results
+        )
 
-    def choose(*operands: Any) -> Any:
-        cpu, other = (functools.partial(run, schedule) for schedule in (CPU, ACCELERATOR))
-        return lax.platform_dependent(*operands, cpu=cpu, default=other)
-
-    return choose
-
-
-def _shared(mask: jax.Array, directions: Sequence[Any]) -> tuple[jax.Array, ...]:
-    return (mask,) * len(directions)
-
-
-def _transposed(results: Sequence[tuple[Any, ...]]) -> Any:
-    """From a tuple per direction to a tuple of tuples over directions."""
-    return tuple(zip(*results, strict=True))
+    schedules = {"cpu": (CPU, True), "default": (ACCELERATOR, False)}
+    if shared[1] is not None:
+        schedules["tpu"] = (TPU_LADDER, True)
+    branches = {name: functools.partial(go, *choice) for name, choice in schedules.items()}
+    return lax.platform_dependent(*shared, *operands, **branches)

@@ -1,19 +1,19 @@
 """packed_scan: the masked lax.scan over a plan's buckets. Everything recurrent in jaxpack stands on it.
 
 Within a bucket the rows are constant, so it is one lax.scan; from bucket to bucket the batch shrinks. A row whose
-sequence has ended keeps its carry, so that the carry of each row, when its row or its plan ends, is the one after its
-own last step.
+sequence has ended keeps its carry, so that the carry of each row, when its slot ends, is the one after the sequence's
+own last step. Where slots share a row, a slot starts with its own initial carry.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxpack.plan import Bucket, BucketPlan
@@ -87,25 +87,50 @@ def scan_slots(
     """
     chex.assert_tree_shape_prefix((carry, stand_in), (plan.num_sequences,))
     chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
+    initial, crossings = carry, _crossings(plan)
 
-    def masked(carry: PyTree, cell: tuple[PyTree, jax.Array], stand_in: PyTree) -> tuple[PyTree, PyTree]:
-        x, real = cell
+    def masked(state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any]) -> tuple[Any, PyTree]:
+        carry, finals = state
+        x, real, crossing = cell
+        if crossing is None:
+            safe = jax.tree.map(lambda leaf: leaf[: len(real)], stand_in)
+        else:
+            slots, entered, left = crossing
+            carry = _select(entered, jax.tree.map(lambda leaf: leaf[slots], initial), carry)
+            safe = jax.tree.map(lambda leaf: leaf[slots], stand_in)
+        stepped, y = step(_select(real, carry, safe), x)
+        carry = _select(real, stepped, carry)
+        if crossing is not None:
+            finals = jax.tree.map(lambda leaf, new: leaf.at[left].set(new, mode="drop"), finals, carry)
+        return (carry, finals), y
 
-        def select(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(expand(real, old), new, old)
-
-        stepped, y = step(jax.tree.map(select, carry, stand_in), x)
-        return jax.tree.map(select, stepped, carry), y
-
-    finished, outputs = [], []
+    finished, outputs, finals = [], [], None
+    if crossings is not None:
+        carry, finals = jax.tree.map(lambda leaf: leaf[plan.cell_slots[: plan.rows[0]]], carry), carry
     for bucket in plan.buckets:
         finished.append(jax.tree.map(lambda leaf, rows=bucket.rows: leaf[rows:], carry))
         carry = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], carry)
-        stand_in = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], stand_in)
-        carry, ys = lax.scan(functools.partial(masked, stand_in=stand_in), carry, _block(bucket, (inputs, mask)))
+        (carry, finals), ys = lax.scan(masked, (carry, finals), _block(bucket, (inputs, mask, crossings)))
         outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
-    carry = jax.tree.map(lambda *parts: jnp.concatenate(parts), carry, *reversed(finished))
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+    if crossings is None:
+        finals = jax.tree.map(lambda *parts: jnp.concatenate(parts), carry, *reversed(finished))
+    return finals, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(expand(condition, b), a, b), new, old)
+
+
+def _crossings(plan: BucketPlan) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+    """For each cell its slot, whether that is entered there, and which slot is left there (B for none).
+
+    None where each row is one slot, which is there from the first step to the last.
+    """
+    if not plan.starts:
+        return None
+    left = np.full(plan.size, plan.num_sequences, np.int32)
+    left[plan.slot_ends] = np.arange(plan.num_sequences)
+    return jnp.asarray(plan.cell_slots), jnp.asarray(plan.cell_steps == 0), jnp.asarray(left)
 
 
 def _block(bucket: Bucket, cells: PyTree) -> PyTree:

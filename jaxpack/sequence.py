@@ -73,8 +73,7 @@ class PackedSequence:
     @property
     def mask(self) -> jax.Array:
         """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real."""
-        ends = jnp.where(slot_fits(self), slot_lengths(self), self.plan.room)
-        return jnp.asarray(ends[self.plan.cell_slots] > self.plan.cell_steps)
+        return jnp.asarray(slot_spans(self)[self.plan.cell_slots] > self.plan.cell_steps)
 
     @property
     def fits(self) -> jax.Array:
@@ -181,6 +180,11 @@ def slot_fits(packed: PackedSequence) -> jax.Array:
     """bool [B]: which slots hold a sequence that fits them."""
     lengths = slot_lengths(packed)
     return (lengths >= 0) & (lengths <= packed.plan.room)
+
+
+def slot_spans(packed: PackedSequence) -> jax.Array:
+    """int32 [B]: how many cells of each slot count as real: its length, or all if its sequence does not fit."""
+    return jnp.where(slot_fits(packed), slot_lengths(packed), packed.plan.room)
 
 
 def sanitise(packed: PackedSequence) -> PyTree:

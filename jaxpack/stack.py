@@ -11,10 +11,10 @@ import jax.numpy as jnp
 
 from jaxpack.cells import Cell, Params
 from jaxpack.recurrence import recur
-from jaxpack.sequence import PackedSequence, permute, reversed_cells, seal, seal_states
+from jaxpack.sequence import PackedSequence, permute, poison, reversed_cells, slot_spans, who_fits
 
 
-@functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout", "forward_mode"))
+@functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout", "planned", "forward_mode"))
 def run_stack(
     cell: Cell,
     num_directions: int,
@@ -23,6 +23,7 @@ def run_stack(
     packed: PackedSequence,
     state: Any,
     dropout_key: jax.Array | None,
+    planned: bool,
     forward_mode: bool,
 ) -> tuple[PackedSequence, Any]:
     """The outputs of the last layer, and the final states of all. Jitted, so one compilation a plan outside jit too.
@@ -32,10 +33,14 @@ def run_stack(
       packed: data [S, F], in the dtype of the computation.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order.
       dropout_key: None for no dropout.
+      planned: whether the plan is a choice, or no more than the padded batch's shape.
       forward_mode: whether to run the plain scan.
     """
     plan, mask, reverse = packed.plan, packed.mask, reversed_cells(packed)
-    state = jax.tree.map(lambda leaf: leaf[:, packed.sorted_indices], state)
+    spans = None if planned else slot_spans(packed)
+    # A sequence that does not fit starts from NaN in every layer: all that comes of it is NaN, gradients included.
+    fits = who_fits(packed)
+    state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
     data: jax.Array = packed.data
     finals: list[tuple[jax.Array, ...]] = []
     for first in range(0, len(params), num_directions):
@@ -49,14 +54,15 @@ def run_stack(
             [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in here],
             mask,
             plan,
+            spans,
             forward_mode,
         )
         finals.extend(final)
         data = jnp.concatenate([outputs[0], *(permute(y, reverse) for y in outputs[1:])], axis=-1)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), seal_states(packed, by_slot))
-    return packed.replace(data=seal(packed, data)), final_state
+    final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
+    return packed.replace(data=data), final_state
 
 
 def drop(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:

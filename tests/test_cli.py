@@ -138,7 +138,7 @@ def test_report_is_80_columns_wide_and_alone_on_stdout(packed):
 
 
 def test_report_is_plain_on_an_ascii_terminal():
-    plan = jaxpack.plan_buckets([4, 2, 1])
+    plan = jaxpack.plan_exact([4, 2, 1])
     column = Column(plan, compile_seconds=1.0, epoch_seconds=0.1)
     report = Report(
         *("title", 1, 2, 3, 1, 1, 7, 1),

@@ -1,14 +1,25 @@
+import itertools
 import pickle
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import staircases
+from strategies import plans, staircases
 
 from jaxpack import BucketPlan
 
 STAIRS = BucketPlan(boundaries=(2, 4), rows=(3, 1))
+ROWS = BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))
+
+
+def slots_by_hand(plan):
+    """Row, start and end of each slot, walked row by row, then the longest first."""
+    slots = []
+    for row, starts in enumerate(plan.starts or [(0,)] * plan.rows[0]):
+        end = sum(rows > row for rows in plan.batch_sizes)
+        slots += [(row, start, stop) for start, stop in itertools.pairwise((*starts, end))]
+    return sorted(slots, key=lambda slot: slot[1] - slot[2])
 
 
 def test_properties_of_a_small_plan():
@@ -22,15 +33,78 @@ def test_properties_of_a_small_plan():
     assert STAIRS.cell_steps.tolist() == [0, 0, 0, 1, 1, 1, 2, 3]
 
 
+def test_properties_of_a_small_row_plan():
+    assert ROWS.num_buckets == 1
+    assert ROWS.num_sequences == 3
+    assert ROWS.max_length == ROWS.num_steps == 4
+    assert ROWS.size == 8
+    assert ROWS.batch_sizes.tolist() == [2, 2, 2, 2]
+    assert ROWS.room.tolist() == [4, 2, 2]
+    assert ROWS.slot_rows.tolist() == [0, 1, 1]
+    assert ROWS.slot_starts.tolist() == [0, 0, 2]
+    assert ROWS.cell_slots.tolist() == [0, 1, 0, 1, 0, 2, 0, 2]
+    assert ROWS.cell_steps.tolist() == [0, 0, 1, 1, 2, 0, 3, 1]
+    assert ROWS.slot_begins.tolist() == [0, 1, 5]
+    assert ROWS.slot_ends.tolist() == [6, 3, 7]
+
+
 @given(staircases())
-def test_every_cell_belongs_to_one_slot_and_step(plan):
+def test_cells_of_a_staircase_are_those_of_its_rows_step_by_step(plan):
     cells = [(slot, step) for step, rows in enumerate(plan.batch_sizes) for slot in range(rows)]
     assert list(zip(plan.cell_slots.tolist(), plan.cell_steps.tolist(), strict=True)) == cells
     assert plan.size == len(cells) == sum(bucket.size for bucket in plan.buckets)
-    assert plan.room.tolist() == [sum(rows > slot for rows in plan.batch_sizes) for slot in range(plan.num_sequences)]
 
 
-@given(staircases(), st.lists(st.integers(0, 10), max_size=7))
+@given(plans)
+def test_slots_fill_their_rows_and_the_largest_room_comes_first(plan):
+    slots = slots_by_hand(plan)
+    assert plan.num_sequences == len(slots)
+    assert plan.room.tolist() == [stop - start for _, start, stop in slots]
+    assert plan.slot_rows.tolist() == [row for row, _, _ in slots]
+    assert plan.slot_starts.tolist() == [start for _, start, _ in slots]
+    assert plan.max_length == max(plan.room)
+    assert plan.size == sum(plan.room)
+
+
+@given(plans)
+def test_every_cell_belongs_to_one_slot_and_step(plan):
+    slots = slots_by_hand(plan)
+    cells = [
+        (slot, step - start)
+        for step, alive in enumerate(plan.batch_sizes)
+        for row in range(alive)
+        for slot, (where, start, stop) in enumerate(slots)
+        if where == row and start <= step < stop
+    ]
+    assert list(zip(plan.cell_slots.tolist(), plan.cell_steps.tolist(), strict=True)) == cells
+
+
+@given(plans)
+def test_a_slot_begins_at_its_first_cell_and_ends_at_its_last(plan):
+    for slot, (begin, end) in enumerate(zip(plan.slot_begins, plan.slot_ends, strict=True)):
+        assert (plan.cell_slots[begin], plan.cell_steps[begin]) == (slot, 0)
+        assert (plan.cell_slots[end], plan.cell_steps[end]) == (slot, plan.room[slot] - 1)
+
+
+@given(plans)
+def test_index_vectors_are_int32_and_cannot_be_written(plan):
+    for name in (
+        "room",
+        "slot_rows",
+        "slot_starts",
+        "slot_begins",
+        "slot_ends",
+        "cell_slots",
+        "cell_steps",
+        "batch_sizes",
+        "step_offsets",
+    ):
+        vector = getattr(plan, name)
+        assert vector.dtype == np.int32
+        assert not vector.flags.writeable
+
+
+@given(plans, st.lists(st.integers(0, 10), max_size=7))
 def test_fits_agrees_with_its_definition(plan, lengths):
     ranked = sorted(lengths, reverse=True)
     expected = len(ranked) <= plan.num_sequences and all(n <= plan.room[i] for i, n in enumerate(ranked))
@@ -67,6 +141,40 @@ def test_plans_compare_hash_and_pickle_by_value():
     assert eval(repr(STAIRS)) == STAIRS
 
 
+@given(plans)
+def test_a_plan_is_equal_to_its_copy_and_its_repr_and_hashes_alike(plan):
+    lists = BucketPlan(list(plan.boundaries), np.array(plan.rows), [list(row) for row in plan.starts])
+    assert lists == plan
+    assert hash(lists) == hash(plan)
+    assert eval(repr(plan)) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_plans_that_differ_in_starts_are_different():
+    assert BucketPlan((4,), (2,), ((0,), (0, 3))) != ROWS
+    assert BucketPlan((4,), (2,), ((0, 2), (0,))) != ROWS
+    assert BucketPlan((4,), (2,)) != ROWS
+
+
+def test_one_slot_a_row_is_the_staircase_itself():
+    spelled_out = BucketPlan((2, 4), (3, 1), ((0,), (0,), (0,)))
+    assert spelled_out == STAIRS
+    assert hash(spelled_out) == hash(STAIRS)
+    assert spelled_out.starts == ()
+
+
+def test_repr_of_a_row_plan_writes_its_starts():
+    assert repr(ROWS) == "BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))"
+    assert "starts" not in repr(STAIRS)
+
+
+def test_repr_of_many_slots_is_short():
+    plan = BucketPlan((50,), (20,), (tuple(range(50)),) * 20)
+    row = "(0, 1, 2, 3, ..., 48, 49)"
+    rows = f"{row}, {row}, {row}, {row}, ..., {row}, {row}"
+    assert repr(plan) == f"BucketPlan(boundaries=(50,), rows=(20,), starts=({rows}))"
+
+
 def test_repr_of_many_buckets_is_short():
     plan = BucketPlan(tuple(range(1, 101)), tuple(range(100, 0, -1)))
     assert repr(plan) == "BucketPlan(boundaries=(1, 2, 3, 4, ..., 99, 100), rows=(100, 99, 98, 97, ..., 2, 1))"
@@ -88,6 +196,25 @@ def test_repr_of_many_buckets_is_short():
 def test_what_is_no_staircase_is_refused(boundaries, rows, error, message):
     with pytest.raises(error, match=message):
         BucketPlan(boundaries, rows)
+
+
+@pytest.mark.parametrize(
+    ("starts", "error", "message"),
+    [
+        (((0,),), ValueError, "one entry per row, got 1 for 2 rows"),
+        (((0,), (0,), (0, 1)), ValueError, "one entry per row, got 3 for 2 rows"),
+        (((0,), ()), ValueError, r"got starts\[1\] = \(\) in a row of 2 steps"),
+        (((0,), (1,)), ValueError, r"increase from 0 .* got starts\[1\] = \(1,\)"),
+        (((0, 2, 2), (0,)), ValueError, r"got starts\[0\] = \(0, 2, 2\) in a row of 4 steps"),
+        (((0, 4), (0,)), ValueError, r"lie before its end, got starts\[0\] = \(0, 4\)"),
+        (((0, 1), (0, 2)), ValueError, r"got starts\[1\] = \(0, 2\) in a row of 2 steps"),
+        (((0, 1.5), (0,)), TypeError, r"starts\[0\] must be a tuple of ints, got \(0, 1.5\)"),
+        ((0, 2), TypeError, r"starts\[0\] must be a tuple of ints, got 0"),
+    ],
+)
+def test_slots_that_do_not_fill_their_row_in_order_are_refused(starts, error, message):
+    with pytest.raises(error, match=message):
+        BucketPlan((2, 4), (2, 1), starts)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +243,29 @@ def test_picture_shows_cells_and_slack():
     assert STAIRS.picture([1, 3, 2]) == "███░\n██\n█░"
 
 
+def test_picture_shades_the_slots_of_a_row_in_turn():
+    assert ROWS.picture() == "████\n██▓▓"
+    assert ROWS.picture([1, 4, 2]) == "████\n██▓░"
+    assert BucketPlan((2, 6), (2, 1), ((0, 1, 3), (0, 1))).picture() == "█▓▓███\n█▓"
+
+
+def test_picture_takes_fewer_lengths_than_slots():
+    assert ROWS.picture([3]) == "███░\n░░░░"
+
+
+def test_picture_refuses_lengths_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 5 does not fit"):
+        ROWS.picture([5])
+
+
+@given(plans)
+def test_picture_draws_every_cell(plan):
+    picture = plan.picture()
+    assert [len(line) for line in picture.splitlines()] == [sum(plan.batch_sizes > row) for row in range(plan.rows[0])]
+    assert "░" not in picture
+    assert plan.picture([]).count("░") == plan.size
+
+
 def test_picture_of_a_large_plan_is_sampled():
     lines = BucketPlan((500, 1000), (400, 100)).picture(columns=40, lines=8).splitlines()
     assert [len(line) for line in lines] == [40, 40, 20, 20, 20, 20, 20, 20]
@@ -125,3 +275,14 @@ def test_html_picture_draws_every_bucket():
     html = STAIRS._repr_html_()
     assert html.count("<rect") == 2
     assert "8 cells (padded: 12)" in html
+
+
+def test_html_picture_draws_a_line_where_a_slot_starts_within_a_row():
+    html = BucketPlan((9,), (3,), ((0,), (0, 5), (0, 3, 6)))._repr_html_()
+    assert html.count("<rect") == 1
+    assert html.count("<path") == 3
+    assert "3 rows of 9 steps, 6 sequences of at most 9 steps, 27 cells (padded: 54)" in html
+
+
+def test_html_picture_speaks_of_one_bucket():
+    assert "<figcaption>1 bucket, 2 sequences" in BucketPlan((4,), (2,))._repr_html_()

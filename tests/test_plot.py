@@ -2,7 +2,6 @@
 
 import sys
 
-import numpy as np
 import pytest
 
 import jaxpack
@@ -16,11 +15,23 @@ def matplotlib():
     return pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
 
 
+def drawn_spans(axes, label):
+    """Row, start and end of each rectangle of a label; one row high."""
+    (spans,) = [spans for spans in axes.collections if spans.get_label() == label]
+    boxes = [path.get_extents() for path in spans.get_paths()]
+    assert all(box.height == 1 for box in boxes)
+    return [(box.y0, box.x0, box.x1) for box in boxes]
+
+
 def drawn_cells(axes, label):
-    """The area of the stairs of a label: they are one step wide and one row high."""
-    (stairs,) = [patch for patch in axes.patches if patch.get_label() == label]
-    values, _, baseline = stairs.get_data()
-    return np.sum(values - (0 if baseline is None else baseline))
+    """The area of the rectangles of a label: they are one row high."""
+    return sum(end - start for _, start, end in drawn_spans(axes, label))
+
+
+def drawn_lines(axes):
+    """Row and step of each line where a slot starts within a row."""
+    (lines,) = [lines for lines in axes.collections if hasattr(lines, "get_segments")]
+    return [(segment[0, 1], segment[0, 0]) for segment in lines.get_segments()]
 
 
 def ratio(median):
@@ -51,6 +62,30 @@ def test_plan_is_drawn_with_its_real_and_slack_cells(matplotlib, num_buckets):
     assert [(p.get_x(), p.get_width(), p.get_height()) for p in outlines] == [
         (b.start, b.steps, b.rows) for b in plan.buckets
     ]
+
+
+def test_row_plan_is_drawn_in_its_rows_with_lines_where_slots_start(matplotlib):
+    plan = jaxpack.BucketPlan((4,), (2,), ((0,), (0, 2)))
+    (axes,) = plot.plot_plan(plan, [1, 3, 2]).axes
+    assert drawn_spans(axes, "real") == [(0, 0, 3), (1, 0, 2), (1, 2, 3)]
+    assert drawn_spans(axes, "slack: computed, masked") == [(0, 3, 4), (1, 2, 2), (1, 3, 4)]
+    assert drawn_lines(axes) == [(1, 2)]
+    assert axes.get_ylim() == (2, 0)
+    assert axes.get_title() == "2 rows of 4 steps, 8 cells, 75% of them real"
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, None])
+def test_row_plan_is_drawn_with_its_real_and_slack_cells(matplotlib, num_rows):
+    plan = jaxpack.plan_rows(LENGTHS, num_rows)
+    (axes,) = plot.plot_plan(plan, LENGTHS).axes
+    assert drawn_cells(axes, "real") == sum(LENGTHS)
+    assert drawn_cells(axes, "slack: computed, masked") == plan.size - sum(LENGTHS)
+    assert len(drawn_lines(axes)) == len(LENGTHS) - plan.rows[0]
+
+
+def test_staircase_has_no_lines_within_its_rows(matplotlib):
+    (axes,) = plot.plot_plan(jaxpack.plan_buckets(LENGTHS, 3)).axes
+    assert drawn_lines(axes) == []
 
 
 def test_plan_plot_says_what_it_shows(matplotlib):
@@ -94,6 +129,7 @@ def test_figures_can_be_saved_in_the_formats_that_are_named(matplotlib, tmp_path
     assert {"png", "svg", "pdf"} <= set(plot.formats())
     for name, draw in {
         "plan.png": lambda: plot.plot_plan(jaxpack.plan_exact(LENGTHS), LENGTHS),
+        "rows.svg": lambda: plot.plot_plan(jaxpack.plan_rows(LENGTHS), LENGTHS),
         "bench.svg": lambda: plot.plot_bench(results()),
     }.items():
         draw().savefig(tmp_path / name)

@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxpack import GRU, LSTM, RNN, BucketPlan, loops, pack_padded_sequence, plan_exact, plan_padded, recurrence
+from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact, plan_padded, recurrence, stairs
 from jaxpack.recurrence import ACCELERATOR, CPU
 
 F, H, B = 3, 4, 4
@@ -16,6 +16,8 @@ PLANS = {
     "stairs": BucketPlan((4, 7, 10), (4, 3, 2)),
     "exact": plan_exact(LENGTHS),
     "padded": plan_padded(B, 9),
+    "none": None,
+    "rows": BucketPlan((11, 13), (2, 1), ((0, 9), (0, 7))),
 }
 LAYERS = {
     "tanh": RNN(F, H, bidirectional=True),
@@ -42,7 +44,7 @@ def on_schedule(monkeypatch):
         monkeypatch.setattr(recurrence, "CPU", schedule)
         monkeypatch.setattr(recurrence, "ACCELERATOR", schedule)
         if schedule.chunk_cells is not None:
-            monkeypatch.setattr(loops, "CHUNK_CELLS", schedule.chunk_cells)
+            monkeypatch.setattr(stairs, "CHUNK_CELLS", schedule.chunk_cells)
         jax.clear_caches()
 
     yield use
@@ -50,31 +52,41 @@ def on_schedule(monkeypatch):
 
 
 def problem(layer, plan, poison=0.0):
-    """Parameters, data, states and cotangents of everything; slack of data and cotangents holds `poison`."""
+    """A function of primals, parameters, data, states and cotangents; slack of data and cotangents holds `poison`.
+
+    Without a plan it is one of padded data and traced lengths.
+    """
     rng = np.random.default_rng(0)
-    packed = pack_padded_sequence(oracles.random_batch(LENGTHS, F), LENGTHS, batch_first=True, plan=plan)
-    mask = packed.mask[:, None]
+    padded = oracles.random_batch(LENGTHS, F)
+    if plan is None:
+        data, mask = padded, (np.arange(padded.shape[1]) < np.array(LENGTHS)[:, None])[..., None]
+    else:
+        packed = pack_padded_sequence(padded, LENGTHS, batch_first=True, plan=plan)
+        data, mask = packed.data, packed.mask[:, None]
     shapes = [(layer.num_directions, B, size) for size in jax.tree.leaves(layer.cell.state_sizes)]
     structure = jax.tree.structure(layer.cell.state_sizes)
     states, dstates = (jax.tree.unflatten(structure, [rng.standard_normal(s) for s in shapes]) for _ in range(2))
-    doutput = jnp.where(mask, rng.standard_normal((plan.size, layer.output_size)), poison)
-    data = jnp.where(mask, packed.data, poison)
-    return packed, (layer.init(jax.random.key(0)), data, states), (doutput, dstates)
+    doutput = jnp.where(mask, rng.standard_normal((*data.shape[:-1], layer.output_size)), poison)
+    data = jnp.where(mask, data, poison)
+
+    def apply(lengths, params, data, states, forward_mode):
+        if plan is None:
+            return layer.apply(params, data, states, lengths=lengths, forward_mode=forward_mode)
+        output, final = layer.apply(params, packed.replace(data=data), states, forward_mode=forward_mode)
+        return output.data, final
+
+    return apply, (layer.init(jax.random.key(0)), data, states), (doutput, dstates)
 
 
-def pulled_back(layer, packed, primals, cotangents, forward_mode=False):
+def pulled_back(apply, primals, cotangents, forward_mode=False):
     """The outputs, final states, and the cotangents of parameters, data and initial states."""
 
     @jax.jit
-    def run(primals, cotangents):
-        def apply(params, data, states):
-            output, final = layer.apply(params, packed.replace(data=data), states, forward_mode=forward_mode)
-            return output.data, final
-
-        values, vjp = jax.vjp(apply, *primals)
+    def run(lengths, primals, cotangents):
+        values, vjp = jax.vjp(lambda *primals: apply(lengths, *primals, forward_mode), *primals)
         return values, vjp(cotangents)
 
-    return run(primals, cotangents)
+    return run(jnp.array(LENGTHS), primals, cotangents)
 
 
 def assert_close(ours, theirs, tolerance=1e-12):
@@ -88,38 +100,50 @@ def assert_close(ours, theirs, tolerance=1e-12):
 def test_equals_autodiff_through_the_plain_scan(name, schedule, on_schedule):
     on_schedule(SCHEDULES[schedule])
     case = problem(LAYERS[name], PLANS["stairs"])
-    assert_close(pulled_back(LAYERS[name], *case), pulled_back(LAYERS[name], *case, forward_mode=True))
+    assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("plan", ["exact", "padded"])
+@pytest.mark.parametrize("plan", ["exact", "padded", "rows", "none"])
 @each_layer
 def test_equals_autodiff_under_other_plans(name, plan, on_schedule):
     on_schedule(SCHEDULES["small chunks"])
     case = problem(LAYERS[name], PLANS[plan])
-    assert_close(pulled_back(LAYERS[name], *case), pulled_back(LAYERS[name], *case, forward_mode=True))
+    assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("schedule", ["small chunks", "accelerator"])
-@each_layer
-def test_nan_in_slack_of_inputs_and_cotangents_is_inert(name, schedule, on_schedule):
+@pytest.mark.parametrize("plan", ["rows", "none"])
+@pytest.mark.parametrize("schedule", ["single steps", "cpu", "accelerator"])
+def test_equals_autodiff_under_other_plans_on_every_schedule(plan, schedule, on_schedule):
     on_schedule(SCHEDULES[schedule])
-    clean = pulled_back(LAYERS[name], *problem(LAYERS[name], PLANS["stairs"]))
-    dirty = pulled_back(LAYERS[name], *problem(LAYERS[name], PLANS["stairs"], np.nan))
+    case = problem(LAYERS["projected"], PLANS[plan])
+    assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("plan", "schedule"),
+    [("stairs", "small chunks"), ("stairs", "accelerator"), ("rows", "small chunks"), ("none", "small chunks")],
+)
+@each_layer
+def test_nan_in_slack_of_inputs_and_cotangents_is_inert(name, plan, schedule, on_schedule):
+    on_schedule(SCHEDULES[schedule])
+    clean = pulled_back(*problem(LAYERS[name], PLANS[plan]))
+    dirty = pulled_back(*problem(LAYERS[name], PLANS[plan], np.nan))
     assert_close(dirty, clean, 0)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["lstm", "gru"])
-def test_second_derivatives_are_the_plain_scans(name):
+@pytest.mark.parametrize(("name", "plan"), [("lstm", "stairs"), ("gru", "stairs"), ("lstm", "rows"), ("gru", "none")])
+def test_second_derivatives_are_the_plain_scans(name, plan):
     layer = LAYERS[name]
-    packed, (params, data, states), _ = problem(layer, PLANS["stairs"])
+    apply, (params, data, states), _ = problem(layer, PLANS[plan])
 
     def loss(scale, forward_mode):
         scaled = jax.tree.map(lambda leaf: leaf * scale, params)
-        output, final = layer.apply(scaled, packed.replace(data=data * scale), states, forward_mode=forward_mode)
-        return (output.data**2).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(final))
+        output, final = apply(jnp.array(LENGTHS), scaled, data * scale, states, forward_mode)
+        return (output**2).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(final))
 
     fast, plain = (functools.partial(loss, forward_mode=mode) for mode in (False, True))
     expected = jax.jit(jax.hessian(plain))(1.1)

@@ -36,7 +36,7 @@ class RNNCell(Cell):
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """The nonlinearity's slope, which its value tells."""
-        slope = 1 - next_h * next_h if self.nonlinearity == "tanh" else (next_h > 0).astype(next_h.dtype)
+        slope = 1 - next_h * next_h if self.nonlinearity == "tanh" else jnp.sign(next_h)  # of relu; NaN of NaN
         return Linear(gates=slope, passes=jnp.zeros_like(slope[:, :1]))
 
     def pull_back(

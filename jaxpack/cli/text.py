@@ -8,7 +8,7 @@ from rich.text import Text
 
 from jaxpack.plan import BucketPlan
 
-_ASCII = str.maketrans({"█": "#", "░": "."})
+_ASCII = str.maketrans({"█": "#", "▓": "=", "░": "."})
 _WIDTH = 64
 
 
