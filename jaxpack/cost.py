@@ -21,6 +21,7 @@ class CostModel:
     Args:
       cell: seconds per cell of the plan, above 0.
       step: seconds per step of the recurrence, however many rows are alive in it.
+      crossing: further seconds per cell where sequences share rows, for entering and leaving them.
       bucket: seconds per bucket in every run.
       compilation: seconds that it takes to compile a bucket's loop.
       runs: how often a compiled program will run; compilation counts 1/runs of itself. At least 1.
@@ -31,6 +32,7 @@ class CostModel:
 
     cell: float = 17e-6
     step: float = 50e-6
+    crossing: float = 1e-6
     bucket: float = 50e-6
     compilation: float = 0.45
     runs: float = 250
@@ -52,7 +54,8 @@ class CostModel:
 
     def run_time(self, plan: BucketPlan) -> float:
         """Seconds that a run takes: a training step, with the defaults."""
-        return self.cell * plan.size + self.step * plan.num_steps + self.bucket * plan.num_buckets
+        cell = self.cell + self.crossing * bool(plan.starts)
+        return cell * plan.size + self.step * plan.num_steps + self.bucket * plan.num_buckets
 
     def compile_time(self, plan: BucketPlan) -> float:
         """Seconds that it takes to compile the program."""

@@ -77,9 +77,9 @@ def forward(
             def step(j: Any, state: Any) -> Any:
                 carry, y, trails = state
                 carry = crossings.enter(j, carry)
-                stepped = cell.step(fused, carry, read(projected, j * stair.rows, stair.rows))
                 live = read(real, j * stair.rows, stair.rows)[:, None]
-                carry = tuple(jnp.where(live, new, old) for new, old in zip(stepped, carry, strict=True))
+                projected_j = read(projected, j * stair.rows, stair.rows)
+                carry = cell.step(fused, carry, projected_j, lambda new, old: jnp.where(live, new, old))
                 y = write(y, jnp.where(live, carry[0], 0), window.cell(j))
                 return carry, y, crossings.trace(j, carry, trails)
 

@@ -121,6 +121,13 @@ class BucketPlan:
         """How many cells the plan has: the leading axis of the packed data, and the cell steps computed."""
         return sum(bucket.size for bucket in self.buckets)
 
+    @property
+    def summary(self) -> str:
+        """The shape in words: "8 buckets", or "21 rows of 200 steps" where slots share rows."""
+        if self.starts:
+            return f"{self.rows[0]:,} rows of {self.num_steps:,} steps"
+        return "1 bucket" if self.num_buckets == 1 else f"{self.num_buckets:,} buckets"
+
     @functools.cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """The buckets in time order."""
@@ -306,12 +313,10 @@ class BucketPlan:
             for row, step in zip(self.slot_rows, self.slot_starts, strict=True)
             if step
         )
-        buckets = "1 bucket" if self.num_buckets == 1 else f"{self.num_buckets} buckets"
-        shape = f"{self.rows[0]} rows of {self.num_steps} steps" if self.starts else buckets
         padded = self.num_sequences * self.max_length
         return (
             f"<figure><svg width='{width + 2}' height='{height + 2}' viewBox='-1 -1 {width + 2} {height + 2}'>"
-            f"{stairs}{starts}</svg><figcaption>{shape}, {self.num_sequences} sequences of at most "
+            f"{stairs}{starts}</svg><figcaption>{self.summary}, {self.num_sequences} sequences of at most "
             f"{self.max_length} steps, {self.size:,} cells (padded: {padded:,})</figcaption></figure>"
         )
 

@@ -62,7 +62,7 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
     axes.set_ylim(plan.rows[0], 0)
     axes.set_xlabel("time [steps]")
     axes.set_ylabel("sequences, longest first [rows]")
-    axes.set_title(f"{_shape(plan)}, {cells}")
+    axes.set_title(f"{plan.summary}, {cells}")
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -133,9 +133,3 @@ def _draw_spans(axes: Any, rows: np.ndarray, starts: np.ndarray, ends: np.ndarra
     collections = importlib.import_module("matplotlib.collections")
     corners = np.stack([[starts, ends, ends, starts], [rows, rows, rows + 1, rows + 1]])  # [2, 4, B]
     axes.add_collection(collections.PolyCollection(corners.T, facecolor=color, antialiased=False, label=label))
-
-
-def _shape(plan: BucketPlan) -> str:
-    if plan.starts:
-        return f"{plan.rows[0]:,} rows of {plan.num_steps:,} steps"
-    return "1 bucket" if plan.num_buckets == 1 else f"{plan.num_buckets} buckets"

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack import loops
-from jaxpack.cells import Carry, Cell, Fused, Params
+from jaxpack.cells import Carry, Cell, Fused, Params, always_new
 from jaxpack.loops import Schedule
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import scan_slots
@@ -84,7 +84,7 @@ def _plain(
     mask, _ = shared
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        stepped = tuple(cell.step(*each) for each in zip(fused, carries, projected, strict=True))
+        stepped = tuple(cell.step(*each, always_new) for each in zip(fused, carries, projected, strict=True))
         return stepped, tuple(carry[0] for carry in stepped)
 
     clean = (jnp.where(mask[:, None], x, 0) for x in inputs)

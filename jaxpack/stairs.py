@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from jaxpack.plan import Bucket, BucketPlan
@@ -147,6 +148,14 @@ def ladder_of(plan: BucketPlan, levels: Sequence[int], ends: jax.Array, chunk_ce
         stairs.append(Stair(rows, block.rows, 0, block.steps, steps, first, number, kept))
         first, kept = first + number * steps, kept + number * block.rows
     return tuple(stairs)
+
+
+def ladder_cells(plan: BucketPlan, lengths: npt.ArrayLike) -> int:
+    """How many cells the ladder computes on CPU for concrete lengths that fit the padded plan."""
+    levels = levels_of(plan.num_sequences)
+    ends = ladder_ends(levels, jnp.sort(jnp.asarray(lengths), descending=True))
+    stairs = ladder_of(plan, levels, ends, CHUNK_CELLS)
+    return sum(s.rows * min(int(s.number) * s.steps, plan.num_steps - int(s.first)) for s in stairs if s.number)
 
 
 def kept_rows(plan: BucketPlan, levels: Sequence[int] | None) -> int:

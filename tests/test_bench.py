@@ -14,17 +14,19 @@ import pytest
 from typer.testing import CliRunner
 
 import jaxpack
+from jaxpack import plan_buckets, plan_padded
 from jaxpack.cli import bench as bench_file
 from jaxpack.cli import bench_measure, bench_peers
 from jaxpack.cli.app import app
 from jaxpack.cli.bench_measure import PASSES, measure
 from jaxpack.cli.bench_peers import PEERS, jax_calls, num_threads
 from jaxpack.cli.bench_workloads import Workload, named_workload, workload_names
+from jaxpack.stairs import ladder_cells
 
 LENGTHS = np.array([3, 8, 8, 3, 2, 8, 3, 2])
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
 NAMES = ("lognormal", "uniform", "equal", "vowels", "longtail", "bilstm2", "gru", "rnn", "small", "wide", "long")
-OURS = ("jaxpack", "jaxpack-padded", "jaxpack-in-out")
+OURS = ("jaxpack", "jaxpack-padded", "jaxpack-in-out", "jaxpack-no-plan")
 
 
 def invoke(*arguments):
@@ -113,6 +115,8 @@ def test_every_library_is_measured_or_listed_as_missing(run):
     assert sorted([*run.peers, *run.missing]) == sorted(PEERS)
     assert set(run.peers) >= {*OURS, "flax.nnx", "flax.linen"}
     assert all(reason for reason in run.missing.values())
+    assert run.missing["jaxpack-buckets"] == "is the same plan as jaxpack-padded"  # the batch is that small
+    assert run.missing["jaxpack-rows"] == "is the same plan as jaxpack"
     for name, module in {"torch-packed": "torch", "torch-padded": "torch", "haiku": "haiku", "keras": "keras"}.items():
         if name in run.missing:
             assert run.missing[name] == f"not installed ({module})"
@@ -123,6 +127,8 @@ def test_cells_are_counted(run):
     packed = int(np.dot(np.diff(plan["boundaries"], prepend=0), plan["rows"]))
     padded = len(LENGTHS) * LENGTHS.max()
     expected = {"jaxpack": packed, "jaxpack-in-out": packed, "torch-packed": LENGTHS.sum()}
+    expected["jaxpack-buckets"] = plan_buckets(LENGTHS).size
+    expected["jaxpack-no-plan"] = ladder_cells(plan_padded(len(LENGTHS), LENGTHS.max()), LENGTHS)
     for name, peer in run.peers.items():
         cells = expected.get(name, padded)
         assert peer["cells"] == cells

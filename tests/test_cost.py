@@ -33,8 +33,9 @@ def test_a_bucket_that_saves_bucket_cells_pays_exactly_for_itself(plan):
     assert model.total(plan) == pytest.approx(rest + model.cell * model.bucket_cells * plan.num_buckets)
 
 
-def test_slots_that_share_a_row_cost_nothing_of_their_own():
-    assert CostModel().total(BucketPlan((4,), (2,), ((0, 1), (0, 2)))) == CostModel().total(plan_padded(2, 4))
+def test_where_slots_share_rows_each_cell_costs_a_crossing_more():
+    model, shared = CostModel(crossing=5), BucketPlan((4,), (2,), ((0, 1), (0, 2)))
+    assert model.total(shared) - model.total(plan_padded(2, 4)) == pytest.approx(5 * 8)
 
 
 def test_cost_models_compare_and_hash_by_value():

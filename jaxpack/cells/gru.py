@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, step_from_input
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, step_from_input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class GRUCell(Cell):
             jnp.concatenate([b_n, (b_r + c_r) / 2, (b_z + c_z) / 2, c_n]),
         )
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select) -> Carry:
         """The file's equations."""
         (h,) = carry
         z, n, *_ = self._gates(fused, projected, h)
-        return (n + z * (h - n),)
+        return (select(n + z * (h - n), h),)
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """Gates recomputed from x and h."""

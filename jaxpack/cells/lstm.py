@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, step_from_input, total_bias
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, step_from_input, total_bias
 
 LSTMState = tuple[jax.Array, jax.Array]
 
@@ -50,13 +50,13 @@ class LSTMCell(Cell):
         bias = total_bias(params)
         return Fused(params["weight_ih"] * scale, params["weight_hh"] * scale, bias * scale, params.get("weight_hr"))
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select) -> Carry:
         """The file's equations."""
         h, c = carry
         i, f, g, o, _ = _gates(projected + h @ fused.w_h + fused.bias)
-        c = f * c + i * g
-        h = o * jnp.tanh(c)
-        return (h if fused.w_out is None else h @ fused.w_out), c
+        c = select(f * c + i * g, c)
+        out = o * jnp.tanh(c)
+        return select(out if fused.w_out is None else out @ fused.w_out, h), c
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """Gates recomputed from x and h; c, given the gates a linear recurrence, from its value at the start."""

@@ -3,7 +3,7 @@
 The result is a dict as `--json` writes it and `jaxpack.plot.plot_bench` draws it:
 
     workload        what was run: name, cell, sizes, seed, lengths, and what they come to
-    plan            boundaries and rows of the plan that jaxpack chose
+    plan            boundaries, rows and starts of the plan that jaxpack chose
     machine         processor, threads, versions, backend, allocator settings, and how many processes were running or
                     waiting, on average over the minute before (load_before)
     repeats         how many turns
@@ -21,6 +21,7 @@ does so for both sides, and then the same three numbers are given of them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import math
@@ -65,7 +66,7 @@ def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) 
     rates = _matmul_flops() / samples["", "matmul"]["seconds"]
     return {
         "workload": _describe(workload),
-        "plan": {"boundaries": list(workload.plan.boundaries), "rows": list(workload.plan.rows)},
+        "plan": dataclasses.asdict(workload.plan),
         "machine": {**machine(), "load_before": load},
         "repeats": repeats,
         "limit": {

@@ -22,6 +22,7 @@ import numpy as np
 
 import jaxpack
 from jaxpack.cli.bench_workloads import Workload
+from jaxpack.stairs import ladder_cells
 
 PASSES = ("forward", "training")
 
@@ -135,8 +136,28 @@ def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
 
 @peer("jaxpack")
 def _jaxpack(workload: Workload) -> Calls:
-    """The plan that jaxpack.plan_buckets chooses."""
+    """The plan that jaxpack.plan_best chooses."""
     return _packed(workload, workload.plan)
+
+
+@peer("jaxpack-buckets")
+def _jaxpack_buckets(workload: Workload) -> Calls:
+    """The staircase that jaxpack.plan_buckets chooses."""
+    return _packed(workload, _another_plan(workload, jaxpack.plan_buckets(workload.lengths)))
+
+
+@peer("jaxpack-rows")
+def _jaxpack_rows(workload: Workload) -> Calls:
+    """The rows of several sequences that jaxpack.plan_rows chooses."""
+    return _packed(workload, _another_plan(workload, jaxpack.plan_rows(workload.lengths)))
+
+
+def _another_plan(workload: Workload, plan: jaxpack.BucketPlan) -> jaxpack.BucketPlan:
+    """The plan, unless it is measured already."""
+    for name, measured in {"jaxpack": workload.plan, "jaxpack-padded": workload.padded_plan}.items():
+        if plan == measured:
+            raise Missing(f"is the same plan as {name}")
+    return plan
 
 
 @peer("jaxpack-padded")
@@ -148,13 +169,25 @@ def _jaxpack_padded(workload: Workload) -> Calls:
 @peer("jaxpack-in-out")
 def _jaxpack_in_out(workload: Workload) -> Calls:
     """The chosen plan, from a padded batch to padded outputs: with packing and padding in the time."""
+    return _padded(workload, workload.plan)
+
+
+@peer("jaxpack-no-plan")
+def _jaxpack_no_plan(workload: Workload) -> Calls:
+    """No plan: one program for all lengths, from a padded batch to padded outputs."""
+    return _padded(workload, None)
+
+
+def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
+    """jaxpack from a padded batch to padded outputs."""
 
     def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
-        output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=workload.plan)
+        output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=plan)
         return output
 
+    cells = ladder_cells(workload.padded_plan, workload.lengths) if plan is None else plan.size
     arrays = workload.inputs, _int32(workload), workload.cotangent
-    return jax_calls(apply, workload.params, *arrays, workload.plan.size, same_weights=True)
+    return jax_calls(apply, workload.params, *arrays, cells, same_weights=True)
 
 
 @peer("flax.nnx")

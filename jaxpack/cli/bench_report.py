@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpack.cli.text import plain_marks
+from jaxpack.plan import BucketPlan
 
 Result = Mapping[str, Any]
 _MIB = 2**20
@@ -49,11 +50,10 @@ def _title(workload: Result) -> str:
 
 
 def _batch(result: Result) -> str:
-    workload, rows = result["workload"], result["plan"]["rows"]
+    workload, plan = result["workload"], BucketPlan(**result["plan"])
     sequences = "1 sequence" if workload["batch_size"] == 1 else f"{workload['batch_size']:,} sequences"
-    buckets = "1 bucket" if len(rows) == 1 else f"{len(rows)} buckets"
     steps = f"{min(workload['lengths']):,} to {workload['longest']:,} steps, {workload['tokens']:,} tokens in all"
-    return f"{sequences} of {steps}; the plan has {buckets}."
+    return f"{sequences} of {steps}; the plan has {plan.summary}."
 
 
 def _machine(result: Result) -> str:

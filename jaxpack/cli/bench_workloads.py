@@ -76,8 +76,8 @@ class Workload:
 
     @functools.cached_property
     def plan(self) -> jaxpack.BucketPlan:
-        """The plan that `jaxpack.plan_buckets` chooses."""
-        return jaxpack.plan_buckets(self.lengths)
+        """The plan that `jaxpack.plan_best` chooses."""
+        return jaxpack.plan_best(self.lengths)
 
     @functools.cached_property
     def padded_plan(self) -> jaxpack.BucketPlan:

@@ -118,7 +118,7 @@ def plan_run(lengths: np.ndarray, rows: np.ndarray) -> jaxpack.BucketPlan:
     Batches of lengths [5, 2] and [3, 4] need room [5, 3].
     """
     longest_first = -np.sort(-lengths[rows], axis=-1)
-    return jaxpack.plan_buckets(longest_first.max(axis=(0, 1)))
+    return jaxpack.plan_best(longest_first.max(axis=(0, 1)))
 
 
 def make_logits(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:

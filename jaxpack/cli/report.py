@@ -96,11 +96,12 @@ def _comparison(report: Report) -> Table:
 
 def _caption(report: Report) -> str:
     """What the picture shows."""
-    plan, padded = report.columns[report.trained].plan, report.columns["padded"].plan
-    shown = f"{_LINES} of its {plan.num_sequences} rows" if plan.num_sequences > _LINES else "all its rows"
-    buckets = "1 bucket" if plan.num_buckets == 1 else f"{plan.num_buckets} buckets"
-    blank = " What is blank at the right, padding would compute." if plan.size < padded.size else ""
+    plan = report.columns[report.trained].plan
+    shown = f"{_LINES} of its {plan.rows[0]} rows" if plan.rows[0] > _LINES else "all its rows"
+    laid_out = "rows run down, with utterances end to end in two shades" if plan.starts else "utterances run down"
+    blank = " What is blank at the right, padding would compute." if plan.num_buckets > 1 else ""
+    marks = "█ ▓ real" if plan.starts else "█ real"
     return (
-        f"The first batch under the run's plan ({buckets}; {shown}). Time runs right, utterances run down, longest "
-        f"first. █ real, ░ slack: computed, then masked.{blank}"
+        f"The first batch under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
+        f"first. {marks}, ░ slack: computed, then masked.{blank}"
     )
