@@ -31,8 +31,8 @@ from jaxpack.sequence import (
     check_packed,
     expand,
     is_traced,
-    permute,
     poison,
+    rearrange,
     reversed_cells,
     seal,
     who_fits,
@@ -206,7 +206,7 @@ def reverse_sequences(packed: PackedSequence) -> PackedSequence:
     """
     packed = check_packed(packed, "reverse_sequences")
     cells = reversed_cells(packed)
-    return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: permute(leaf, cells), packed.data)))
+    return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: rearrange(leaf, cells, cells), packed.data)))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -214,13 +214,11 @@ def _pack(batch: PyTree, lengths: jax.Array, plan: BucketPlan) -> PackedSequence
     """Packs [B, T, *F] with int32 lengths. Ties keep the caller's order; ~ is negation that cannot overflow."""
     order = jnp.argsort(~lengths, stable=True).astype(jnp.int32)
     packed = PackedSequence(None, lengths, order, jnp.argsort(order).astype(jnp.int32), plan)
-    rows = order[plan.cell_slots]
+    length = jax.tree.leaves(batch)[0].shape[1]
+    places, cells = _places(packed, length), _cells(packed, length).reshape(-1)
 
     def gather(leaf: jax.Array) -> jax.Array:
-        missing = plan.max_length - leaf.shape[1]
-        if missing > 0:
-            leaf = jnp.pad(leaf, [(0, 0), (0, missing)] + [(0, 0)] * (leaf.ndim - 2))
-        return leaf.at[rows, plan.cell_steps].get(mode="promise_in_bounds", unique_indices=True)
+        return rearrange(leaf.reshape(-1, *leaf.shape[2:]), places, cells)
 
     return packed.replace(data=seal(packed, jax.tree.map(gather, batch)))
 
@@ -228,8 +226,7 @@ def _pack(batch: PyTree, lengths: jax.Array, plan: BucketPlan) -> PackedSequence
 @functools.partial(jax.jit, static_argnames=("length", "batch_first"))
 def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_first: bool) -> PyTree:
     plan = packed.plan
-    slots = packed.unsorted_indices[:, None]
-    steps = jnp.arange(length, dtype=jnp.int32)[None]
+    steps = jnp.arange(length, dtype=jnp.int32)
     short = packed.lengths <= length
     checkify.debug_check(
         jnp.all(short),
@@ -238,16 +235,31 @@ def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_fi
         length=packed.lengths[jnp.argmin(short)],
     )
     fits = who_fits(packed)[packed.unsorted_indices] & short
-    held = steps < jnp.asarray(plan.room)[slots]
-    real = held & ((steps < packed.lengths[:, None]) | ~fits[:, None])
-    cells = cells_of(plan, slots, jnp.where(held, steps, 0))
+    places, cells = _places(packed, length), _cells(packed, length)
+    real = (cells < plan.size) & ((steps < packed.lengths[:, None]) | ~fits[:, None])
 
     def gather(leaf: jax.Array) -> jax.Array:
         padding = jnp.asarray(padding_value).astype(leaf.dtype)
-        padded = poison(jnp.where(expand(real, leaf[cells]), leaf[cells], padding), fits)
+        padded = rearrange(leaf, cells.reshape(-1), places).reshape(*cells.shape, *leaf.shape[1:])
+        padded = poison(jnp.where(expand(real, padded), padded, padding), fits)
         return padded if batch_first else jnp.swapaxes(padded, 0, 1)
 
     return jax.tree.map(gather, packed.data)
+
+
+def _places(packed: PackedSequence, length: int) -> jax.Array:
+    """int32 [S]: where each cell lies in a padded batch of [B, length] flattened; B * length if nowhere."""
+    plan = packed.plan
+    places = packed.sorted_indices[plan.cell_slots] * length + plan.cell_steps
+    return jnp.where(plan.cell_steps < length, places, plan.num_sequences * length)
+
+
+def _cells(packed: PackedSequence, length: int) -> jax.Array:
+    """int32 [B, length]: the cell that each step of a padded batch lies in; S if its slot has no room for it."""
+    plan, slots = packed.plan, packed.unsorted_indices[:, None]
+    steps = jnp.arange(length, dtype=jnp.int32)
+    held = steps < jnp.asarray(plan.room)[slots]
+    return jnp.where(held, cells_of(plan, slots, jnp.where(held, steps, 0)), plan.size)
 
 
 def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, num_steps: int, padding_value: float, side: str) -> PyTree:

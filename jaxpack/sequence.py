@@ -236,9 +236,35 @@ def cells_of(plan: BucketPlan, slots: ArrayLike, steps: ArrayLike) -> jax.Array:
     return offsets[starts[slots] + steps] + rows[slots]
 
 
-def permute(leaf: jax.Array, cells: jax.Array) -> jax.Array:
-    """leaf[cells] for indices that are in bounds and differ from each other."""
-    return leaf.at[cells].get(mode="promise_in_bounds", unique_indices=True)
+def rearrange(leaf: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """Moves entries of the leading axis, each to at most one place: row i of the result is leaf[source[i]].
+
+    Args:
+      leaf: [N, ...].
+      source: int [M], which entry of the leaf each row of the result is; N or more for none, which makes it 0.
+      target: int [N], the inverse: the row of the result that each entry goes to; M or more for none.
+
+    The derivative is written as a scatter, whose transpose is a gather, where JAX would transpose the gather to a
+    scatter, which a CPU does row by row (training from padded inputs to padded outputs took 10 to 20 % longer).
+    """
+    if not (len(source) and len(target)):  # nothing to move, and nothing that JAX could index
+        return jax.lax.full_like(leaf, 0, shape=(len(source), *leaf.shape[1:]))
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf.at[source].get(mode="fill", fill_value=0)
+    return _rearrange(leaf, source, target)
+
+
+@jax.custom_jvp
+def _rearrange(leaf: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    return leaf.at[source].get(mode="fill", fill_value=0)
+
+
+@_rearrange.defjvp
+def _rearrange_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    leaf, source, target = primals
+    result = _rearrange(leaf, source, target)
+    zeros = jnp.zeros_like(result)
+    return result, zeros.at[target].set(tangents[0], mode="drop", unique_indices=True)
 
 
 def expand(mask: Any, like: Any) -> Any:

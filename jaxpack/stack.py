@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxpack.cells import Cell, Params
 from jaxpack.recurrence import recur
-from jaxpack.sequence import PackedSequence, permute, poison, reversed_cells, slot_spans, who_fits
+from jaxpack.sequence import PackedSequence, poison, rearrange, reversed_cells, slot_spans, who_fits
 
 
 @functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout", "planned", "forward_mode"))
@@ -50,7 +50,7 @@ def run_stack(
         outputs, final = recur(
             cell,
             [params[i] for i in here],
-            [data, permute(data, reverse)][:num_directions],
+            [data, rearrange(data, reverse, reverse)][:num_directions],
             [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in here],
             mask,
             plan,
@@ -58,7 +58,7 @@ def run_stack(
             forward_mode,
         )
         finals.extend(final)
-        data = jnp.concatenate([outputs[0], *(permute(y, reverse) for y in outputs[1:])], axis=-1)
+        data = jnp.concatenate([outputs[0], *(rearrange(y, reverse, reverse) for y in outputs[1:])], axis=-1)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
