@@ -7,6 +7,7 @@ recurrence, and the gradients of inputs and weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack.arrays import buffer, loop, read, write
-from jaxpack.cells import Carry, Cell, Fused, Linear
+from jaxpack.cells import Carry, Cell, Fused, Linear, Tanh
 from jaxpack.crossings import Crossings, Slots
 from jaxpack.plan import BucketPlan
 from jaxpack.stairs import Stair, Window
@@ -28,11 +29,13 @@ class Schedule(NamedTuple):
       chunk_cells: about how many cells a chunk has; None for a whole bucket.
       unroll: steps in an iteration of the compiled loop.
       together: whether both directions of a layer run in one loop, as a batch of two.
+      tanh: how it computes tanh.
     """
 
     chunk_cells: int | None
     unroll: int
     together: bool
+    tanh: Tanh = jnp.tanh
 
 
 def forward(
@@ -40,7 +43,7 @@ def forward(
     plan: BucketPlan,
     stairs: Sequence[Stair],
     kept_rows: int,
-    unroll: int,
+    schedule: Schedule,
     fused: Fused,
     x: jax.Array,
     mask: jax.Array,
@@ -79,11 +82,12 @@ def forward(
                 carry = crossings.enter(j, carry)
                 live = read(real, j * stair.rows, stair.rows)[:, None]
                 projected_j = read(projected, j * stair.rows, stair.rows)
-                carry = cell.step(fused, carry, projected_j, lambda new, old: jnp.where(live, new, old))
+                select = functools.partial(_where, live)
+                carry = cell.step(fused, carry, projected_j, select, schedule.tanh)
                 y = write(y, jnp.where(live, carry[0], 0), window.cell(j))
                 return carry, y, crossings.trace(j, carry, trails)
 
-            carry, y, trails = loop(window.skip, stair.steps, step, (carry, y, crossings.trails), unroll)
+            carry, y, trails = loop(window.skip, stair.steps, step, (carry, y, crossings.trails), schedule.unroll)
             return carry, crossings.leave(trails, by_slot), y, kept
 
         carry = tuple(leaf[: stair.rows] for leaf in by_row)
@@ -116,46 +120,88 @@ def backward(
     fused = lax.optimization_barrier(fused)
     transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, fused))  # once: in the loops it would be copied
     slots, dslots = Slots.forward(plan, carry), Slots.backward(plan, dcarry)
+    reader = _Backward(cell, schedule, fused, transposed, slots, dslots, x, mask, y, kept, dy)
     by_row, by_slot = dslots.start
     dx, dfused = buffer(x, x.shape, 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), fused)
     for k in reversed(range(len(stairs))):
         stair = stairs[k]
         before = stair.offset - stairs[k - 1].rows
         first_h = y[before : before + stair.rows] if stair.offset else slots.start[0][0][: stair.rows]
-
-        def chunk(index: Any, state: Any, stair: Stair = stair, first_h: jax.Array = first_h) -> Any:
-            dstate, by_slot, dx, dfused = state
-            index = stair.number - 1 - index
-            window = stair.window(index)
-            # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
-            y_, kept_, dstate = lax.optimization_barrier((y, kept, dstate))
-            real = window.read(mask)
-            xs = _masked(window.read(x), real)
-            real = real[:, None]
-            crossings = slots.crossings(window)
-            h = crossings.enter_all(window.before(y_, first_h))
-            memory = tuple(read(leaf, stair.kept + index * stair.stride, stair.rows) for leaf in kept_)
-            own = real & window.own
-            recall = _recall(window, crossings, own, memory, schedule)
-            linear = _at_slack(real, cell.linearise(fused, xs, h, window.read(y_), recall))
-            gates = jnp.where(own, linear.gates, 0)
-            d = jnp.where(own, window.read(dy), 0)
-            gates, d, linear = lax.optimization_barrier((gates, d, linear))
-            dcrossings = dslots.crossings(window)
-            dstate, da, d, trails = _pull_back_chunk(
-                cell, transposed, window, dcrossings, linear, gates, d, dstate, schedule.unroll
-            )
-            dx = window.write(dx, da[:, : fused.w_x.shape[1]] @ transposed.w_x)
-            h = jnp.where(own, h, 0)  # of an empty sequence it may be NaN
-            out = None if linear.out is None else jnp.where(own, linear.out, 0)
-            return dstate, dcrossings.leave(trails, by_slot), dx, _add_gradients(dfused, xs, h, out, da, d)
-
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
         count = stair.number if schedule.chunk_cells is None else lax.optimization_barrier(jnp.int32(stair.number))
         dstate = tuple(leaf[: stair.rows] for leaf in by_row)
+        chunk = functools.partial(reader.chunk, stair, first_h)
         dstate, by_slot, dx, dfused = loop(0, count, chunk, (dstate, by_slot, dx, dfused))
         by_row = tuple(write(leaf, rows, 0) for leaf, rows in zip(by_row, dstate, strict=True))
     return dfused, dx, dslots.finish(by_row, by_slot)
+
+
+class _Backward(NamedTuple):
+    """What the chunks of the backward pass read."""
+
+    cell: Cell
+    schedule: Schedule
+    fused: Fused
+    transposed: Fused
+    slots: Slots
+    dslots: Slots
+    x: jax.Array
+    mask: jax.Array
+    y: jax.Array
+    kept: Carry
+    dy: jax.Array
+
+    def chunk(self, stair: Stair, first_h: jax.Array, index: Any, state: Any) -> Any:
+        """One chunk, counted from the last; first_h is h before the stair's block."""
+        dstate, by_slot, dx, dfused = state
+        index = stair.number - 1 - index
+        window = stair.window(index)
+        # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
+        y, kept, dstate = lax.optimization_barrier((self.y, self.kept, dstate))
+        real = window.read(self.mask)
+        x = _masked(window.read(self.x), real)
+        real = real[:, None]
+        own = real & window.own
+        crossings = self.slots.crossings(window)
+        h = crossings.enter_all(window.before(y, first_h))
+        memory = tuple(read(leaf, stair.kept + index * stair.stride, stair.rows) for leaf in kept)
+        recall = _recall(window, crossings, own, memory, self.schedule)
+        linear = _at_slack(real, self.cell.linearise(self.fused, x, h, window.read(y), recall))
+        gates = jnp.where(own, linear.gates, 0)
+        d = jnp.where(own, window.read(self.dy), 0)
+        gates, d, linear = lax.optimization_barrier((gates, d, linear))
+        crossings = self.dslots.crossings(window)
+        dstate, da, d, trails = self._pull_back(window, crossings, linear, gates, d, dstate)
+        dx = window.write(dx, da[:, : self.fused.w_x.shape[1]] @ self.transposed.w_x)
+        h = jnp.where(own, h, 0)  # of an empty sequence it may be NaN
+        out = None if linear.out is None else jnp.where(own, linear.out, 0)
+        return dstate, crossings.leave(trails, by_slot), dx, _add_gradients(dfused, x, h, out, da, d)
+
+    def _pull_back(
+        self, window: Window, crossings: Crossings, linear: Linear, gates: jax.Array, d: jax.Array, dstate: Carry
+    ) -> tuple[Carry, jax.Array, jax.Array, Carry]:
+        """The backward recurrence over a chunk, last step first.
+
+        Returns:
+          dstate before it; da [M, G] and d [M, P] of its cells, written over the coefficients and the output's
+          cotangents that they are made of, and dstate at each cell for slots that are left.
+        """
+        rows, steps, width_h = window.stair.rows, window.stair.steps, self.transposed.w_h.shape[0]
+
+        def step(j: Any, state: Any) -> Any:
+            dstate, gates, d, trails = state
+            j = steps - 1 - j
+            at = j * rows
+            dh, *dc = crossings.enter(j, dstate)
+            total = dh + read(d, at, rows)
+            here = jax.tree.map(lambda leaf: read(leaf, at, rows), linear._replace(gates=gates, out=None))
+            da, earlier_dc = self.cell.pull_back(self.transposed, here, total, dc[0] if dc else None)
+            dh = da[:, -width_h:] @ self.transposed.w_h + here.passes * total
+            d = d if self.transposed.w_out is None else write(d, total, at)
+            dstate = (dh,) if earlier_dc is None else (dh, earlier_dc)
+            return dstate, write(gates, da, at), d, crossings.trace(j, dstate, trails)
+
+        return loop(0, steps - window.skip, step, (dstate, gates, d, crossings.trails), self.schedule.unroll)
 
 
 def _add_gradients(
@@ -202,44 +248,15 @@ def _recall(
     return sequential if schedule.chunk_cells is not None else parallel
 
 
-def _pull_back_chunk(
-    cell: Cell,
-    transposed: Fused,
-    window: Window,
-    crossings: Crossings,
-    linear: Linear,
-    gates: jax.Array,
-    d: jax.Array,
-    dstate: Carry,
-    unroll: int,
-) -> tuple[Carry, jax.Array, jax.Array, Carry]:
-    """The backward recurrence over a chunk, last step first: dstate before it, and da [M, G] and d [M, P] of its cells.
-
-    da and d are written over the coefficients and the output's cotangents that they are made of.
-    """
-    rows, steps, width_h = window.stair.rows, window.stair.steps, transposed.w_h.shape[0]
-
-    def step(j: Any, state: Any) -> Any:
-        dstate, gates, d, trails = state
-        j = steps - 1 - j
-        at = j * rows
-        dh, *dc = crossings.enter(j, dstate)
-        total = dh + read(d, at, rows)
-        here = jax.tree.map(lambda leaf: read(leaf, at, rows), linear._replace(gates=gates, out=None))
-        da, earlier_dc = cell.pull_back(transposed, here, total, dc[0] if dc else None)
-        dh = da[:, -width_h:] @ transposed.w_h + here.passes * total
-        d = d if transposed.w_out is None else write(d, total, at)
-        dstate = (dh,) if earlier_dc is None else (dh, earlier_dc)
-        return dstate, write(gates, da, at), d, crossings.trace(j, dstate, trails)
-
-    return loop(0, steps - window.skip, step, (dstate, gates, d, crossings.trails), unroll)
-
-
 def _at_slack(real: jax.Array, linear: Linear) -> Linear:
     """With what holds at slack, where a step keeps its carry, in its place there."""
     slack = {"passes": 1, "reads": 0, "forget": 1}  # gates and out are zeroed where they are used
     given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
     return linear._replace(**{name: jnp.where(real, given[name], at) for name, at in slack.items() if name in given})
+
+
+def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(condition, new, old)
 
 
 def _masked(x: jax.Array, real: jax.Array) -> jax.Array:

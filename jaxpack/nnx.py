@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxpack import layers
+from jaxpack.layer import LayerParams, RecurrentLayer
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PackedSequence
 
@@ -24,7 +25,7 @@ __all__ = ["GRU", "LSTM", "SimpleRNN"]
 class _Recurrent(nnx.Module):
     """A layer spec with its parameters as nnx.Param and its dropout stream as nnx.Rngs."""
 
-    def __init__(self, layer: layers.RecurrentLayer, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, layer: RecurrentLayer, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.layer = layer
         params = layer.init(rngs.params(), param_dtype)
         self.params = nnx.Dict(
@@ -49,7 +50,7 @@ class _Recurrent(nnx.Module):
           inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
-          plan: for padded inputs, the static shape to run under. Default: the padded one.
+          plan: for padded inputs, the static shape to run under. Default: none, one program for all lengths.
           deterministic: whether to leave dropout out. Default: as `train()` and `eval()` have set the module.
           rngs: the source of dropout keys. Default: the module's own.
 
@@ -73,7 +74,7 @@ class _Recurrent(nnx.Module):
             deterministic=deterministic,
         )
 
-    def _values(self) -> layers.LayerParams:
+    def _values(self) -> LayerParams:
         """The parameters as the core takes them."""
         return {group: {name: param[...] for name, param in entries.items()} for group, entries in self.params.items()}
 

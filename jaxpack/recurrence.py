@@ -29,13 +29,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack import loops
-from jaxpack.cells import Carry, Cell, Fused, Params, always_new
+from jaxpack.arrays import tanh_apart
+from jaxpack.cells import Carry, Cell, Fused, Params
 from jaxpack.loops import Schedule
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import scan_slots
 from jaxpack.stairs import CHUNK_CELLS, Stair, kept_rows, ladder_ends, ladder_of, levels_of, stairs_of
 
-CPU = Schedule(chunk_cells=CHUNK_CELLS, unroll=1, together=False)
+CPU = Schedule(chunk_cells=CHUNK_CELLS, unroll=1, together=False, tanh=tanh_apart)
 ACCELERATOR = Schedule(chunk_cells=None, unroll=8, together=True)
 TPU_LADDER = Schedule(chunk_cells=8 * CHUNK_CELLS, unroll=1, together=True)  # chunks are static, its stairs are not
 
@@ -84,7 +85,7 @@ def _plain(
     mask, _ = shared
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        stepped = tuple(cell.step(*each, always_new) for each in zip(fused, carries, projected, strict=True))
+        stepped = tuple(cell.step(*each) for each in zip(fused, carries, projected, strict=True))
         return stepped, tuple(carry[0] for carry in stepped)
 
     clean = (jnp.where(mask[:, None], x, 0) for x in inputs)
@@ -120,7 +121,7 @@ def _forward(
     kept = kept_rows(plan, None if shared[1] is None else levels_of(plan.num_sequences))
 
     def run(schedule: Schedule, stairs: Sequence[Stair], mask: jax.Array, fused: Any, x: Any, carry: Any) -> Any:
-        return loops.forward(cell, plan, stairs, kept, schedule.unroll, fused, x, mask, carry)
+        return loops.forward(cell, plan, stairs, kept, schedule, fused, x, mask, carry)
 
     return _on_each_platform(run, plan, shared, fused, inputs, carries)
 

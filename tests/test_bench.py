@@ -18,8 +18,9 @@ from jaxpack import plan_buckets, plan_padded
 from jaxpack.cli import bench as bench_file
 from jaxpack.cli import bench_measure, bench_peers
 from jaxpack.cli.app import app
+from jaxpack.cli.bench_calls import Missing, jax_calls, num_threads
 from jaxpack.cli.bench_measure import PASSES, measure
-from jaxpack.cli.bench_peers import PEERS, jax_calls, num_threads
+from jaxpack.cli.bench_peers import PEERS
 from jaxpack.cli.bench_workloads import Workload, named_workload, workload_names
 from jaxpack.stairs import ladder_cells
 
@@ -358,7 +359,7 @@ def test_compile_seconds_do_not_come_from_a_cache(monkeypatch):
 
     def build(workload):
         seen.append(jax.config.jax_enable_compilation_cache)
-        raise bench_peers.Missing("enough")
+        raise Missing("enough")
 
     monkeypatch.setitem(PEERS, "other", build)
     measure(tiny(), ["other"], 1, quiet)

@@ -1,6 +1,6 @@
 """The cells: one file a family, with its equations, parameters and step."""
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, always_new
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Tanh
 from jaxpack.cells.gru import GRUCell, gru_cell
 from jaxpack.cells.lstm import LSTMCell, lstm_cell
 from jaxpack.cells.rnn import RNNCell, check_nonlinearity, rnn_cell
@@ -14,7 +14,7 @@ __all__ = [
     "Linear",
     "Params",
     "RNNCell",
-    "always_new",
+    "Tanh",
     "check_nonlinearity",
     "gru_cell",
     "lstm_cell",

@@ -30,9 +30,15 @@ Params = dict[str, jax.Array]
 Carry = tuple[jax.Array, ...]  # (h,), or (h, c) with a memory c
 
 # recall(decay, inject) gives c before each step of a chunk, where c' = decay * c + inject. All [M, H].
+Recall = Callable[[jax.Array, jax.Array], jax.Array]
 # select(new, old) keeps the old where a step is slack. Made by the cell, for what follows from what is then one kernel.
 Select = Callable[[jax.Array, jax.Array], jax.Array]
-Recall = Callable[[jax.Array, jax.Array], jax.Array]
+Tanh = Callable[[jax.Array], jax.Array]  # which platforms compute in their own way
+
+
+def always_new(new: jax.Array, old: jax.Array) -> jax.Array:
+    """The `Select` of a step in which every row is real."""
+    return new
 
 
 class Fused(NamedTuple):
@@ -103,7 +109,9 @@ class Cell:
         """What the gates get from the input, but for the bias: [..., F] -> [..., X]."""
         return x @ fused.w_x
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select) -> Carry:
+    def step(
+        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
+    ) -> Carry:
         """One step from the projected input: each leaf of the carry is select(new, old)."""
         raise NotImplementedError
 
@@ -140,13 +148,8 @@ def step_from_input(cell: Cell, params: Params, state: Any, x: jax.Array) -> tup
         if jnp.shape(leaf)[:-1] != x.shape[:-1]:
             raise ValueError(f"the carry's batch axes must be those of x, {x.shape}, got shape {jnp.shape(leaf)}.")
     fused = cell.fuse(params)
-    carry = cell.step(fused, carry, cell.project(fused, x), always_new)
+    carry = cell.step(fused, carry, cell.project(fused, x))
     return jax.tree.unflatten(structure, carry), carry[0]
-
-
-def always_new(new: jax.Array, old: jax.Array) -> jax.Array:
-    """The `Select` of a step in which every row is real."""
-    return new
 
 
 def total_bias(params: Params) -> jax.Array:

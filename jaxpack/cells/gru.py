@@ -16,7 +16,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, step_from_input
+from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, Tanh, always_new, step_from_input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,17 @@ class GRUCell(Cell):
             jnp.concatenate([b_n, (b_r + c_r) / 2, (b_z + c_z) / 2, c_n]),
         )
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select) -> Carry:
+    def step(
+        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
+    ) -> Carry:
         """The file's equations."""
         (h,) = carry
-        z, n, *_ = self._gates(fused, projected, h)
+        z, n, *_ = self._gates(fused, projected, h, tanh)
         return (select(n + z * (h - n), h),)
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """Gates recomputed from x and h."""
-        z, n, r, hn, slope = self._gates(fused, self.project(fused, x), h)
+        z, n, r, hn, slope = self._gates(fused, self.project(fused, x), h, jnp.tanh)
         by_n = (1 - z) * (1 - n * n)
         by_r, by_z = jnp.split(jnp.concatenate([by_n * hn, h - n], axis=-1) * slope / 2, 2, axis=-1)
         return Linear(gates=jnp.concatenate([by_n, by_r, by_z, by_n * r], axis=-1), passes=z)
@@ -55,14 +57,14 @@ class GRUCell(Cell):
         """All gates read d."""
         return at.gates * jnp.concatenate([d, d, d, d], axis=-1), None
 
-    def _gates(self, fused: Fused, projected: jax.Array, h: jax.Array) -> tuple[jax.Array, ...]:
+    def _gates(self, fused: Fused, projected: jax.Array, h: jax.Array, tanh: Tanh) -> tuple[jax.Array, ...]:
         """z, n, r, W_hn h + b_hn, and the slope of the tanh of r and z."""
         size = self.hidden_size
         recurrent = h @ fused.w_h
-        t = jnp.tanh(projected[..., size:] + recurrent[..., : 2 * size] + fused.bias[size : 3 * size])
+        t = tanh(projected[..., size:] + recurrent[..., : 2 * size] + fused.bias[size : 3 * size])
         r, z = jnp.split(t / 2 + 0.5, 2, axis=-1)
         hn = recurrent[..., 2 * size :] + fused.bias[3 * size :]
-        return z, jnp.tanh(projected[..., :size] + fused.bias[:size] + r * hn), r, hn, 1 - t * t
+        return z, tanh(projected[..., :size] + fused.bias[:size] + r * hn), r, hn, 1 - t * t
 
 
 def gru_cell(params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

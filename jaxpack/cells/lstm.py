@@ -16,7 +16,19 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, step_from_input, total_bias
+from jaxpack.cells.cell import (
+    Carry,
+    Cell,
+    Fused,
+    Linear,
+    Params,
+    Recall,
+    Select,
+    Tanh,
+    always_new,
+    step_from_input,
+    total_bias,
+)
 
 LSTMState = tuple[jax.Array, jax.Array]
 
@@ -50,8 +62,10 @@ class LSTMCell(Cell):
         bias = total_bias(params)
         return Fused(params["weight_ih"] * scale, params["weight_hh"] * scale, bias * scale, params.get("weight_hr"))
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select) -> Carry:
-        """The file's equations."""
+    def step(
+        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
+    ) -> Carry:
+        """The file's equations. XLA keeps the gates' tanh apart as it is, since both c and h read it."""
         h, c = carry
         i, f, g, o, _ = _gates(projected + h @ fused.w_h + fused.bias)
         c = select(f * c + i * g, c)

@@ -13,9 +13,21 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, step_from_input, total_bias
+from jaxpack.cells.cell import (
+    Carry,
+    Cell,
+    Fused,
+    Linear,
+    Params,
+    Recall,
+    Select,
+    Tanh,
+    always_new,
+    step_from_input,
+    total_bias,
+)
 
-NONLINEARITIES = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+NONLINEARITIES = ("tanh", "relu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +42,13 @@ class RNNCell(Cell):
         """One bias, the sum of both."""
         return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select) -> Carry:
+    def step(
+        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
+    ) -> Carry:
         """The file's equation."""
         (h,) = carry
-        return (select(NONLINEARITIES[self.nonlinearity](projected + h @ fused.w_h + fused.bias), h),)
+        nonlinearity = jnp.tanh if self.nonlinearity == "tanh" else jax.nn.relu
+        return (select(nonlinearity(projected + h @ fused.w_h + fused.bias), h),)
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """The nonlinearity's slope, which its value tells."""

@@ -36,7 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpack
-from jaxpack.cli.bench_peers import PASSES, PEERS, Calls, Missing, num_threads
+from jaxpack.cli.bench_calls import PASSES, Calls, Missing, num_threads
+from jaxpack.cli.bench_peers import PEERS
 from jaxpack.cli.bench_workloads import Workload
 from jaxpack.cli.measure import seconds
 

@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxpack
 from jaxpack.datasets import japanese_vowels
-from jaxpack.layers import RecurrentLayer
+from jaxpack.layer import RecurrentLayer
 
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}

@@ -1,0 +1,293 @@
+"""RecurrentLayer: what RNN, LSTM and GRU share, which is everything but the cell.
+
+A layer is a frozen spec; its parameters are a plain pytree, one dict for each layer and direction under PyTorch's
+suffix (`l0`, `l0_reverse`, `l1`, ...):
+
+    params["l0_reverse"]["weight_hh"]   is PyTorch's   weight_hh_l0_reverse, transposed
+
+Bidirectional means: reverse each sequence's valid span, run the same left-aligned recurrence, reverse back.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import numbers
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack import state_dict as state_dicts
+from jaxpack.cells import Cell, Params
+from jaxpack.inputs import as_batch, batch_shape
+from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
+from jaxpack.params import check_params, draw
+from jaxpack.plan import BucketPlan, as_int
+from jaxpack.planners import plan_padded
+from jaxpack.sequence import PackedSequence, PyTree, check_packed
+from jaxpack.stack import run_stack
+
+LayerParams = dict[str, Params]
+
+
+class _Call(NamedTuple):
+    """How one call of `apply` runs."""
+
+    params_dtype: Any
+    dropout_key: jax.Array | None
+    planned: bool
+    forward_mode: bool
+
+
+class RecurrentLayer(abc.ABC):
+    """A stack of one cell, in one or both directions."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    dropout: float
+    bidirectional: bool
+
+    @property
+    @abc.abstractmethod
+    def cell(self) -> Cell:
+        """The cell that every layer and direction runs."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "hidden_size", "num_layers"):
+            size = getattr(self, name)
+            if as_int(name, size) < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
+        for name in ("bias", "bidirectional"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        if self.dropout and self.num_layers == 1:
+            warnings.warn(
+                f"dropout acts between layers, so dropout={self.dropout} with num_layers=1 does nothing.",
+                stacklevel=3,
+            )
+
+    @property
+    def num_directions(self) -> int:
+        """2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether there is dropout between layers."""
+        return self.dropout > 0 and self.num_layers > 1
+
+    @property
+    def output_size(self) -> int:
+        """The width of the output: of both directions, side by side."""
+        return self.num_directions * self.cell.output_size
+
+    @property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shape of every parameter, in the structure of the parameters."""
+        suffixes = ("", "_reverse")[: self.num_directions]
+        return {
+            f"l{layer}{suffix}": self.cell.shapes(self.output_size if layer else self.input_size, self.bias)
+            for layer in range(self.num_layers)
+            for suffix in suffixes
+        }
+
+    def init(self, key: jax.Array, dtype: Any = None) -> LayerParams:
+        """Parameters drawn as PyTorch draws them: uniform within 1/sqrt(hidden_size) of 0.
+
+        Args:
+          key: a JAX random key.
+          dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
+        """
+        return draw(key, self.shapes, 1 / math.sqrt(self.hidden_size), dtype)
+
+    def apply(
+        self,
+        params: LayerParams,
+        inputs: PackedSequence | ArrayLike,
+        initial_state: Any = None,
+        dropout_key: jax.Array | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        plan: BucketPlan | None = None,
+        deterministic: bool = False,
+        forward_mode: bool = False,
+    ) -> tuple[Any, Any]:
+        """Runs the layer.
+
+        Args:
+          params: as `init` or `from_torch` gives.
+          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
+          initial_state: h_0, for LSTM (h_0, c_0), as the final state is laid out. Default: zeros.
+          dropout_key: a JAX random key. Needed if dropout is between layers, unless deterministic.
+          lengths: int [B], for padded inputs. They may be traced. Default: all T.
+          plan: for padded inputs, the static shape to run under. Default: none, which is one program for all lengths
+            whose loops follow them as it runs (on GPUs: the padded plan).
+          deterministic: whether to leave dropout out, as for evaluation.
+          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call. It then runs a plain scan,
+            which is slower in training; jax.hessian and forward over reverse do not need it.
+
+        Returns:
+          The output, laid out as the inputs are, [.., D*H] for D directions of width H, zero past each length; and
+          the final state in the caller's row order: h_n [num_layers*D, B, H] after each sequence's own last step (its
+          first, for the backward direction), for LSTM (h_n, c_n). Of one sequence, without the batch axis. Sequences
+          that do not fit the plan are NaN in both.
+
+        Raises:
+          ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; or if
+            dropout is on and no key is given.
+          TypeError: if inputs are packed and lengths or plan are given too, or parameters have another structure; or
+            under jax.jvp without forward_mode.
+        Source: torch.nn.RNN, LSTM and GRU.
+        """
+        key = self._active_dropout_key(dropout_key, deterministic)
+        call = _Call(check_params(params, self.shapes, self), key, plan is not None, forward_mode)
+        if isinstance(inputs, PackedSequence):
+            if lengths is not None or plan is not None:
+                raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
+            packed = check_packed(inputs, f"{type(self).__name__}.apply")
+            return self._apply_packed(params, packed, initial_state, call._replace(planned=True))
+        batch = as_batch(inputs, "inputs")
+        if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
+            raise ValueError(
+                f"inputs must be a PackedSequence, [B, T, {self.input_size}] or one sequence [T, {self.input_size}], "
+                f"got {_shapes(batch)}."
+            )
+        if batch.ndim == 2:
+            return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
+        batch_size, max_length = batch_shape(batch, "inputs")
+        self._check_features(batch)
+        if lengths is None:  # nothing is ragged: the padded plan is exact
+            call = call._replace(planned=True)
+        lengths = np.full(batch_size, max_length) if lengths is None else lengths
+        plan = plan_padded(batch_size, max(max_length, 1)) if plan is None else plan
+        packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+        output, state = self._apply_packed(params, packed, initial_state, call)
+        return pad_packed_sequence(output, batch_first=True, total_length=max_length)[0], state
+
+    def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
+        """Parameters from the state dict of the torch.nn module of the same options. Exact.
+
+        Args:
+          state_dict: tensors or NumPy arrays under PyTorch's names (weight_ih_l0, bias_hh_l1_reverse, ...).
+
+        Raises:
+          KeyError: naming the keys that are missing or not known.
+          ValueError: naming a key whose shape is wrong.
+        """
+        return state_dicts.from_state_dict(self.shapes, state_dict)
+
+    def to_torch(self, params: LayerParams) -> dict[str, np.ndarray]:
+        """The state dict of the torch.nn module of the same options, as NumPy arrays. Exact; also for gradients.
+
+        torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})
+        """
+        check_params(params, self.shapes, self)
+        return state_dicts.to_state_dict(params)
+
+    def _apply_packed(
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call
+    ) -> tuple[PackedSequence, Any]:
+        data = packed.data
+        if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
+            raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
+        self._check_features(data, packed=True)
+        dtype = jnp.result_type(data, call.params_dtype)
+        state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
+        packed = packed.replace(data=data.astype(dtype))
+        ordered = [params[group] for group in self.shapes]
+        try:
+            return run_stack(
+                self.cell,
+                self.num_directions,
+                float(self.dropout),
+                ordered,
+                packed,
+                state,
+                call.dropout_key,
+                call.planned,
+                call.forward_mode,
+            )
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__}.apply has its own derivative, which is for reverse mode. For jax.jvp, "
+                f"jax.jacfwd or jax.linearize of it pass apply(..., forward_mode=True)."
+            ) from error
+
+    def _apply_unbatched(
+        self,
+        params: LayerParams,
+        sequence: jax.Array,
+        initial_state: Any,
+        call: _Call,
+        lengths: ArrayLike | None,
+        plan: BucketPlan | None,
+    ) -> tuple[jax.Array, Any]:
+        """One sequence [T, F], as a batch of one."""
+        self._check_features(sequence)
+        if lengths is not None or plan is not None:
+            raise ValueError(
+                f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no lengths= or "
+                f"plan=. A batch is [B, T, {self.input_size}]."
+            )
+        state = self._initial_state(initial_state, sequence, None, jnp.result_type(sequence, call.params_dtype))
+        batched = jax.tree.map(lambda leaf: leaf[:, None], state)
+        packed = pack_padded_sequence(
+            sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
+        )
+        output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))
+        padded = pad_packed_sequence(output, batch_first=True, total_length=len(sequence))[0]
+        return padded[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
+
+    def _check_features(self, array: jax.Array, packed: bool = False) -> None:
+        if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:
+            expected = f"[S, {self.input_size}]" if packed else f"{self.input_size} features in the last axis"
+            raise ValueError(f"inputs must have {expected} (input_size={self.input_size}), got shape {array.shape}.")
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"inputs must be real, got dtype {array.dtype}.")
+
+    def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
+        """The initial state as given, checked and cast, or zeros made from the inputs (which carry their sharding)."""
+        sizes, rows = self.cell.state_sizes, () if batch_size is None else (batch_size,)
+        shapes = [(self.num_layers * self.num_directions, *rows, size) for size in jax.tree.leaves(sizes)]
+        structure: Any = jax.tree.structure(sizes)
+        if state is None:
+            return jax.tree.unflatten(structure, [lax.full_like(like, 0, dtype, shape) for shape in shapes])
+        if isinstance(state, list):
+            state = tuple(state)
+        given = jax.tree.map(jnp.asarray, state)
+        if jax.tree.structure(given) != structure or [leaf.shape for leaf in jax.tree.leaves(given)] != shapes:
+            names = ("h_0", "c_0")[: len(shapes)]
+            expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            raise ValueError(
+                f"initial_state must be {f'({expected})' if len(shapes) > 1 else expected} "
+                f"([num_layers * num_directions, B, size]), got {_shapes(given)}."
+            )
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), given)
+
+    def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:
+        if deterministic or not self.has_dropout:
+            return None
+        if key is None:
+            raise ValueError(
+                f"dropout={self.dropout} is on, but there is no dropout_key. Pass dropout_key=jax.random.key(...) to "
+                f"train, or deterministic=True to evaluate."
+            )
+        return key
+
+
+def _shapes(tree: PyTree) -> str:
+    """The shapes in a pytree, for an error."""
+    leaves = [tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree)]
+    return f"shape {leaves[0]}" if len(leaves) == 1 else f"shapes {leaves}"
