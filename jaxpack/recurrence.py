@@ -3,7 +3,13 @@
 Autodiff through a scan saves every gate of every step and adds up weight gradients step by step. This recurrence saves
 x, h and, for an LSTM, c at the start of each chunk of about 512 cells; backwards it recomputes gates for a chunk with
 one large product, and takes the gradients of weights and inputs a chunk at a time, so that only one small product a
-step is left in the loop. (LSTM, B=64, F=128, H=256, log-normal lengths, 2 cores, one run: see the README's bench.)
+step is left in the loop.
+
+Measured on an LSTM of F=128, H=256 on 2 CPU cores, each beside the form that was kept. On 16 sequences of 10,000 steps
+the plain scan took 1.9 times as long to train, and 4,753 MB of temporaries where this takes 181. On 64 log-normal
+lengths chunks of 256 cells took 8 % longer, gates reshaped instead of concatenated backwards 35 %; [x, h] concatenated
+in the loop, forward chunks of 1,024 cells and loops without masks were no faster; to save c of every step instead of
+recomputing it would gain 3 %, for as much memory again as the outputs take.
 
 Platforms want other loops, so the choice is made when a program is lowered (jax.lax.platform_dependent; an export for
 several platforms holds all). CPUs want chunks that stay in cache and one direction after the other. Accelerators want

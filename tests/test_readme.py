@@ -13,9 +13,13 @@ def blocks(language):
 
 
 def test_every_python_block_runs_and_prints_what_it_says(capsys):
-    code = "".join(blocks("python"))
-    exec(compile(code, "README.md", "exec"), {})
-    promised = re.findall(r"^print\(.*#\s*(.+)$", code, re.MULTILINE)
+    # Output stands in a comment after print, or in a block of its own right after the code.
+    pairs = re.findall(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", README, re.MULTILINE | re.DOTALL)
+    promised = []
+    for code, output in pairs:
+        promised += re.findall(r"^print\(.*#\s*(.+)$", code, re.MULTILINE) + output.splitlines()
+    exec(compile("".join(code for code, _ in pairs), "README.md", "exec"), {})
+    assert len(pairs) == len(blocks("python"))
     assert capsys.readouterr().out.splitlines() == promised
 
 

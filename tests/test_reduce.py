@@ -87,12 +87,12 @@ def test_slack_is_inert(name, value):
     assert np.isfinite(result[1]).all()
 
 
+@pytest.mark.parametrize("plan", [BucketPlan((2, 4), (3, 1)), BucketPlan((4,), (2,), ((0,), (0, 2)))])
 @each_reduction
-def test_traced_misfits_alone_are_nan(name):
+def test_traced_misfits_alone_are_nan(name, plan):
     def run(lengths):
         return getattr(jaxpack, name)(pack_padded_sequence(jnp.ones((3, 4, 2)), lengths, True, plan=plan))
 
-    plan = BucketPlan((2, 4), (3, 1))
     values = jax.jit(run)(jnp.array([1, 3, 4]))
     assert np.isnan(values[1]).all()
     assert np.isfinite(values[jnp.array([0, 2])]).all()

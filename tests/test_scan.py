@@ -8,7 +8,15 @@ import pytest
 import strategies
 from hypothesis import given, settings
 
-from jaxpack import BucketPlan, pack_padded_sequence, packed_scan, pad_packed_sequence, plan_exact, plan_padded
+from jaxpack import (
+    BucketPlan,
+    pack_padded_sequence,
+    packed_scan,
+    pad_packed_sequence,
+    plan_exact,
+    plan_padded,
+    plan_rows,
+)
 
 LENGTHS = [2, 4, 0, 1]
 PLAN = BucketPlan((3, 5), (4, 1))
@@ -106,7 +114,14 @@ def test_nan_cotangents_in_slack_reach_nothing():
 @pytest.mark.usefixtures("x64")
 def test_the_result_is_the_same_under_every_plan_that_fits():
     results = []
-    for plan in (plan_exact(LENGTHS), PLAN, LOOSE, plan_padded(4, 4), BucketPlan((1, 2, 9), (4, 3, 2))):
+    for plan in (
+        plan_exact(LENGTHS),
+        PLAN,
+        LOOSE,
+        plan_padded(4, 4),
+        BucketPlan((1, 2, 9), (4, 3, 2)),
+        plan_rows(LENGTHS, 2),
+    ):
         _, carry, packed = inputs(LENGTHS, plan, np.float64)
         final, out = jax.jit(functools.partial(packed_scan, step))(carry, packed)
         results.append((final, pad_packed_sequence(out, True, total_length=4)[0]))
@@ -128,9 +143,10 @@ def test_exactly_45_cell_steps_for_the_seed_lengths():
     assert count(plan_padded(8, 8)) == 64
 
 
-def test_traced_misfits_alone_are_nan():
+@pytest.mark.parametrize("plan", [BucketPlan((2, 4), (3, 1)), BucketPlan((4,), (2,), ((0,), (0, 2)))])
+def test_traced_misfits_alone_are_nan(plan):
     def run(lengths):
-        packed = pack_padded_sequence(jnp.ones((3, 4)), lengths, True, plan=BucketPlan((2, 4), (3, 1)))
+        packed = pack_padded_sequence(jnp.ones((3, 4)), lengths, True, plan=plan)
         final, out = packed_scan(lambda c, x: (c + jnp.nan_to_num(x), c * 0 + 1), jnp.zeros(3), packed)
         return final, pad_packed_sequence(out, True)[0]
 
@@ -186,7 +202,9 @@ def test_refuses_a_padded_array():
         packed_scan(step, jnp.zeros(2), jnp.ones((2, 3)))
 
 
-@pytest.mark.parametrize("plan", [BucketPlan((3,), (2,)), plan_exact([3, 1]), BucketPlan((2, 5), (2, 1))])
+@pytest.mark.parametrize(
+    "plan", [BucketPlan((3,), (2,)), plan_exact([3, 1]), BucketPlan((2, 5), (2, 1)), BucketPlan((5,), (1,), ((0, 3),))]
+)
 def test_a_step_never_meets_in_slack_what_a_sequence_ended_with(plan):
     # The root of what is left: of row 1 nothing is left after its only step, and its derivative there is infinite.
     def loss(x):
