@@ -104,7 +104,7 @@ class BucketPlan:
     @property
     def num_sequences(self) -> int:
         """The batch size B, the number of slots; counts sequences that may stay empty."""
-        return sum(map(len, self.starts)) if self.starts else self.rows[0]
+        return sum(map(len, self._row_starts))
 
     @property
     def max_length(self) -> int:
@@ -176,14 +176,18 @@ class BucketPlan:
     def _slots(self) -> np.ndarray:
         """Row, start and room of each slot, [3, B], the largest room first."""
         ends = self._row_ends
-        starts = self.starts or ((0,),) * len(ends)
-        rows = np.repeat(np.arange(len(ends)), [len(row) for row in starts])
-        steps = np.array([step for row in starts for step in row])
+        rows = np.repeat(np.arange(len(ends)), [len(row) for row in self._row_starts])
+        steps = np.array([step for row in self._row_starts for step in row])
         room = np.append(steps[1:], 0)
         last = np.append(np.diff(rows) > 0, True)
         room[last] = ends
         slots = np.stack([rows, steps, room - steps])
         return _frozen(slots[:, _longest_first(slots[2])])
+
+    @property
+    def _row_starts(self) -> tuple[tuple[int, ...], ...]:
+        """`starts`, written out where each row holds one slot."""
+        return self.starts or ((0,),) * self.rows[0]
 
     @property
     def _row_ends(self) -> np.ndarray:
@@ -237,6 +241,12 @@ class BucketPlan:
                 f"steps. Use a plan that covers it (jaxpack.plan_buckets(lengths)) or truncate the sequence."
             )
 
+    def filled(self, lengths: npt.ArrayLike) -> np.ndarray:
+        """Steps of each slot that these lengths fill, [B]; raises ValueError if they do not fit."""
+        self.check(lengths)
+        longest_first = -np.sort(-concrete_lengths(lengths))
+        return np.pad(longest_first, (0, self.num_sequences - len(longest_first)))
+
     def slack(self, lengths: npt.ArrayLike) -> int:
         """Cells of the plan that these lengths leave empty; raises ValueError if they do not fit."""
         self.check(lengths)
@@ -253,10 +263,7 @@ class BucketPlan:
           lengths: [N], if given real cells are drawn full and slack is drawn light; ValueError if they do not fit.
           columns, lines: the largest picture in characters; a larger plan is sampled.
         """
-        if lengths is not None:
-            self.check(lengths)
-        filled = self.room if lengths is None else -np.sort(-concrete_lengths(lengths))
-        filled = np.pad(filled, (0, self.num_sequences - len(filled)))
+        filled = self.room if lengths is None else self.filled(lengths)
         steps, rows = _samples(self.num_steps, columns), _samples(self.rows[0], lines)
         alive = rows[:, None] < self.batch_sizes[steps]
         cells = np.where(alive, self.step_offsets[steps] + rows[:, None], 0)
@@ -270,7 +277,7 @@ class BucketPlan:
         """How many slots lie before each slot in its row. [B]."""
         by_row = np.lexsort((self.slot_starts, self.slot_rows))
         places = np.empty(self.num_sequences, int)
-        places[by_row] = np.concatenate([np.arange(len(row)) for row in self.starts or ((0,),) * self.rows[0]])
+        places[by_row] = np.concatenate([np.arange(len(row)) for row in self._row_starts])
         return places
 
     def _checked_starts(self) -> tuple[tuple[int, ...], ...]:

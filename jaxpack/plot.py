@@ -45,8 +45,7 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
         filled = plan.room
     else:
         cells += f", {plan.efficiency(lengths):.0%} of them real"
-        filled = -np.sort(-np.asarray(lengths))
-        filled = np.pad(filled, (0, plan.num_sequences - len(filled)))
+        filled = plan.filled(lengths)
     figure = _figure(6.4, 4.0)
     axes = figure.add_subplot()
     starts, ends = plan.slot_starts, plan.slot_starts + plan.room
