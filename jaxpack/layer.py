@@ -41,7 +41,7 @@ class _Call(NamedTuple):
 
     params_dtype: Any
     dropout_key: jax.Array | None
-    planned: bool
+    planned: bool  # or else lengths are all that is given
     forward_mode: bool
 
 
@@ -150,12 +150,12 @@ class RecurrentLayer(abc.ABC):
         Source: torch.nn.RNN, LSTM and GRU.
         """
         key = self._active_dropout_key(dropout_key, deterministic)
-        call = _Call(check_params(params, self.shapes, self), key, plan is not None, forward_mode)
+        call = _Call(check_params(params, self.shapes, self), key, plan is not None or lengths is None, forward_mode)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
             packed = check_packed(inputs, f"{type(self).__name__}.apply")
-            return self._apply_packed(params, packed, initial_state, call._replace(planned=True))
+            return self._apply_packed(params, packed, initial_state, call)
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -166,8 +166,6 @@ class RecurrentLayer(abc.ABC):
             return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
         batch_size, max_length = batch_shape(batch, "inputs")
         self._check_features(batch)
-        if lengths is None:  # nothing is ragged: the padded plan is exact
-            call = call._replace(planned=True)
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         plan = plan_padded(batch_size, max(max_length, 1)) if plan is None else plan
         packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
@@ -246,7 +244,7 @@ class RecurrentLayer(abc.ABC):
         packed = pack_padded_sequence(
             sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
         )
-        output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))
+        output, final = self._apply_packed(params, packed, batched, call)
         padded = pad_packed_sequence(output, batch_first=True, total_length=len(sequence))[0]
         return padded[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
 
