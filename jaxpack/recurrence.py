@@ -40,7 +40,7 @@ from jaxpack.cells import Carry, Cell, Fused, Params
 from jaxpack.loops import Schedule
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import scan_slots
-from jaxpack.stairs import CHUNK_CELLS, Stair, kept_rows, ladder_ends, ladder_of, levels_of, stairs_of
+from jaxpack.stairs import CHUNK_CELLS, Stair, kept_rows, ladder_ends, ladder_of, stairs_of
 
 CPU = Schedule(chunk_cells=CHUNK_CELLS, unroll=1, together=False, tanh=tanh_apart)
 ACCELERATOR = Schedule(chunk_cells=None, unroll=8, together=True)
@@ -74,7 +74,7 @@ def recur(
     # Weights take on what the inputs vary over under shard_map, outside the derivative: autodiff sums it up again.
     zero = lax.full_like(inputs[0], 0, shape=())
     fused = tuple(jax.tree.map(lambda w: w + zero, cell.fuse(p)) for p in params)
-    ends = None if spans is None else ladder_ends(levels_of(plan.num_sequences), spans)
+    ends = None if spans is None else ladder_ends(plan, spans)
     run = _plain if forward_mode else _fast
     return run(cell, plan, fused, tuple(inputs), (mask, ends), tuple(carries))
 
@@ -124,7 +124,7 @@ _fast.defvjp(_fast_fwd, _fast_bwd)
 def _forward(
     cell: Cell, plan: BucketPlan, fused: Any, inputs: Any, shared: Shared, carries: Any
 ) -> tuple[tuple[jax.Array, ...], tuple[Carry, ...], tuple[Carry, ...]]:
-    kept = kept_rows(plan, None if shared[1] is None else levels_of(plan.num_sequences))
+    kept = kept_rows(plan, shared[1] is not None)
 
     def run(schedule: Schedule, stairs: Sequence[Stair], mask: jax.Array, fused: Any, x: Any, carry: Any) -> Any:
         return loops.forward(cell, plan, stairs, kept, schedule, fused, x, mask, carry)
@@ -194,7 +194,7 @@ def _on_each_platform(
 
     def go(schedule: Schedule, ladder: bool, mask: jax.Array, ends: jax.Array | None, *operands: Any) -> Any:
         if ladder and ends is not None:
-            stairs = ladder_of(plan, levels_of(plan.num_sequences), ends, schedule.chunk_cells)
+            stairs = ladder_of(plan, ends, schedule.chunk_cells)
         else:
             stairs = stairs_of(plan, schedule.chunk_cells)
         each = list(zip(*operands, strict=True))

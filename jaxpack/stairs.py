@@ -12,7 +12,6 @@ stair is the same code.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,20 +128,20 @@ def levels_of(num_sequences: int) -> tuple[int, ...]:
     return tuple(sorted({math.ceil(num_sequences * share) for share in shares}, reverse=True))
 
 
-def ladder_ends(levels: Sequence[int], ends: jax.Array) -> jax.Array:
-    """int32 [len(levels)]: the step at which each level ends, from where sequences end [B], longest first."""
+def ladder_ends(plan: BucketPlan, ends: jax.Array) -> jax.Array:
+    """int32, one for each level: the step at which each level ends, from where sequences end [B], longest first."""
     latest = lax.cummax(ends, reverse=True)  # of this slot and all after it: one that does not fit may break the order
-    return latest[np.array([*levels[1:], 0])]
+    return latest[np.array([*levels_of(plan.num_sequences)[1:], 0])]
 
 
-def ladder_of(plan: BucketPlan, levels: Sequence[int], ends: jax.Array, chunk_cells: int | None) -> tuple[Stair, ...]:
+def ladder_of(plan: BucketPlan, ends: jax.Array, chunk_cells: int | None) -> tuple[Stair, ...]:
     """A stair for each level, over the one bucket of a padded plan; each goes on to the end of a chunk."""
     (block,) = plan.buckets
     stairs: list[Stair] = []
     first = kept = jnp.zeros_like(ends[0])
     cells = chunk_cells or CHUNK_CELLS
     most = max(_FEW_STEPS, cells // block.rows)
-    for k, rows in enumerate(levels):
+    for k, rows in enumerate(levels_of(plan.num_sequences)):
         steps = min(block.steps, most, max(1, cells // rows))
         number = jnp.maximum(-((first - ends[k]) // steps), 0)
         stairs.append(Stair(rows, block.rows, 0, block.steps, steps, first, number, kept))
@@ -152,19 +151,18 @@ def ladder_of(plan: BucketPlan, levels: Sequence[int], ends: jax.Array, chunk_ce
 
 def ladder_cells(plan: BucketPlan, lengths: npt.ArrayLike) -> int:
     """How many cells the ladder computes on CPU for concrete lengths that fit the padded plan."""
-    levels = levels_of(plan.num_sequences)
-    ends = ladder_ends(levels, jnp.sort(jnp.asarray(lengths), descending=True))
-    stairs = ladder_of(plan, levels, ends, CHUNK_CELLS)
+    ends = ladder_ends(plan, jnp.sort(jnp.asarray(lengths), descending=True))
+    stairs = ladder_of(plan, ends, CHUNK_CELLS)
     return sum(s.rows * min(int(s.number) * s.steps, plan.num_steps - int(s.first)) for s in stairs if s.number)
 
 
-def kept_rows(plan: BucketPlan, levels: Sequence[int] | None) -> int:
+def kept_rows(plan: BucketPlan, ladder: bool) -> int:
     """How many rows the memories at all chunks' starts have."""
-    if levels is None:
+    if not ladder:
         return sum(stair.number * stair.rows for stair in stairs_of(plan, CHUNK_CELLS))
     (block,) = plan.buckets
     shortest = max(1, CHUNK_CELLS // block.rows)
-    return (-(-block.steps // shortest) + len(levels)) * block.rows
+    return (-(-block.steps // shortest) + len(levels_of(plan.num_sequences))) * block.rows
 
 
 def _chunk_steps(bucket: Bucket, chunk_cells: int | None) -> int:

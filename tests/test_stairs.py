@@ -39,14 +39,14 @@ def test_the_chunks_of_a_plan_hold_each_cell_once(plan, chunk_cells):
     cells, kept = own_cells(stairs_of(plan, chunk_cells))
     assert cells == collections.Counter(range(plan.size))
     if chunk_cells in (None, 512):  # memories are kept for chunks of at least 512 cells
-        check_kept(kept, kept_rows(plan, None))
+        check_kept(kept, kept_rows(plan, False))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 5), st.sampled_from([2, 9, 40]))
 def test_the_ladder_holds_each_real_cell_once(lengths, more, chunk_cells):
     plan = plan_padded(len(lengths), max(1, *lengths) + more)
-    levels, longest_first = levels_of(len(lengths)), np.sort(lengths)[::-1]
-    cells, kept = own_cells(ladder_of(plan, levels, ladder_ends(levels, jnp.array(longest_first)), chunk_cells))
+    longest_first = np.sort(lengths)[::-1]
+    cells, kept = own_cells(ladder_of(plan, ladder_ends(plan, jnp.array(longest_first)), chunk_cells))
     real = {step * len(lengths) + row for row, length in enumerate(longest_first) for step in range(length)}
     assert set(cells) >= real
     assert set(cells.values()) <= {1}
@@ -56,11 +56,11 @@ def test_the_ladder_holds_each_real_cell_once(lengths, more, chunk_cells):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_ladder_computes_at_most_a_third_more_than_real_cells(seed):
     lengths = np.clip(np.round(np.random.default_rng(seed).lognormal(np.log(50), 0.7, 64)), 1, 200).astype(int)
-    plan, levels = plan_padded(64, lengths.max()), levels_of(64)
-    ends = ladder_ends(levels, jnp.array(np.sort(lengths)[::-1]))
-    cells, kept = own_cells(ladder_of(plan, levels, ends, 512))
+    plan = plan_padded(64, lengths.max())
+    ends = ladder_ends(plan, jnp.array(np.sort(lengths)[::-1]))
+    cells, kept = own_cells(ladder_of(plan, ends, 512))
     assert ladder_cells(plan, lengths) == cells.total() <= 4 / 3 * lengths.sum() < plan.size
-    check_kept(kept, kept_rows(plan, levels))
+    check_kept(kept, kept_rows(plan, True))
 
 
 def test_the_ladder_computes_no_slack_at_equal_lengths():
@@ -77,4 +77,4 @@ def test_levels_go_down_from_all_rows(batch_size):
 
 def test_a_misfit_keeps_the_ladder_going_to_its_end():
     # Slot 2 does not fit, which counts as all of its steps.
-    assert ladder_ends((3, 2, 1), jnp.array([4, 2, 9])).tolist() == [9, 9, 9]
+    assert ladder_ends(plan_padded(3, 9), jnp.array([4, 2, 9])).tolist() == [9, 9, 9]

@@ -31,7 +31,7 @@ Carry = tuple[jax.Array, ...]  # (h,), or (h, c) with a memory c
 
 # recall(decay, inject) gives c before each step of a chunk, where c' = decay * c + inject. All [M, H].
 Recall = Callable[[jax.Array, jax.Array], jax.Array]
-# select(new, old) keeps the old where a step is slack. Made by the cell, for what follows from what is then one kernel.
+# select(new, old) keeps the old where a step is slack. The cell applies it: h can then follow from the selected c.
 Select = Callable[[jax.Array, jax.Array], jax.Array]
 Tanh = Callable[[jax.Array], jax.Array]  # which platforms compute in their own way
 
