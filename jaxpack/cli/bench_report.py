@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxpack.cli.text import plain_marks
+from jaxpack.cli.text import print_parts
 from jaxpack.plan import BucketPlan
 
 Result = Mapping[str, Any]
@@ -37,9 +37,7 @@ def print_bench(result: Result, console: Console) -> None:
         )
     if result["missing"]:
         parts.append(_missing(result))
-    for part in parts:
-        console.print()
-        console.print(plain_marks(part, console) if isinstance(part, Text) else part, highlight=False)
+    print_parts(parts, console)
 
 
 def _title(workload: Result) -> str:

@@ -15,7 +15,7 @@ from rich.text import Text
 import jaxpack
 from jaxpack import plot
 from jaxpack.cli.files import check_plot, read_or_parse_lengths
-from jaxpack.cli.text import picture_of, plain_marks
+from jaxpack.cli.text import picture_of, print_parts
 
 _LINES = 16  # of each picture
 _COST = jaxpack.CostModel()
@@ -92,9 +92,7 @@ def print_plans(
         rows = drawn.rows[0]
         shown = f", {_LINES} of {rows:,} rows drawn" if rows > _LINES else ""
         parts += [Text(f"{name}{shown}", style="bold"), Text(picture_of(drawn, lengths, _LINES), no_wrap=True)]
-    for part in (*parts, Text(_CAPTION)):
-        console.print()
-        console.print(plain_marks(part, console) if isinstance(part, Text) else part, highlight=False)
+    print_parts((*parts, Text(_CAPTION)), console)
 
 
 def _table(plans: Mapping[str, jaxpack.BucketPlan], chosen: str, lengths: np.ndarray) -> Table:

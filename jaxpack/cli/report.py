@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxpack.cli.text import picture_of, plain_marks
+from jaxpack.cli.text import picture_of, print_parts
 from jaxpack.plan import BucketPlan
 
 _LINES = 14  # of the picture
@@ -58,13 +58,10 @@ class Report(NamedTuple):
 def print_report(report: Report, console: Console) -> None:
     """Prints the report."""
     drawn = picture_of(report.columns[report.trained].plan, report.lengths, _LINES)
-    picture = plain_marks(Text(drawn, no_wrap=True), console)
-    caption = plain_marks(Text(_caption(report)), console)
     speed = f"Speed: median of {report.repeats} epochs under each plan, taken in turns, on {jax.default_backend()}."
     title = Text(report.title, style="bold")
-    for part in (title, _facts(report), _comparison(report), speed, picture, caption):
-        console.print()
-        console.print(part, highlight=False)
+    picture, caption = Text(drawn, no_wrap=True), Text(_caption(report))
+    print_parts((title, _facts(report), _comparison(report), speed, picture, caption), console)
 
 
 def _facts(report: Report) -> Table:

@@ -1,9 +1,11 @@
-"""Pieces of text that several reports share: the picture of a plan, and its marks on terminals that know only ASCII."""
+"""Pieces of text that several reports share: the picture of a plan, and how parts are printed on any terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from jaxpack.plan import BucketPlan
@@ -19,7 +21,14 @@ def picture_of(plan: BucketPlan, lengths: np.ndarray, lines: int) -> str:
     return "\n".join("  " + "".join(mark * double for mark in line) for line in drawn)
 
 
-def plain_marks(text: Text, console: Console) -> Text:
+def print_parts(parts: Iterable[RenderableType], console: Console) -> None:
+    """Prints a report's parts, each after a blank line."""
+    for part in parts:
+        console.print()
+        console.print(_plain_marks(part, console) if isinstance(part, Text) else part, highlight=False)
+
+
+def _plain_marks(text: Text, console: Console) -> Text:
     """The text in characters that the terminal knows."""
     if not console.options.ascii_only:
         return text
