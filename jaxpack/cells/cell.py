@@ -80,7 +80,7 @@ class Cell:
 
     hidden_size: int
 
-    num_gates: ClassVar[int]
+    gates: ClassVar[tuple[str, ...]]  # in the order in which the parameters hold them
 
     @property
     def output_size(self) -> int:
@@ -94,7 +94,7 @@ class Cell:
 
     def shapes(self, input_size: int, bias: bool) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter."""
-        width = self.num_gates * self.hidden_size
+        width = len(self.gates) * self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (input_size, width),
             "weight_hh": (self.output_size, width),

@@ -23,7 +23,7 @@ from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Selec
 class GRUCell(Cell):
     """A gated recurrent unit; its carry is h."""
 
-    num_gates: ClassVar[int] = 3
+    gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
 
     def fuse(self, params: Params) -> Fused:
         """Gate columns n, r, z, hn: the input reaches the first three, h the last three; r and z at half scale."""

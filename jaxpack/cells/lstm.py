@@ -39,7 +39,7 @@ class LSTMCell(Cell):
 
     proj_size: int = 0
 
-    num_gates: ClassVar[int] = 4
+    gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
 
     @property
     def output_size(self) -> int:
@@ -123,5 +123,5 @@ def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState
     Source: torch.nn.LSTMCell.
     """
     proj_size = params["weight_hr"].shape[1] if "weight_hr" in params else 0
-    cell = LSTMCell(params["weight_hh"].shape[1] // LSTMCell.num_gates, proj_size)
+    cell = LSTMCell(params["weight_hh"].shape[1] // len(LSTMCell.gates), proj_size)
     return step_from_input(cell, params, carry, x)

@@ -36,7 +36,7 @@ class RNNCell(Cell):
 
     nonlinearity: str = "tanh"
 
-    num_gates: ClassVar[int] = 1
+    gates: ClassVar[tuple[str, ...]] = ("",)  # the one gate needs no name
 
     def fuse(self, params: Params) -> Fused:
         """One bias, the sum of both."""
