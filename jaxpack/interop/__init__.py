@@ -1,1 +1,19 @@
-"""Weights from and to other libraries: one file each."""
+"""Weights from and to other libraries: one file each. Of those libraries it imports Flax alone."""
+
+from jaxpack.interop.flax import from_linen, from_nnx, to_linen, to_nnx
+from jaxpack.interop.haiku import from_haiku, to_haiku
+from jaxpack.interop.keras import from_keras, to_keras
+from jaxpack.interop.safetensors import load_safetensors, save_safetensors
+
+__all__ = [
+    "from_haiku",
+    "from_keras",
+    "from_linen",
+    "from_nnx",
+    "load_safetensors",
+    "save_safetensors",
+    "to_haiku",
+    "to_keras",
+    "to_linen",
+    "to_nnx",
+]

@@ -1,0 +1,194 @@
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from jaxpack import GRU, LSTM, RNN, BucketPlan
+from jaxpack.interop import from_keras, to_keras
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+keras = pytest.importorskip("keras", reason="keras, whose outputs these tests compare with, is not installed")
+
+F, H, T = 3, 4, 5
+LAYERS = [
+    LSTM(F, H, bidirectional=True),
+    GRU(F, H),
+    RNN(F, H),
+    RNN(F, H, nonlinearity="relu", bias=False),
+    GRU(F, H, num_layers=2, bidirectional=True),
+]
+QUICK = {"kernel_initializer": "ones", "recurrent_initializer": "ones"}
+each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
+
+
+def params_of(layer, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {
+        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
+        for group, entries in layer.shapes.items()
+    }
+
+
+def keras_layers(layer, dtype="float32", **options):
+    """Built Keras layers, from the input up."""
+    kind = getattr(keras.layers, "SimpleRNN" if isinstance(layer, RNN) else type(layer).__name__)
+    options = {"activation": getattr(layer, "nonlinearity", "tanh"), "use_bias": layer.bias} | QUICK | options
+    result = []
+    for size in [F, layer.output_size][: layer.num_layers]:
+        each = kind(H, return_sequences=True, return_state=True, dtype=dtype, **options)
+        result.append(keras.layers.Bidirectional(each, dtype=dtype) if layer.bidirectional else each)
+        result[-1].build((2, T, size))
+    return result
+
+
+def check_outputs(layer, lengths):
+    """Our output and final state against those of a stack of Keras's layers, with a mask if lengths differ."""
+    params = params_of(layer)
+    x = oracles.random_batch(lengths, F, dtype=np.float32)  # Keras's tanh has no float64
+    plan = BucketPlan((T,), (len(lengths),))
+    output, state = jax.jit(functools.partial(layer.apply, lengths=lengths, plan=plan))(params, x)
+    real = np.arange(T) < np.array(lengths)[:, None]
+    mask = None if real.all() else real
+    y, states = jnp.nan_to_num(x), []
+    for each, arrays in zip(keras_layers(layer), to_keras(layer, params), strict=True):
+        each.set_weights(arrays)
+        y, *carries = jax.jit(functools.partial(each, mask=mask))(y)
+        states += carries
+    np.testing.assert_allclose(output, np.where(real[..., None], y, 0), atol=1e-6)
+    if isinstance(layer, LSTM):
+        states = states[::2], states[1::2]
+        state = jnp.stack(state)
+    np.testing.assert_allclose(state, np.array(states), atol=1e-6)
+
+
+@each_layer
+def test_keras_computes_what_the_layer_computes(layer):
+    check_outputs(layer, [5, 3])
+
+
+def test_keras_computes_what_the_layer_computes_without_a_mask():
+    check_outputs(GRU(F, H), [5, 5])
+
+
+@each_layer
+def test_keras_weights_come_back_bit_for_bit(layer):
+    theirs, rng = keras_layers(layer), np.random.default_rng(0)
+    for each in theirs:
+        each.set_weights([rng.standard_normal(w.shape) for w in each.get_weights()])
+    params = from_keras(layer, theirs)
+    assert jax.tree.map(jnp.shape, params) == layer.shapes
+    for arrays, each in zip(to_keras(layer, params), theirs, strict=True):
+        for array, weight in zip(arrays, each.get_weights(), strict=True):
+            np.testing.assert_array_equal(array, weight)
+            assert array.dtype == weight.dtype == np.float32
+
+
+def test_a_single_layer_stands_alone_and_may_keep_its_state_and_drop():
+    layer = LSTM(F, H)
+    (plain,) = keras_layers(layer, stateful=True, dropout=0.5)
+    params = from_keras(layer, plain)
+    jax.tree.map(np.testing.assert_array_equal, params, from_keras(layer, [plain]))
+    np.testing.assert_array_equal(params["l0"]["weight_ih"], plain.get_weights()[0])
+
+
+def test_unit_forget_bias_is_in_the_weights():
+    params = from_keras(LSTM(F, H), keras_layers(LSTM(F, H), unit_forget_bias=True))
+    bias = params["l0"]["bias_ih"] + params["l0"]["bias_hh"]
+    np.testing.assert_array_equal(bias, np.repeat([0, 1, 0, 0], H))
+
+
+def test_a_keras_layer_without_biases_gives_zeros():
+    params = from_keras(GRU(F, H), keras_layers(GRU(F, H), use_bias=False))
+    assert not params["l0"]["bias_ih"].any()
+    assert not params["l0"]["bias_hh"].any()
+
+
+def test_dtypes_are_kept():
+    layer = GRU(F, H)
+    (arrays,) = to_keras(layer, params_of(layer, jnp.bfloat16))
+    assert {array.dtype for array in arrays} == {jnp.dtype(jnp.bfloat16)}
+    assert [array.shape for array in arrays] == [(F, 3 * H), (H, 3 * H), (2, 3 * H)]
+
+
+REFUSED = {
+    "reset_after": (GRU(F, H), r"reset_after=False, .*r multiplies h before the product.*jaxpack.packed_scan"),
+    "activation": (LSTM(F, H), r"activation='relu', but LSTM.* needs activation='tanh'. .*rebuild"),
+    "recurrent_activation": (LSTM(F, H), r"recurrent_activation='hard_sigmoid', .* needs .*'sigmoid'. .*rebuild"),
+    "go_backwards": (RNN(F, H), r"go_backwards=True, .*jaxpack.reverse_sequences"),
+}
+OPTIONS = {
+    "reset_after": False,
+    "activation": "relu",
+    "recurrent_activation": "hard_sigmoid",
+    "go_backwards": True,
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_keras_layers_that_compute_something_else_are_refused(option):
+    layer, match = REFUSED[option]
+    with pytest.raises(ValueError, match=r"keras_layers\[0\] has " + match):
+        from_keras(layer, keras_layers(layer, **{option: OPTIONS[option]}))
+
+
+def test_the_nonlinearity_must_be_the_layers():
+    with pytest.raises(ValueError, match=r"activation='tanh', but RNN.* needs activation='relu'"):
+        from_keras(RNN(F, H, nonlinearity="relu"), keras_layers(RNN(F, H)))
+
+
+def test_other_kinds_sizes_and_counts_are_refused():
+    (lstm,), (gru,) = (keras_layers(layer) for layer in (LSTM(F, H), GRU(F, H)))
+    with pytest.raises(TypeError, match=r"keras_layers must be a keras.layers.LSTM for LSTM.*, got a keras.*GRU"):
+        from_keras(LSTM(F, H), gru)
+    with pytest.raises(TypeError, match=r"keras_layers must be a keras.layers.LSTM for .*, got a .*test.*LSTM"):
+        from_keras(LSTM(F, H), type("LSTM", (), {})())  # as PyTorch's is named too
+    with pytest.raises(TypeError, match=r"must be a keras.layers.Bidirectional for .*, got a keras.*LSTM"):
+        from_keras(LSTM(F, H, bidirectional=True), lstm)
+    with pytest.raises(
+        TypeError, match=r"keras_layers.forward_layer must be a keras.layers.LSTM for .*, got a keras.*GRU"
+    ):
+        from_keras(LSTM(F, H, bidirectional=True), keras_layers(GRU(F, H, bidirectional=True))[0])
+    with pytest.raises(ValueError, match=r"has units=4, but LSTM.* needs units=5. hidden_size must be Keras's units"):
+        from_keras(LSTM(F, 5), lstm)
+    with pytest.raises(ValueError, match=r"weight_ih must have shape \(2, 16\) .*got \(3, 16\)"):
+        from_keras(LSTM(2, H), lstm)
+    with pytest.raises(ValueError, match=r"an entry for each layer, 2 in all, got 1"):
+        from_keras(LSTM(F, H, num_layers=2), lstm)
+    with pytest.raises(ValueError, match=r"keras_layers has no weights yet: build it first"):
+        from_keras(LSTM(F, H), keras.layers.LSTM(H))
+
+
+def test_other_merge_modes_are_refused():
+    layer = GRU(F, H, bidirectional=True)
+    summed = keras.layers.Bidirectional(keras.layers.GRU(H, return_sequences=True), merge_mode="sum")
+    with pytest.raises(ValueError, match=r"merge_mode='sum', .*merge the halves of jaxpack's output yourself"):
+        from_keras(layer, summed)
+
+
+def test_biases_need_a_layer_with_biases():
+    (theirs,) = keras_layers(RNN(F, H))
+    from_keras(RNN(F, H, bias=False), theirs)  # they are zeros yet
+    theirs.set_weights([np.ones_like(w) for w in theirs.get_weights()])
+    with pytest.raises(ValueError, match=r"keras_layers has biases up to 1, and RNN.* has none. Use bias=True"):
+        from_keras(RNN(F, H, bias=False), theirs)
+
+
+def test_projections_traced_and_foreign_parameters_are_refused():
+    layer = LSTM(F, H, proj_size=2)
+    with pytest.raises(ValueError, match=r"projects h, and no cell of Keras does"):
+        to_keras(layer, params_of(layer))
+    with pytest.raises(TypeError, match=r"params\['l0'\]\['.*'\] is traced"):
+        jax.jit(lambda params: to_keras(GRU(F, H), params))(params_of(GRU(F, H)))
+    with pytest.raises(TypeError, match=r"l0.weight_ih is missing"):
+        to_keras(GRU(F, H), {})
+
+
+def test_weights_that_jax_would_round_are_refused():
+    with jax.enable_x64(True):
+        theirs = keras_layers(RNN(F, H), "float64")
+    with pytest.raises(ValueError, match=r"keras_layers\[0\]: weight 0 has dtype float64, which JAX would round"):
+        from_keras(RNN(F, H), theirs)
