@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -27,11 +28,11 @@ from jaxpack import state_dict as state_dicts
 from jaxpack.cells import Cell, Params
 from jaxpack.inputs import as_batch, batch_shape
 from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
-from jaxpack.params import check_params, draw
+from jaxpack.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack.plan import BucketPlan, as_int
 from jaxpack.planners import plan_padded
 from jaxpack.sequence import PackedSequence, PyTree, check_packed
-from jaxpack.stack import run_stack
+from jaxpack.stack import names_forward_mode, run_stack
 
 LayerParams = dict[str, Params]
 
@@ -40,9 +41,14 @@ class _Call(NamedTuple):
     """How one call of `apply` runs."""
 
     params_dtype: Any
+    dtype: Any  # None for the result type of data and parameters
     dropout_key: jax.Array | None
     planned: bool  # or else lengths are all that is given
     forward_mode: bool
+
+    def dtype_with(self, data: jax.Array) -> Any:
+        """The dtype of the computation."""
+        return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
 
 
 class RecurrentLayer(abc.ABC):
@@ -73,7 +79,7 @@ class RecurrentLayer(abc.ABC):
         if self.dropout and self.num_layers == 1:
             warnings.warn(
                 f"dropout acts between layers, so dropout={self.dropout} with num_layers=1 does nothing.",
-                stacklevel=3,
+                stacklevel=_level_of_user(),
             )
 
     @property
@@ -101,14 +107,36 @@ class RecurrentLayer(abc.ABC):
             for suffix in suffixes
         }
 
-    def init(self, key: jax.Array, dtype: Any = None) -> LayerParams:
-        """Parameters drawn as PyTorch draws them: uniform within 1/sqrt(hidden_size) of 0.
+    def init(
+        self,
+        key: jax.Array,
+        dtype: Any = None,
+        *,
+        kernel_init: InitializerByGate = None,
+        recurrent_kernel_init: InitializerByGate = None,
+        bias_init: InitializerByGate = None,
+    ) -> LayerParams:
+        """Parameters, by default drawn as PyTorch draws them: uniform within 1/sqrt(hidden_size) of 0.
+
+        An initialiser is a function of (key, shape, dtype), as in jax.nn.initializers and Flax. It is called for each
+        gate, with that gate's shape, so orthogonal() is orthogonal gate by gate. A mapping gives some gates their own
+        and leaves the others at the default; gates are i, f, g, o (LSTM) and r, z, n (GRU), and RNN's has no name:
+
+            lstm.init(key, recurrent_kernel_init=orthogonal(), bias_init={"f": ones})
 
         Args:
           key: a JAX random key.
           dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
+          kernel_init: of weight_ih, each gate [F, H], and as a function also of the projection weight_hr [H, P].
+          recurrent_kernel_init: of weight_hh, each gate [P, H].
+          bias_init: of both biases together, each gate [H]: bias_ih is drawn with it, bias_hh starts at 0.
+
+        Raises:
+          TypeError: if key, dtype or an initialiser is of another kind.
+          ValueError: naming a gate that the cell does not have, or an initialiser whose result has another shape.
         """
-        return draw(key, self.shapes, 1 / math.sqrt(self.hidden_size), dtype)
+        initializers = {"kernel": kernel_init, "recurrent_kernel": recurrent_kernel_init, "bias": bias_init}
+        return draw(key, self.shapes, self.cell.gates, 1 / math.sqrt(self.hidden_size), dtype, initializers)
 
     def apply(
         self,
@@ -120,6 +148,7 @@ class RecurrentLayer(abc.ABC):
         lengths: ArrayLike | None = None,
         plan: BucketPlan | None = None,
         deterministic: bool = False,
+        dtype: Any = None,
         forward_mode: bool = False,
     ) -> tuple[Any, Any]:
         """Runs the layer.
@@ -133,6 +162,8 @@ class RecurrentLayer(abc.ABC):
           plan: for padded inputs, the static shape to run under. Default: none, which is one program for all lengths
             whose loops follow them as it runs (on GPUs: the padded plan).
           deterministic: whether to leave dropout out, as for evaluation.
+          dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
+            float32 parameters is mixed precision. Default: the result type of inputs and parameters.
           forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call. It then runs a plain scan,
             which is slower in training; jax.hessian and forward over reverse do not need it.
 
@@ -143,14 +174,19 @@ class RecurrentLayer(abc.ABC):
           that do not fit the plan are NaN in both.
 
         Raises:
-          ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; or if
-            dropout is on and no key is given.
-          TypeError: if inputs are packed and lengths or plan are given too, or parameters have another structure; or
-            under jax.jvp without forward_mode.
+          ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; if dropout
+            is on and no key is given; or if a parameter is sharded under an explicit mesh.
+          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, or
+            dtype is not floating; or under jax.jvp without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
         key = self._active_dropout_key(dropout_key, deterministic)
-        call = _Call(check_params(params, self.shapes, self), key, plan is not None or lengths is None, forward_mode)
+        params_dtype = check_params(params, self.shapes, self)
+        check_sharding(params)
+        if dtype is not None:
+            dtype = floating(dtype)
+            params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        call = _Call(params_dtype, dtype, key, plan is not None or lengths is None, forward_mode)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
@@ -184,7 +220,7 @@ class RecurrentLayer(abc.ABC):
         """
         return state_dicts.from_state_dict(self.shapes, state_dict)
 
-    def to_torch(self, params: LayerParams) -> dict[str, np.ndarray]:
+    def to_torch(self, params: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, np.ndarray]:
         """The state dict of the torch.nn module of the same options, as NumPy arrays. Exact; also for gradients.
 
         torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})
@@ -199,11 +235,11 @@ class RecurrentLayer(abc.ABC):
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
             raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
         self._check_features(data, packed=True)
-        dtype = jnp.result_type(data, call.params_dtype)
+        dtype = call.dtype_with(data)
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
-        try:
+        with names_forward_mode(f"{type(self).__name__}.apply", "apply"):
             return run_stack(
                 self.cell,
                 self.num_directions,
@@ -215,13 +251,6 @@ class RecurrentLayer(abc.ABC):
                 call.planned,
                 call.forward_mode,
             )
-        except TypeError as error:
-            if "forward-mode" not in str(error):
-                raise
-            raise TypeError(
-                f"{type(self).__name__}.apply has its own derivative, which is for reverse mode. For jax.jvp, "
-                f"jax.jacfwd or jax.linearize of it pass apply(..., forward_mode=True)."
-            ) from error
 
     def _apply_unbatched(
         self,
@@ -239,7 +268,7 @@ class RecurrentLayer(abc.ABC):
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no lengths= or "
                 f"plan=. A batch is [B, T, {self.input_size}]."
             )
-        state = self._initial_state(initial_state, sequence, None, jnp.result_type(sequence, call.params_dtype))
+        state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
         batched = jax.tree.map(lambda leaf: leaf[:, None], state)
         packed = pack_padded_sequence(
             sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
@@ -283,6 +312,14 @@ class RecurrentLayer(abc.ABC):
                 f"train, or deterministic=True to evaluate."
             )
         return key
+
+
+def _level_of_user() -> int:
+    """The stacklevel, for a warning by our caller, of the first frame that is neither ours nor Flax's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxpack", "flax", "jax"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _shapes(tree: PyTree) -> str:

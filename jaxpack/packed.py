@@ -75,7 +75,7 @@ def pack_padded_sequence(
             "`lengths` array must be sorted in decreasing order when `enforce_sorted` is True. You can pass "
             "`enforce_sorted=False` to pack_padded_sequence and/or pack_sequence to sidestep this requirement."
         )
-    return _pack(batch, jnp.asarray(lengths, jnp.int32), plan)
+    return lay_out(batch, jnp.asarray(lengths, jnp.int32), plan)
 
 
 def pad_packed_sequence(
@@ -209,10 +209,14 @@ def reverse_sequences(packed: PackedSequence) -> PackedSequence:
     return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: rearrange(leaf, cells, cells), packed.data)))
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _pack(batch: PyTree, lengths: jax.Array, plan: BucketPlan) -> PackedSequence:
-    """Packs [B, T, *F] with int32 lengths. Ties keep the caller's order; ~ is negation that cannot overflow."""
-    order = jnp.argsort(~lengths, stable=True).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnames=("plan", "sort"))
+def lay_out(batch: PyTree, lengths: jax.Array, plan: BucketPlan, sort: bool = True) -> PackedSequence:
+    """Packs [B, T, *F] with int32 lengths. Ties keep the caller's order; ~ is negation that cannot overflow.
+
+    Without sorting, rows stay where they are, for a plan whose slots all have the same room.
+    """
+    order = jnp.argsort(~lengths, stable=True) if sort else jnp.arange(len(lengths))
+    order = order.astype(jnp.int32)
     packed = PackedSequence(None, lengths, order, jnp.argsort(order).astype(jnp.int32), plan)
     length = jax.tree.leaves(batch)[0].shape[1]
     places, cells = _places(packed, length), _cells(packed, length).reshape(-1)

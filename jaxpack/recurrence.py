@@ -39,7 +39,7 @@ from jaxpack.arrays import tanh_apart
 from jaxpack.cells import Carry, Cell, Fused, Params
 from jaxpack.loops import Schedule
 from jaxpack.plan import BucketPlan
-from jaxpack.scan import scan_slots
+from jaxpack.scan import scan_of, scan_slots
 from jaxpack.stairs import CHUNK_CELLS, Stair, kept_rows, ladder_ends, ladder_of, stairs_of
 
 CPU = Schedule(chunk_cells=CHUNK_CELLS, unroll=1, together=False, tanh=tanh_apart)
@@ -97,7 +97,7 @@ def _plain(
     clean = (jnp.where(mask[:, None], x, 0) for x in inputs)
     projected = tuple(cell.project(f, x) for f, x in zip(fused, clean, strict=True))
     zeros = jax.tree.map(jnp.zeros_like, carries)
-    carries, outputs = scan_slots(step, carries, zeros, projected, mask, plan)
+    carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, mask, plan)
     return tuple(jnp.where(mask[:, None], y, 0) for y in outputs), carries
 
 

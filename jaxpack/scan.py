@@ -7,6 +7,7 @@ own last step. Where slots share a row, a slot starts with its own initial carry
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,10 @@ from jaxpack.sequence import (
 )
 
 Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+# scan(body, carry, xs) is lax.scan over functools.partial(body, step), with a step that the scan brings along: a
+# function as it is, or the call of a Flax module, which has to be lifted into the loop by Flax's own scan.
+Body = Callable[[Step, PyTree, PyTree], tuple[PyTree, PyTree]]
+Scan = Callable[[Body, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PackedSequence]:
@@ -55,31 +60,41 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
     Source: jax.lax.scan.
     """
     packed = check_packed(packed, "packed_scan")
-    plan = packed.plan
     carry = jax.tree.map(jnp.asarray, carry)
     for leaf in jax.tree.leaves(carry):
-        if leaf.ndim < 1 or leaf.shape[0] != plan.num_sequences:
+        if leaf.ndim < 1 or leaf.shape[0] != packed.plan.num_sequences:
             raise ValueError(
-                f"packed_scan: leaves of the carry must have a leading axis of {plan.num_sequences} sequences, "
+                f"packed_scan: leaves of the carry must have a leading axis of {packed.plan.num_sequences} sequences, "
                 f"got shape {leaf.shape}."
             )
-    carry = jax.tree.map(lambda leaf: lax.convert_element_type(leaf[packed.sorted_indices], leaf.dtype), carry)
-    inputs = sanitise(packed)
-    _check_step(step, carry, inputs, plan)
+    carry = jax.tree.map(lambda leaf: lax.convert_element_type(leaf, leaf.dtype), carry)  # no longer weakly typed
+    _check_step(step, carry, packed)
+    return scan_packed(scan_of(step), carry, packed)
+
+
+def scan_packed(scan: Scan, carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PackedSequence]:
+    """`packed_scan` with another scan in lax.scan's place, and no checks."""
+    carry = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], carry)
     first = jax.tree.map(lambda leaf: lax.stop_gradient(leaf[stand_in_slots(packed)]), carry)
-    carry, outputs = scan_slots(step, carry, first, inputs, packed.mask, plan)
+    carry, outputs = scan_slots(scan, carry, first, sanitise(packed), packed.mask, packed.plan)
     return seal_states(packed, carry), packed.replace(data=seal(packed, outputs))
 
 
+def scan_of(step: Step) -> Scan:
+    """lax.scan, for a step that is a function."""
+    return lambda body, carry, xs: lax.scan(functools.partial(body, step), carry, xs)
+
+
 def scan_slots(
-    step: Step, carry: PyTree, stand_in: PyTree, inputs: PyTree, mask: jax.Array, plan: BucketPlan
+    scan: Scan, carry: PyTree, stand_in: PyTree, inputs: PyTree, mask: jax.Array, plan: BucketPlan
 ) -> tuple[PyTree, PyTree]:
     """The recurrence itself, on slots: no sorting, no sanitising, no checks.
 
     Args:
-      carry: [B, ...] per slot, longest first.
-      stand_in: what step is given for a carry in slack, whose gradients must not meet what a sequence ended with.
-      inputs: [S, ...] per cell, of which slack may hold anything that step can digest beside the stand-in.
+      scan: runs the steps of a bucket.
+      carry: [B, ...] per slot.
+      stand_in: what the step is given for a carry in slack, whose gradients must not meet what a sequence ended with.
+      inputs: [S, ...] per cell, of which slack may hold anything that the step can digest beside the stand-in.
       mask: bool [S], True at real cells.
 
     Returns:
@@ -89,7 +104,7 @@ def scan_slots(
     chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
     initial, crossings = carry, _crossings(plan)
 
-    def masked(state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any]) -> tuple[Any, PyTree]:
+    def masked(step: Step, state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any]) -> tuple[Any, PyTree]:
         carry, finals = state
         x, real, crossing = cell
         if crossing is None:
@@ -110,7 +125,7 @@ def scan_slots(
     for bucket in plan.buckets:
         finished.append(jax.tree.map(lambda leaf, rows=bucket.rows: leaf[rows:], carry))
         carry = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], carry)
-        (carry, finals), ys = lax.scan(masked, (carry, finals), _block(bucket, (inputs, mask, crossings)))
+        (carry, finals), ys = scan(masked, (carry, finals), _block(bucket, (inputs, mask, crossings)))
         outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
     if crossings is None:
         finals = jax.tree.map(lambda *parts: jnp.concatenate(parts), carry, *reversed(finished))
@@ -143,10 +158,10 @@ def _block(bucket: Bucket, cells: PyTree) -> PyTree:
     return jax.tree.map(take, cells)
 
 
-def _check_step(step: Step, carry: PyTree, inputs: PyTree, plan: BucketPlan) -> None:
+def _check_step(step: Step, carry: PyTree, packed: PackedSequence) -> None:
     """Raises unless step keeps the carry's type and returns one output per row."""
-    rows = plan.num_sequences
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), inputs)
+    rows = packed.plan.num_sequences
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), packed.data)
     stepped, y = jax.eval_shape(step, carry, x)
     before: Any = jax.tree.structure(carry)
     after: Any = jax.tree.structure(stepped)

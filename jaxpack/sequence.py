@@ -195,7 +195,7 @@ def sanitise(packed: PackedSequence) -> PyTree:
     """
     plan, mask = packed.plan, packed.mask
     slots = stand_in_slots(packed)[plan.cell_slots]
-    any_real = slot_lengths(packed)[0] > 0
+    any_real = jnp.any(slot_lengths(packed) > 0)
 
     def replace(leaf: jax.Array) -> jax.Array:
         real = jax.lax.stop_gradient(leaf)[cells_of(plan, slots, 0)]
@@ -206,8 +206,9 @@ def sanitise(packed: PackedSequence) -> PyTree:
 
 def stand_in_slots(packed: PackedSequence) -> jax.Array:
     """int32 [B]: for each slot one that holds a real first step: itself, or the longest if its sequence is empty."""
+    lengths = slot_lengths(packed)
     slots = jnp.arange(packed.plan.num_sequences, dtype=jnp.int32)
-    return jnp.where(slot_lengths(packed) > 0, slots, 0)
+    return jnp.where(lengths > 0, slots, jnp.argmax(lengths).astype(jnp.int32))
 
 
 def seal(packed: PackedSequence, cells: PyTree) -> PyTree:

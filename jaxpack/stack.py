@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +64,20 @@ def run_stack(
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
     return packed.replace(data=data), final_state
+
+
+@contextlib.contextmanager
+def names_forward_mode(what: str, call: str) -> Iterator[None]:
+    """Turns JAX's error about forward mode into one that names the keyword for it, of what is called as `call(...)`."""
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            f"{what} has its own derivative, which is for reverse mode. For jax.jvp, jax.jacfwd or jax.linearize of it "
+            f"pass {call}(..., forward_mode=True)."
+        ) from error
 
 
 def drop(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:

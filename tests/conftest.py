@@ -17,3 +17,11 @@ def x64():
     """Runs the test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share a costly fixture of a module share a process: xdist would make it anew in each."""
+    for item in items:
+        if "run" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group(item.module.__name__))

@@ -129,7 +129,9 @@ def test_cells_are_counted(run):
     padded = len(LENGTHS) * LENGTHS.max()
     expected = {"jaxpack": packed, "jaxpack-in-out": packed, "torch-packed": LENGTHS.sum()}
     expected["jaxpack-buckets"] = plan_buckets(LENGTHS).size
-    expected["jaxpack-no-plan"] = ladder_cells(plan_padded(len(LENGTHS), LENGTHS.max()), LENGTHS)
+    expected |= dict.fromkeys(["jaxpack.nnx-plan", "own-cell-plan"], packed)
+    ladder = ladder_cells(plan_padded(len(LENGTHS), LENGTHS.max()), LENGTHS)
+    expected |= dict.fromkeys(["jaxpack-no-plan", "jaxpack.nnx"], ladder)
     for name, peer in run.peers.items():
         cells = expected.get(name, padded)
         assert peer["cells"] == cells
@@ -247,6 +249,18 @@ def test_libraries_with_the_same_weights_compute_the_same_loss(run):
         assert run.peers[name]["loss"] == pytest.approx(expected_loss(tiny()), abs=1e-5)
 
 
+def test_a_drop_in_computes_what_flax_computes(run):
+    pairs = {"jaxpack.nnx": "flax.nnx", "jaxpack.nnx-plan": "flax.nnx", "own-cell-plan": "own-cell-flax"}
+    for ours, flax in pairs.items():
+        assert run.peers[ours]["loss"] == pytest.approx(run.peers[flax]["loss"], abs=1e-5)
+    assert run.peers["own-cell-flax"]["loss"] != pytest.approx(run.peers["flax.nnx"]["loss"], abs=1e-3)
+
+
+def test_a_cell_of_ones_own_is_measured_as_an_lstm_only():
+    with pytest.raises(Missing, match="LSTM"):
+        PEERS["own-cell-plan"](tiny(cell="gru"))
+
+
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
 def test_torch_runs_the_other_cells_too(cell):
     pytest.importorskip("torch", reason="torch is not installed on this Python")
@@ -265,7 +279,7 @@ def test_training_gives_the_gradients_of_weights_and_of_every_real_input(run):
         assert inputs.shape[-1] == FEATURES, name
 
 
-@pytest.mark.parametrize("name", ["flax.nnx", "flax.linen", "haiku", "keras"])
+@pytest.mark.parametrize("name", ["flax.nnx", "flax.linen", "jaxpack.nnx", "haiku", "keras"])
 def test_two_layers_of_two_directions_never_see_the_padding(name):
     workload = tiny(num_layers=2, bidirectional=True)
     try:

@@ -376,6 +376,37 @@ def test_computes_in_the_result_type_of_data_and_parameters(data, weights):
     np.testing.assert_allclose(output.astype(jnp.float32), reference, atol=3e-2)
 
 
+def as_dtype(tree, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_casts_inputs_parameters_and_states_and_so_the_results(kind):
+    layer = make_layer(kind, num_layers=2)
+    params, batch = layer.init(jax.random.key(0)), oracles.random_batch([3, 1], F, dtype=np.float32)
+    states = tuple(jnp.asarray(s) for s in initial_states(layer, 2, np.float32))
+    states = states if is_lstm(layer) else states[0]
+    half = jnp.bfloat16
+    expected = layer.apply(as_dtype(params, half), batch.astype(half), as_dtype(states, half), lengths=[3, 1])
+    found = layer.apply(params, batch, states, lengths=[3, 1], dtype=half)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(half)}
+    packed = pack_padded_sequence(batch, [3, 1], batch_first=True, plan=plan_padded(2, 3))
+    assert layer.apply(params, packed, dtype=half)[0].data.dtype == half
+    assert layer.apply(params, batch[0], dtype=half)[0].dtype == half  # one sequence
+    assert layer.apply(as_dtype(params, half), batch, lengths=[3, 1], dtype=jnp.float32)[0].dtype == jnp.float32
+
+
+def test_parameters_keep_their_dtype_in_gradients_under_another_dtype():
+    def loss(params, dtype):
+        return LAYER.apply(params, jnp.ones((2, 3, F)), lengths=[3, 1], dtype=dtype)[0].astype(jnp.float32).sum()
+
+    mixed, plain = (jax.grad(loss)(PARAMS, dtype) for dtype in (jnp.bfloat16, None))
+    for ours, theirs in zip(jax.tree.leaves(mixed), jax.tree.leaves(plain), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, theirs, atol=0.05, rtol=0.05)
+
+
 def test_init_is_pytorchs_uniform_in_the_default_float():
     params = LSTM(64, 100).init(jax.random.key(0))
     for leaf in jax.tree.leaves(params):
@@ -418,8 +449,13 @@ def test_dropout_without_a_key_is_an_error_in_training():
     layer = GRU(F, H, num_layers=2, dropout=0.5)
     with pytest.raises(ValueError, match=r"dropout=0.5 is on.*dropout_key=.*deterministic=True"):
         layer.apply(layer.init(jax.random.key(0)), jnp.ones((2, 3, F)))
-    with pytest.warns(UserWarning, match="dropout acts between layers"):
-        GRU(F, H, dropout=0.5)
+
+
+@pytest.mark.parametrize("layer_class", [RNN, LSTM, GRU])
+def test_dropout_in_a_single_layer_warns_where_the_user_makes_it(layer_class):
+    with pytest.warns(UserWarning, match="dropout acts between layers") as caught:
+        layer_class(F, H, dropout=0.5)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 @pytest.mark.parametrize(
@@ -468,6 +504,7 @@ PACKED = pack_padded_sequence(jnp.ones((2, 3, F)), [3, 2], batch_first=True)
         (jnp.ones((2, 3, F)), {"lengths": [3, 1], "plan": plan_padded(2, 2)}, ValueError, "does not fit the plan"),
         (jnp.ones((2, 3, F)), {"plan": plan_padded(3, 3)}, ValueError, "plan is for 3 sequences, but the batch has 2"),
         (jnp.ones((3, F)), {"lengths": [3]}, ValueError, "one sequence without a batch axis"),
+        (PACKED, {"dtype": int}, TypeError, "dtype must be a floating dtype, got int"),
         (PACKED, {"initial_state": jnp.zeros((1, 2, H))}, ValueError, r"\(h_0 \[1, 2, 4\], c_0 \[1, 2, 4\]\)"),
         (
             PACKED,
@@ -489,6 +526,20 @@ def test_parameters_of_another_layer_are_named():
         LSTM(F, H, bias=False).apply(SINGLE_PARAMS, PACKED)
     with pytest.raises(TypeError, match=r"l0.weight_ih is missing"):
         SINGLE.apply({}, PACKED)
+
+
+def test_a_parameter_sharded_under_an_explicit_mesh_is_named_with_the_way_out():
+    spec = jax.sharding.PartitionSpec(None, "model")
+    expected = SINGLE.apply(SINGLE_PARAMS, PACKED)
+    mesh = jax.make_mesh((2,), ("model",))
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(jnp.asarray, SINGLE_PARAMS)
+        params["l0"]["weight_hh"] = jax.device_put(params["l0"]["weight_hh"], jax.sharding.NamedSharding(mesh, spec))
+        with pytest.raises(ValueError, match=r"l0.weight_hh is sharded by .*'model'.*AxisType.Auto.*auto_axes"):
+            SINGLE.apply(params, PACKED)
+        automatic = jax.sharding.auto_axes(SINGLE.apply, out_sharding=jax.sharding.PartitionSpec())
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), automatic(params, PACKED), expected)
 
 
 def test_gru_and_rnn_return_output_and_h():

@@ -178,14 +178,14 @@ def test_one_program_for_all_lengths_under_a_plan(plan):
 
 
 def test_lists_of_any_lengths_under_a_plan_are_one_program():
-    from jaxpack.packed import _pack
+    from jaxpack.packed import lay_out
 
     plan = plan_padded(2, 17)
-    before = _pack._cache_size()
+    before = lay_out._cache_size()
     for lengths in ([3, 1], [17, 2], [5, 5]):
         packed = pack_sequence([np.ones((n, 19), np.float32) for n in lengths], plan=plan)
         assert packed.mask.sum() == sum(lengths)
-    assert _pack._cache_size() == before + 1
+    assert lay_out._cache_size() == before + 1
 
 
 def test_pytrees_are_packed_leaf_by_leaf():

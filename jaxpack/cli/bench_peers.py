@@ -17,9 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import jaxpack
+import jaxpack.nnx
 from jaxpack.cli.bench_calls import Calls, Missing, jax_calls, num_threads
+from jaxpack.cli.bench_flax import linen_calls, nnx_calls
 from jaxpack.cli.bench_workloads import Workload
 from jaxpack.stairs import ladder_cells
 
@@ -104,63 +107,44 @@ def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
         return output
 
     cells = ladder_cells(workload.padded_plan, workload.lengths) if plan is None else plan.size
-    arrays = workload.inputs, _int32(workload), workload.cotangent
+    arrays = workload.inputs, workload.int32_lengths, workload.cotangent
     return jax_calls(apply, workload.params, *arrays, cells, same_weights=True)
 
 
 @peer("flax.nnx")
 def _flax_nnx(workload: Workload) -> Calls:
     """flax.nnx.RNN with seq_lengths, and flax.nnx.Bidirectional."""
-    from flax import nnx
-
-    cells = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell, "rnn": nnx.SimpleCell}
-    rngs = nnx.Rngs(workload.seed)
-
-    def layer(features: int) -> Any:
-        rnns = [
-            nnx.RNN(cells[workload.cell](features, workload.hidden_size, rngs=rngs))
-            for _ in range(_directions(workload))
-        ]
-        return nnx.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
-
-    split = [nnx.split(layer(features), nnx.Param, ...) for features in _input_sizes(workload)]
-    graphs, params, others = zip(*split, strict=True)
-
-    def apply(params: Any, inputs: jax.Array, rest: Any) -> jax.Array:
-        lengths, others = rest
-        outputs = inputs
-        for graph, layer_params, other in zip(graphs, params, others, strict=True):
-            module = nnx.merge(graph, layer_params, other, copy=True)  # variables of this trace, for it counts keys
-            outputs = module(outputs, seq_lengths=lengths)
-        return outputs
-
-    rest = _int32(workload), others
-    return jax_calls(apply, params, workload.inputs, rest, workload.cotangent, workload.padded_plan.size)
+    return nnx_calls(workload, nnx)
 
 
 @peer("flax.linen")
 def _flax_linen(workload: Workload) -> Calls:
     """flax.linen.RNN with seq_lengths, and flax.linen.Bidirectional."""
-    from flax import linen
+    return linen_calls(workload)
 
-    cells = {"lstm": linen.OptimizedLSTMCell, "gru": linen.GRUCell, "rnn": linen.SimpleCell}
 
-    def layer() -> Any:
-        rnns = [linen.RNN(cells[workload.cell](workload.hidden_size)) for _ in range(_directions(workload))]
-        return linen.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
+@peer("jaxpack.nnx")
+def _jaxpack_nnx(workload: Workload) -> Calls:
+    """The call of flax.nnx with RNN and Bidirectional from jaxpack.nnx: the import is all that differs."""
+    return nnx_calls(workload, jaxpack.nnx)
 
-    layers = [layer() for _ in range(workload.num_layers)]
-    keys = jax.random.split(jax.random.key(workload.seed), workload.num_layers)
-    examples = [jnp.zeros((1, 1, features)) for features in _input_sizes(workload)]
-    params = [layer.init(key, example) for layer, key, example in zip(layers, keys, examples, strict=True)]
 
-    def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
-        outputs = inputs
-        for layer, layer_params in zip(layers, params, strict=True):
-            outputs = layer.apply(layer_params, outputs, seq_lengths=lengths)
-        return outputs
+@peer("jaxpack.nnx-plan")
+def _jaxpack_nnx_plan(workload: Workload) -> Calls:
+    """The same with the chosen plan."""
+    return nnx_calls(workload, jaxpack.nnx, workload.plan)
 
-    return jax_calls(apply, params, workload.inputs, _int32(workload), workload.cotangent, workload.padded_plan.size)
+
+@peer("own-cell-flax")
+def _own_cell_flax(workload: Workload) -> Calls:
+    """flax.nnx.RNN with a cell of a user's own."""
+    return nnx_calls(workload, nnx, own_cell=True)
+
+
+@peer("own-cell-plan")
+def _own_cell_plan(workload: Workload) -> Calls:
+    """jaxpack.nnx.RNN with the same cell, under the chosen plan."""
+    return nnx_calls(workload, jaxpack.nnx, workload.plan, own_cell=True)
 
 
 @peer("torch-packed")
@@ -276,7 +260,7 @@ def _haiku(workload: Workload) -> Calls:
         return outputs
 
     transformed = hk.without_apply_rng(hk.transform(stack))
-    arrays = workload.inputs, _int32(workload), workload.cotangent
+    arrays = workload.inputs, workload.int32_lengths, workload.cotangent
     params = transformed.init(jax.random.key(workload.seed), *arrays[:2])
     return jax_calls(transformed.apply, params, *arrays, workload.padded_plan.size)
 
@@ -297,7 +281,7 @@ def _keras(workload: Workload) -> Calls:
         made.build((workload.batch_size, workload.longest, features))
         return made
 
-    layers = [layer(features) for features in _input_sizes(workload)]
+    layers = [layer(features) for features in workload.input_sizes]
     states = [[variable.value for variable in layer.non_trainable_variables] for layer in layers]
 
     def apply(params: Any, inputs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -308,16 +292,3 @@ def _keras(workload: Workload) -> Calls:
 
     params = [[variable.value for variable in layer.trainable_variables] for layer in layers]
     return jax_calls(apply, params, workload.inputs, workload.mask, workload.cotangent, workload.padded_plan.size)
-
-
-def _directions(workload: Workload) -> int:
-    return 2 if workload.bidirectional else 1
-
-
-def _input_sizes(workload: Workload) -> list[int]:
-    """The features that each layer is given."""
-    return [workload.features] + [workload.layer.output_size] * (workload.num_layers - 1)
-
-
-def _int32(workload: Workload) -> np.ndarray:
-    return workload.lengths.astype(np.int32)

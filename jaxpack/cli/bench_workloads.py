@@ -74,6 +74,16 @@ class Workload:
         forward = 2 * weights * self.tokens
         return {"forward": forward, "training": 3 * forward}
 
+    @property
+    def input_sizes(self) -> list[int]:
+        """The features that each layer of the stack is given."""
+        return [self.features] + [self.layer.output_size] * (self.num_layers - 1)
+
+    @property
+    def int32_lengths(self) -> np.ndarray:
+        """The lengths as JAX wants them."""
+        return self.lengths.astype(np.int32)
+
     @functools.cached_property
     def plan(self) -> jaxpack.BucketPlan:
         """The plan that `jaxpack.plan_best` chooses."""

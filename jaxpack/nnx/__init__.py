@@ -1,5 +1,6 @@
-"""jaxpack in flax.nnx: the stacks SimpleRNN, LSTM and GRU."""
+"""jaxpack in flax.nnx: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
+from jaxpack.nnx.rnn import RNN, Bidirectional
 from jaxpack.nnx.stacks import GRU, LSTM, SimpleRNN
 
-__all__ = ["GRU", "LSTM", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN"]
