@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxpack.cells import Cell, Params, RNNCell
-from jaxpack.inputs import lengths_and_plan
+from jaxpack.inputs import batch_shape, lengths_and_plan
 from jaxpack.interop.flax import RELUS, SIGMOIDS, TANHS, from_cell
 from jaxpack.packed import lay_out, pad_packed_sequence, reverse_sequences
 from jaxpack.plan import BucketPlan
@@ -104,6 +104,11 @@ class Layout(NamedTuple):
         """The shape of one step, which Flax's cells make their initial carry for."""
         return self.batch_shape + self.feature_shape
 
+    @property
+    def padded_plan(self) -> BucketPlan:
+        """The padded batch as a plan."""
+        return plan_padded(math.prod(self.batch_shape), max(self.num_steps or 1, 1))
+
     def flatten(self, carry: PyTree) -> PyTree:
         """A carry [*batch, ...] as [B, ...].
 
@@ -135,9 +140,10 @@ class Layout(NamedTuple):
         if self.time_major:
             inputs = jnp.moveaxis(inputs, 0, len(self.batch_shape))
         inputs = inputs.reshape(batch_size, num_steps, *self.feature_shape)
+        batch_shape(inputs, "inputs")  # refuses a batch axis that cannot be sorted
         lengths, plan = lengths_and_plan(
             self._flat_lengths(seq_lengths),
-            plan_padded(batch_size, max(num_steps, 1)) if plan is None else plan,
+            self.padded_plan if plan is None else plan,
             batch_size,
             num_steps,
         )

@@ -65,8 +65,16 @@ def losses(apply, options, time_major):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize(("api", "cell"), CELLS)
+# Every call for a cell with a memory and for one without, in either API; any other cell under two of them in turn.
+COVER = [
+    (api, cell, call)
+    for i, (api, cell) in enumerate(CELLS)
+    for j, call in enumerate(CALLS)
+    if (api, cell) in (("linen", "LSTMCell"), ("nnx", "GRUCell"), ("linen", "MGUCell")) or (i + j) % 2
+]
+
+
+@pytest.mark.parametrize(("api", "cell", "call"), COVER)
 def test_values_carries_and_gradients_are_those_of_flax(api, cell, call):
     face, options = APIS[api], CALLS[call]
     apply, params = face.pure(face.ours.RNN(face.cell(cell)))
@@ -151,7 +159,9 @@ def test_directions_of_a_kind_share_their_steps(api):
     face = APIS[api]
 
     def directions(*cells):
-        apply, params = face.pure(face.ours.Bidirectional(*(face.ours.RNN(face.cell(cell)) for cell in cells)))
+        apply, params = face.pure(
+            face.ours.Bidirectional(*(face.ours.RNN(face.cell(cell)) for cell in cells)), jit=False
+        )
         call = {"seq_lengths": LENGTHS, "plan": ROWS}
         jaxpr = jax.make_jaxpr(lambda params, x: apply(params, x, **call))(params, batch(nan=False))
         return [e.params["name"] for e in jaxpr.eqns if e.primitive.name in ("jit", "pjit")].count("run_stack")
@@ -249,12 +259,12 @@ def _scan_outputs(jaxpr, shape):
 @pytest.mark.parametrize("api", APIS)
 def test_concrete_lengths_make_one_program(api):
     face = APIS[api]
-    apply, params = face.pure(face.ours.RNN(face.cell("GRUCell"), return_carry=True))
+    apply, params = face.pure(face.ours.RNN(face.cell("GRUCell"), return_carry=True), jit=False)
     apply(params, batch(nan=False), seq_lengths=LENGTHS)
     programs = run_stack._cache_size()
     for lengths in ([1, 2, 3, 6], [6, 6, 6, 6], [0, 0, 0, 0]):
         apply(params, batch(nan=False), seq_lengths=np.array(lengths))
-    assert run_stack._cache_size() == programs
+    assert run_stack._cache_size() == programs > 0
 
 
 def takes_the_fast_way(face, cell, x=None, **options):
@@ -351,7 +361,7 @@ def test_traced_lengths_that_do_not_fit_are_nan(api):
 @pytest.mark.parametrize("api", APIS)
 def test_forward_mode_on_request(api):
     face = APIS[api]
-    apply, params = face.pure(face.ours.RNN(face.cell("GRUCell")))
+    apply, params = face.pure(face.ours.RNN(face.cell("GRUCell")), jit=False)
     flax_apply, _ = face.pure(face.flax.RNN(face.cell("GRUCell")))
     x = batch(nan=False)
 

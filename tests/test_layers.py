@@ -144,6 +144,7 @@ def test_float64_values_and_gradients_equal_torch(kind, num_layers, bidirectiona
 
 @oracles.needs_torch
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.optimized
 def test_float32_values_and_gradients_equal_torch(kind):
     layer = make_layer(kind, num_layers=2, bidirectional=True)
     check_against_torch(layer, LENGTHS["ties"], plan_buckets(LENGTHS["ties"], 3), np.float32, 2e-5)

@@ -24,6 +24,11 @@ def batch(nan=True):
     return x if nan else np.nan_to_num(x)
 
 
+def run(module, *args, **options):
+    """module(...) in one program, since op by op it is hundreds; its state moves on."""
+    return nnx.jit(lambda module, args: module(*args, **options))(module, args)
+
+
 def assert_close(actual, expected, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, tolerance, tolerance), actual, expected)
 
@@ -64,10 +69,10 @@ class Noisy(nnx.RNNCellBase):
 def test_a_users_cell_without_a_plan_draws_and_counts_as_in_flax():
     for call in ({}, {"reverse": True}):
         flax, ours = (module(Noisy(nnx.Rngs(0)), return_carry=True) for module in (nnx.RNN, RNN))
-        assert_close(ours(batch(nan=False), **call), flax(batch(nan=False), **call))
+        assert_close(run(ours, batch(nan=False), **call), run(flax, batch(nan=False), **call))
         assert_same_state(ours, flax)
     # All lengths at T: masks, statistics and keys are those of Flax though every step is masked.
-    assert_close(ours(batch(nan=False), seq_lengths=np.full(B, T)), flax(batch(nan=False)))
+    assert_close(run(ours, batch(nan=False), seq_lengths=np.full(B, T)), run(flax, batch(nan=False)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5), plain(ours.cell), plain(flax.cell))
 
 
@@ -75,7 +80,7 @@ def test_a_users_cell_without_a_plan_draws_and_counts_as_in_flax():
 def test_a_users_cell_under_a_plan(plan):
     rnn = RNN(Noisy(nnx.Rngs(0)), plan=plan, return_carry=True)
     mean = rnn.cell.norm.mean[...]
-    carry, (h, steps) = rnn(batch(), seq_lengths=LENGTHS)
+    carry, (h, steps) = run(rnn, batch(), seq_lengths=LENGTHS)
     np.testing.assert_array_equal(carry["steps"], LENGTHS)
     np.testing.assert_array_equal(steps, np.where(REAL, np.arange(T), 0))
     assert (h[~REAL] == 0).all()
@@ -83,16 +88,17 @@ def test_a_users_cell_under_a_plan(plan):
     assert (rnn.cell.norm.mean[...] != mean).all()
     rnn.eval()
     (carry, (h, _)), (flax_carry, (flax_h, _)) = (
-        rnn(batch(), seq_lengths=LENGTHS),
-        nnx.RNN(rnn.cell, return_carry=True)(batch(nan=False), seq_lengths=LENGTHS),
+        run(rnn, batch(), seq_lengths=LENGTHS),
+        run(nnx.RNN(rnn.cell, return_carry=True), batch(nan=False), seq_lengths=LENGTHS),
     )
     assert_close((carry, h), (flax_carry, np.where(REAL[..., None], flax_h, 0)))
 
     def loss(rnn, x):
         return jnp.sum(jnp.where(REAL[..., None], rnn(x, seq_lengths=LENGTHS)[1][0], 0) ** 2)
 
-    expected = nnx.grad(loss)(nnx.RNN(rnn.cell, return_carry=True), batch(nan=False))
-    assert_close(*(nnx.to_pure_dict(g) for g in (nnx.grad(loss)(rnn, batch()), expected)))
+    gradient = nnx.jit(nnx.grad(loss))
+    expected = gradient(nnx.RNN(rnn.cell, return_carry=True), batch(nan=False))
+    assert_close(*(nnx.to_pure_dict(found) for found in (gradient(rnn, batch()), expected)))
 
 
 class Mask(nnx.RNNCellBase):
@@ -115,14 +121,14 @@ class Mask(nnx.RNNCellBase):
 @pytest.mark.parametrize("plan", [None, ROWS, BUCKETS], ids=["none", "rows", "buckets"])
 def test_steps_share_keys_that_are_broadcast(plan):
     apart = RNN(Mask(nnx.Rngs(0)), plan=plan)
-    assert len(np.unique(apart(batch(), seq_lengths=LENGTHS)[REAL], axis=0)) == LENGTHS.sum()
+    assert len(np.unique(run(apart, batch(), seq_lengths=LENGTHS)[REAL], axis=0)) == LENGTHS.sum()
     shared = RNN(Mask(nnx.Rngs(dropout=0)), plan=plan, broadcast_rngs="dropout")
-    first, second = (shared(batch(), seq_lengths=LENGTHS)[1] for _ in range(2))  # of the longest sequence
+    first, second = (run(shared, batch(), seq_lengths=LENGTHS)[1] for _ in range(2))  # of the longest sequence
     assert len(np.unique(first, axis=0)) == len(np.unique(second, axis=0)) == 1
     assert (first[0] != second[0]).any()  # but each call has its own
     flax = nnx.RNN(Mask(nnx.Rngs(dropout=0)), broadcast_rngs="dropout")
     for _ in range(2):
-        flax(batch(nan=False))
+        run(flax, batch(nan=False))
     assert_same_state(shared.cell, flax.cell)
 
 
@@ -147,7 +153,7 @@ class PerStep(nnx.RNNCellBase):
 def test_state_with_a_time_axis_runs_padded():
     ours = RNN(PerStep(), state_axes=nnx.StateAxes({nnx.Param: 0, ...: nnx.Carry}), return_carry=True, plan=BUCKETS)
     expected = np.where(REAL, np.cumsum(np.arange(T)), 0)
-    carry, outputs = ours(batch(), seq_lengths=LENGTHS)
+    carry, outputs = run(ours, batch(), seq_lengths=LENGTHS)
     np.testing.assert_array_equal(outputs, expected)
     np.testing.assert_array_equal(carry, expected.max(axis=1))
     with pytest.raises(ValueError, match="packed inputs do not have: pass a padded batch"):
@@ -172,7 +178,7 @@ def tagger(ours, seed=0):
 
 def test_a_checkpoint_of_a_model_of_flax_loads_unchanged(tmp_path):
     flax = tagger(ours=False)
-    expected = flax(batch(nan=False), LENGTHS)  # moves key counters on
+    expected = run(flax, batch(nan=False), jnp.asarray(LENGTHS))  # moves key counters on
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "flax", plain(flax))
     ours = tagger(ours=True, seed=5)
@@ -180,14 +186,14 @@ def test_a_checkpoint_of_a_model_of_flax_loads_unchanged(tmp_path):
         restored = checkpointer.restore(tmp_path / "flax", plain(ours))
     nnx.update(ours, jax.tree.map(lambda new, old: new, nnx.state(flax), nnx.state(ours)))
     jax.tree.map(np.testing.assert_array_equal, restored, plain(ours))
-    assert_close(ours(batch(), LENGTHS)[REAL], expected[REAL])
+    assert_close(run(ours, batch(), jnp.asarray(LENGTHS))[REAL], expected[REAL])
 
 
 def test_key_counters_move_as_in_flax():
     flax, ours = tagger(ours=False), tagger(ours=True)
     for _ in range(2):
-        flax(batch(nan=False), LENGTHS)
-        ours(batch(), LENGTHS)
+        run(flax, batch(nan=False), jnp.asarray(LENGTHS))
+        run(ours, batch(), jnp.asarray(LENGTHS))
         ours_state, flax_state = plain(ours), plain(flax)
         jax.tree.map(np.testing.assert_array_equal, ours_state, flax_state)
 
@@ -195,15 +201,14 @@ def test_key_counters_move_as_in_flax():
 def test_initial_carries_are_drawn_as_in_flax():
     with pytest.warns(UserWarning, match="carry_init"):
         cell = nnx.SimpleCell(F, H, carry_init=nnx.initializers.normal(1.0), rngs=nnx.Rngs(0))
-    for seed in (None, 7):
-        rngs = [None if seed is None else nnx.Rngs(carry=seed) for _ in range(2)]
-        modules = nnx.RNN(cell, rngs=nnx.Rngs(3)), RNN(cell, rngs=nnx.Rngs(3))
-        assert_close(*(module(batch(nan=False), rngs=each) for module, each in zip(modules, rngs, strict=True)))
+    modules = nnx.RNN(cell, rngs=nnx.Rngs(3)), RNN(cell, rngs=nnx.Rngs(3))
+    assert_close(*(run(module, batch(nan=False)) for module in modules))
+    assert_close(*(module(batch(nan=False), rngs=nnx.Rngs(carry=7)) for module in modules))
     pairs = [
         bidirectional(rnn(cell), rnn(nnx.clone(cell)), rngs=nnx.Rngs(1))
         for rnn, bidirectional in ((nnx.RNN, nnx.Bidirectional), (RNN, Bidirectional))
     ]
-    assert_close(*(pair(batch(nan=False)) for pair in pairs))
+    assert_close(*(run(pair, batch(nan=False)) for pair in pairs))
 
 
 def test_trains_under_nnx_transforms_with_one_program():
@@ -232,13 +237,13 @@ def test_trains_under_nnx_transforms_with_one_program():
 def test_nnx_transforms_around_it():
     x = batch(nan=False)
     rnn = RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(0)))
-    expected = rnn(x, seq_lengths=LENGTHS)
-    assert_close(nnx.remat(lambda rnn, x: rnn(x, seq_lengths=LENGTHS))(rnn, x), expected)
+    expected = run(rnn, x, seq_lengths=LENGTHS)
+    assert_close(nnx.jit(nnx.remat(lambda rnn, x: rnn(x, seq_lengths=LENGTHS)))(rnn, x), expected)
     many = nnx.vmap(lambda rngs: RNN(nnx.GRUCell(F, H, rngs=rngs), rngs=False))(nnx.Rngs(0).split(2))
     with pytest.raises(ValueError, match="RNGs must be provided"):  # as in Flax, rngs=False leaves it without keys
         many(x)
     several = nnx.vmap(lambda rnn, x, key: rnn(x, seq_lengths=LENGTHS, rngs=nnx.Rngs(key)), in_axes=(0, None, None))
-    outputs = several(many, x, jax.random.key(0))
+    outputs = nnx.jit(several)(many, x, jax.random.key(0))
     graph, state = nnx.split(many)
     for i in range(2):
         one = nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
@@ -249,8 +254,8 @@ def test_a_changed_layer_inside_a_known_cell_is_run_as_it_is():
     cell = nnx.OptimizedLSTMCell(F, H, rngs=nnx.Rngs(0))
     cell.dense_i = nnx.LoRALinear(F, 4 * H, lora_rank=2, use_bias=False, rngs=nnx.Rngs(1))
     cell.dense_i.lora.lora_b[...] = jnp.ones_like(cell.dense_i.lora.lora_b[...])
-    expected = nnx.RNN(cell)(batch(nan=False), seq_lengths=LENGTHS)
-    assert_close(RNN(cell)(batch(), seq_lengths=LENGTHS), np.where(REAL[..., None], expected, 0))
+    expected = run(nnx.RNN(cell), batch(nan=False), seq_lengths=LENGTHS)
+    assert_close(run(RNN(cell), batch(), seq_lengths=LENGTHS), np.where(REAL[..., None], expected, 0))
 
 
 def test_cells_that_keep_their_keys_are_known():

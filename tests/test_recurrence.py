@@ -106,6 +106,7 @@ def assert_close(ours, theirs, tolerance=1e-12):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("schedule", "name"), [*PAIRS, ("single steps", "projected"), ("cpu", "gru")])
+@pytest.mark.optimized
 def test_equals_autodiff_through_the_plain_scan(name, schedule, on_schedule):
     on_schedule(SCHEDULES[schedule])
     case = problem(LAYERS[name], PLANS["stairs"])
@@ -235,6 +236,7 @@ def dots_in_innermost_loops(text):
     [BucketPlan((200,), (8,)), BucketPlan((100, 200), (8, 8)), BucketPlan((400,), (4,), ((0, 200),) * 4)],
     ids=["padded", "stairs", "rows"],
 )
+@pytest.mark.optimized
 def test_one_dot_a_step_forward_and_one_backward(layer, plan):
     text = compiled_training(layer, plan, [200] * 8, 8).as_text()
     assert dots_in_innermost_loops(text) == 2 * plan.num_buckets
@@ -256,6 +258,7 @@ def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one_and_no_plan_to_a_lad
     assert loops(None) > loops(plan_exact([40, 30, 20, 10] * 2)) > padded
 
 
+@pytest.mark.optimized
 def test_temporary_memory_does_not_grow_with_the_gates():
     plan = plan_padded(8, 400)
     memory = compiled_training(LSTM(8, 64), plan, [400] * 8, 8).memory_analysis().temp_size_in_bytes

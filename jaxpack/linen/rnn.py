@@ -122,6 +122,8 @@ class RNN(nn.RNN):
         known = None
         if self._shares_params() and "params" in self.cell.variables:
             known = dropin.recognise(self.cell, _KINDS, _features, _params, inputs.dtype, carry)
+        if known is not None and self.is_initializing():
+            plan = layout.padded_plan  # one loop to compile, for outputs that few read
         stacks = bool(self.variable_axes)
         as_in_flax = known is None and (plan is None or stacks) and is_filter_empty(self._read_only())
         return Direction(carry, known, self._scan(), plan, reverse, keep_order, stacks, as_in_flax)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict, unfreeze
 from jax.typing import ArrayLike
@@ -33,6 +34,7 @@ from jaxpack.inputs import as_batch
 from jaxpack.layer import LayerParams, RecurrentLayer
 from jaxpack.params import InitializerByGate
 from jaxpack.plan import BucketPlan
+from jaxpack.planners import plan_padded
 from jaxpack.sequence import PackedSequence
 
 __all__ = ["GRU", "LSTM", "SimpleRNN"]
@@ -99,6 +101,8 @@ class _Recurrent(nn.Module):
           ValueError, TypeError: as `jaxpack.LSTM.apply`.
         """
         layer = self.layer(self._input_size(inputs))
+        if self.is_initializing() and plan is None and seq_lengths is not None:
+            plan = _padded_plan(inputs)  # one loop to compile, for outputs that few read
         active = layer.has_dropout and not nn.merge_param("deterministic", self.deterministic, deterministic)
         return layer.apply(
             self._params(layer),
@@ -134,6 +138,14 @@ class _Recurrent(nn.Module):
             for group in layer.shapes:
                 self.param(group, draw, group)
         return {group: unfreeze(nn.meta.unbox(self.get_variable("params", group))) for group in layer.shapes}
+
+
+def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
+    """The padded batch as a plan; None for what the layer refuses beside lengths."""
+    if isinstance(inputs, PackedSequence) or np.ndim(inputs) != 3:
+        return None
+    batch_size, num_steps, _ = np.shape(inputs)
+    return plan_padded(batch_size, max(num_steps, 1))
 
 
 class SimpleRNN(_Recurrent):
