@@ -178,8 +178,17 @@ def test_convolutional_cells(plan):
     variables = start(nn.RNN(cell), jax.random.key(0), x)
     expected_carry, expected = run(nn.RNN(cell, return_carry=True), variables, x, seq_lengths=LENGTHS)
     carry, outputs = run(RNN(cell, return_carry=True, plan=plan), variables, x, seq_lengths=LENGTHS)
-    assert_close(outputs, np.where(REAL[..., None, None, None], expected, 0))
+    real = REAL[..., None, None, None]
+    assert_close(outputs, np.where(real, expected, 0))
     assert_close(carry, expected_carry)
+
+    def gradient(rnn):
+        def loss(variables):
+            return jnp.sum(jnp.where(real, rnn.apply(variables, x, seq_lengths=LENGTHS), 0) ** 2)
+
+        return jax.jit(jax.grad(loss))(variables)
+
+    assert_close(gradient(RNN(cell, plan=plan)), gradient(nn.RNN(cell)), 1e-4)
 
 
 class Model(nn.Module):
