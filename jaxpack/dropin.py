@@ -227,18 +227,6 @@ def _nonlinearity(function: Any) -> str | None:
     return next((name for name, known in (("tanh", TANHS), ("relu", RELUS)) if function in known), None)
 
 
-def concatenate(forward: jax.Array, backward: jax.Array) -> jax.Array:
-    """Both directions side by side: what Flax's Bidirectional merges with, unless it is told otherwise."""
-    return jnp.concatenate([forward, backward], axis=-1)
-
-
-def merge(merge_fn: Callable[[Any, Any], Any], forward: PyTree, backward: PyTree) -> PyTree:
-    """Both directions' outputs, merged leaf by leaf; of packed ones their data."""
-    if isinstance(forward, PackedSequence):
-        return forward.replace(data=jax.tree.map(merge_fn, forward.data, backward.data))
-    return jax.tree.map(merge_fn, forward, backward)
-
-
 def check_pair(forward_rnn: Any, backward_rnn: Any, ours: type, needs_ours: bool) -> bool:
     """Whether both RNNs of a Bidirectional are ours, which can share a batch and its steps.
 
@@ -256,6 +244,32 @@ def check_pair(forward_rnn: Any, backward_rnn: Any, ours: type, needs_ours: bool
             f"RNN from where Bidirectional comes from."
         )
     return False
+
+
+def flax_will_do(
+    inputs: PackedSequence | jax.Array, directions: Sequence[Direction], seq_lengths: ArrayLike | None
+) -> bool:
+    """Whether a call is left to Flax: all sequences have all steps, and its own scan does as well."""
+    padded = not isinstance(inputs, PackedSequence)
+    return padded and seq_lengths is None and all(each.as_in_flax for each in directions)
+
+
+def run_pair(
+    inputs: PackedSequence | jax.Array,
+    layout: Layout,
+    directions: Sequence[Direction],
+    seq_lengths: ArrayLike | None,
+    forward_mode: bool,
+    merge_fn: Callable[[Any, Any], Any],
+) -> tuple[tuple[PyTree, PyTree], PyTree]:
+    """`run` for both directions: their carries, and their outputs merged leaf by leaf, of packed ones the data."""
+    results = run(inputs, layout, directions, seq_lengths, forward_mode)
+    (carry, outputs), (backward_carry, backward) = results
+    if isinstance(outputs, PackedSequence):
+        merged = outputs.replace(data=jax.tree.map(merge_fn, outputs.data, backward.data))
+    else:
+        merged = jax.tree.map(merge_fn, outputs, backward)
+    return (carry, backward_carry), merged
 
 
 def run(

@@ -1,5 +1,6 @@
 """Independent oracles: PyTorch where it is installed, and plain NumPy float64, one sequence at a time."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +19,15 @@ def random_batch(lengths, features, seed=0, dtype=np.float64, extra=0):
     for row, length in enumerate(lengths):
         batch[row, length:] = np.nan
     return batch
+
+
+def random_params(layer, dtype=float):
+    """A layer's parameters, none of them zero."""
+    rng = np.random.default_rng(0)
+    return {
+        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
+        for group, entries in layer.shapes.items()
+    }
 
 
 def pack(batch, lengths):

@@ -59,17 +59,9 @@ def nnx_modules(kind):
     return [nnx.Bidirectional(rnn(size), rnn(size)) if layer.bidirectional else rnn(size) for size in sizes]
 
 
-def params_of(layer, dtype=float):
-    rng = np.random.default_rng(0)
-    return {
-        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
-        for group, entries in layer.shapes.items()
-    }
-
-
 def nnx_params(layer, dtype=float):
     """Without the bias b_hn of a GRU, which nnx.GRUCell lacks."""
-    params = params_of(layer, dtype)
+    params = oracles.random_params(layer, dtype)
     if isinstance(layer, GRU):
         params = {
             group: entries | {"bias_hh": entries["bias_hh"].at[2 * H :].set(0)} for group, entries in params.items()
@@ -122,7 +114,7 @@ def same(a, b):
 
 @each_kind_run
 def test_linen_computes_what_the_layer_computes(kind, x64):
-    layer, params = KINDS[kind][0], params_of(KINDS[kind][0])
+    layer, params = KINDS[kind][0], oracles.random_params(KINDS[kind][0])
     calls = [
         jax.jit(functools.partial(module.apply, {"params": tree}, seq_lengths=jnp.array(LENGTHS), return_carry=True))
         for module, tree in zip(linen_modules(kind), to_linen(layer, params), strict=True)
@@ -171,8 +163,8 @@ def test_a_module_of_nnx_comes_back_bit_for_bit(kind):
 @each_kind
 def test_parameters_come_back_with_their_biases_summed(kind):
     layer = KINDS[kind][0]
-    for params_of_kind, there, back in ((params_of, to_linen, from_linen), (nnx_params, to_nnx, from_nnx)):
-        params = params_of_kind(layer)
+    for make_params, there, back in ((oracles.random_params, to_linen, from_linen), (nnx_params, to_nnx, from_nnx)):
+        params = make_params(layer)
         found = back(layer, there(layer, params))
         assert jax.tree.map(jnp.shape, found) == layer.shapes
         for group, given in params.items():
@@ -198,7 +190,7 @@ def test_dtypes_are_kept(dtype):
 
 def test_a_single_layer_stands_alone_and_a_cell_or_an_rnn_is_the_same():
     layer = GRU(F, H)
-    (tree,) = to_linen(layer, params_of(layer))
+    (tree,) = to_linen(layer, oracles.random_params(layer))
     for given in (tree, [tree], tree["cell"], {"params": tree}, {"params": tree["cell"]}):
         same(from_linen(layer, given), from_linen(layer, [tree]))
     cell = nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0))
@@ -233,7 +225,7 @@ def test_boxes_of_partitioned_parameters_are_opened():
 
 def test_a_cells_parameters_convert_inside_transformations():
     layer = LSTM(F, H)
-    (tree,) = to_linen(layer, params_of(layer))
+    (tree,) = to_linen(layer, oracles.random_params(layer))
     gradient = jax.jit(jax.grad(lambda cell: sum(leaf.sum() for leaf in from_cell(layer.cell, cell).values())))
     assert all((leaf == 1).all() for leaf in jax.tree.leaves(gradient(tree["cell"])))
 
@@ -245,18 +237,25 @@ def refused(function, *args, error=ValueError, match, **kwargs):
 
 def test_nnx_has_no_place_for_a_grus_recurrent_candidate_bias():
     layer = GRU(F, H)
-    refused(to_nnx, layer, params_of(layer), match=r"params\['l0'\]\['bias_hh'\] has b_hn .*flax#5594.*use to_linen")
+    refused(
+        to_nnx,
+        layer,
+        oracles.random_params(layer),
+        match=r"params\['l0'\]\['bias_hh'\] has b_hn .*flax#5594.*use to_linen",
+    )
 
 
 def test_projections_and_what_is_no_layer_are_refused():
     layer = LSTM(F, H, proj_size=2)
     for function in (to_linen, to_nnx, from_linen, from_nnx):
-        refused(function, layer, params_of(layer), match=r"projects h, and no cell of Flax does.*proj_size=0")
+        refused(
+            function, layer, oracles.random_params(layer), match=r"projects h, and no cell of Flax does.*proj_size=0"
+        )
         refused(function, nn.LSTMCell(H), {}, error=TypeError, match=r"jaxpack.RNN, LSTM or GRU, got LSTMCell")
 
 
 def test_biases_need_a_layer_with_biases():
-    tree = to_linen(GRU(F, H), params_of(GRU(F, H)))
+    tree = to_linen(GRU(F, H), oracles.random_params(GRU(F, H)))
     refused(from_linen, GRU(F, H, bias=False), tree, match=r"trees\[0\] has biases up to 0\.\d+, .*Use bias=True")
     tree[0]["cell"]["hn"]["bias"][:] = 0
     for name in ("ir", "iz", "in"):
@@ -268,7 +267,7 @@ def test_biases_need_a_layer_with_biases():
 
 def test_traced_weights_are_refused():
     layer = GRU(F, H)
-    params = params_of(layer)
+    params = oracles.random_params(layer)
     tree = to_linen(layer, params)
     traced = r"trees\[0\]\['.*'\]\['.*'\] is traced, but a conversion reads values: call it outside jit"
     refused(jax.jit(lambda tree: from_linen(layer, tree)), tree, error=TypeError, match=traced)
@@ -279,23 +278,23 @@ def test_traced_weights_are_refused():
 
 def test_trees_of_other_cells_and_counts_are_refused():
     layer = GRU(F, H)
-    lstm = to_linen(LSTM(F, H), params_of(LSTM(F, H)))
+    lstm = to_linen(LSTM(F, H), oracles.random_params(LSTM(F, H)))
     missing = re.escape("trees[0] is no tree of such a Flax cell: it lacks ['ir', 'iz', 'in'], and holds ['hf', 'hg'")
     refused(from_linen, layer, lstm, error=KeyError, match=missing)
-    tree = to_linen(layer, params_of(layer))
+    tree = to_linen(layer, oracles.random_params(layer))
     refused(from_linen, GRU(F, H, num_layers=2), tree, match="trees must have an entry for each layer, 2 in all, got 1")
     both = r"trees\[0\] holds \['cell'\], but GRU.* has both directions. .*'forward_rnn'"
     refused(from_linen, GRU(F, H, bidirectional=True), tree, match=both)
     refused(from_linen, GRU(F + 1, H), tree, match=r"trees\[0\]: weight_ih must have shape \(4, 12\).*got \(3, 12\)")
     refused(from_linen, layer, nn.GRUCell(H), error=TypeError, match=r"trees must be a tree of parameters, got GRUCell")
     refused(to_linen, layer, {}, error=TypeError, match=r"l0.weight_ih is missing")
-    two = to_linen(GRU(F, H, bidirectional=True), params_of(GRU(F, H, bidirectional=True)))
+    two = to_linen(GRU(F, H, bidirectional=True), oracles.random_params(GRU(F, H, bidirectional=True)))
     refused(from_linen, layer, two, match=r"holds \['backward_rnn', 'forward_rnn'\], but GRU.* has one direction")
 
 
 def test_weights_that_jax_would_round_are_refused():
     layer = RNN(F, H)
-    (tree,) = to_linen(layer, params_of(layer))
+    (tree,) = to_linen(layer, oracles.random_params(layer))
     wide = jax.tree.map(lambda leaf: leaf.astype(np.float64), tree)
     rounds = r"trees\['h'\]\['kernel'\] has dtype float64, which JAX would round. Convert under `with jax.enable_x64"
     refused(from_linen, layer, wide, match=rounds)

@@ -15,14 +15,6 @@ LAYERS = [RELU, LSTM(F, H, bias=False), LSTM(F, H, num_layers=2, bidirectional=T
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
-def params_of(layer, dtype=float):
-    rng = np.random.default_rng(0)
-    return {
-        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
-        for group, entries in layer.shapes.items()
-    }
-
-
 def core(layer, **options):
     return hk.LSTM(H) if isinstance(layer, LSTM) else hk.VanillaRNN(H, **options)
 
@@ -53,7 +45,7 @@ def haiku_params(layer, seed=0, **options):
 
 @each_layer
 def test_haiku_computes_what_the_layer_computes(layer, x64):
-    params = params_of(layer)
+    params = oracles.random_params(layer)
     x = oracles.random_batch([T, T], F)
     output, state = jax.jit(layer.apply)(params, x)
     cells = [named(layer, cell) for cell in to_haiku(layer, params)]
@@ -93,7 +85,7 @@ def test_a_forget_bias_too_small_beside_1_comes_back_too():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtypes_are_kept(dtype):
     for layer in (LSTM(F, H), RELU):
-        cells = to_haiku(layer, params_of(layer, dtype))
+        cells = to_haiku(layer, oracles.random_params(layer, dtype))
         assert {leaf.dtype for leaf in jax.tree.leaves(cells)} == {jnp.dtype(dtype)}
         assert {leaf.dtype for leaf in jax.tree.leaves(from_haiku(layer, cells))} == {jnp.dtype(dtype)}
 
@@ -118,7 +110,7 @@ def test_grus_and_tanh_are_refused_both_ways():
     with pytest.raises(ValueError, match=way_out):
         from_haiku(gru, {"gru": {}})
     with pytest.raises(ValueError, match=way_out):
-        to_haiku(gru, params_of(gru))
+        to_haiku(gru, oracles.random_params(gru))
     for function in (from_haiku, to_haiku):
         with pytest.raises(ValueError, match=r'hk.VanillaRNN is relu. Use nonlinearity="relu"'):
             function(RNN(F, H), {})
@@ -152,6 +144,6 @@ def test_traced_and_wide_weights_are_refused():
     with pytest.raises(TypeError, match=r"cells\['lstm/linear'\]\['b'\] is traced"):
         jax.jit(lambda cell: from_haiku(layer, cell))(theirs)
     with pytest.raises(TypeError, match=r"params\['l0'\]\['.*'\] is traced"):
-        jax.jit(lambda params: to_haiku(layer, params))(params_of(layer))
+        jax.jit(lambda params: to_haiku(layer, params))(oracles.random_params(layer))
     with pytest.raises(ValueError, match=r"has dtype float64, which JAX would round"):
         from_haiku(layer, jax.tree.map(lambda leaf: leaf.astype(np.float64), theirs))

@@ -25,14 +25,6 @@ QUICK = {"kernel_initializer": "ones", "recurrent_initializer": "ones"}
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
-def params_of(layer, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    return {
-        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
-        for group, entries in layer.shapes.items()
-    }
-
-
 def keras_layers(layer, dtype="float32", **options):
     """Built Keras layers, from the input up."""
     kind = getattr(keras.layers, "SimpleRNN" if isinstance(layer, RNN) else type(layer).__name__)
@@ -47,7 +39,7 @@ def keras_layers(layer, dtype="float32", **options):
 
 def check_outputs(layer, lengths):
     """Our output and final state against those of a stack of Keras's layers, with a mask if lengths differ."""
-    params = params_of(layer)
+    params = oracles.random_params(layer, np.float32)
     x = oracles.random_batch(lengths, F, dtype=np.float32)  # Keras's tanh has no float64
     plan = BucketPlan((T,), (len(lengths),))
     output, state = jax.jit(functools.partial(layer.apply, lengths=lengths, plan=plan))(params, x)
@@ -109,7 +101,7 @@ def test_a_keras_layer_without_biases_gives_zeros():
 
 def test_dtypes_are_kept():
     layer = GRU(F, H)
-    (arrays,) = to_keras(layer, params_of(layer, jnp.bfloat16))
+    (arrays,) = to_keras(layer, oracles.random_params(layer, jnp.bfloat16))
     assert {array.dtype for array in arrays} == {jnp.dtype(jnp.bfloat16)}
     assert [array.shape for array in arrays] == [(F, 3 * H), (H, 3 * H), (2, 3 * H)]
 
@@ -180,9 +172,9 @@ def test_biases_need_a_layer_with_biases():
 def test_projections_traced_and_foreign_parameters_are_refused():
     layer = LSTM(F, H, proj_size=2)
     with pytest.raises(ValueError, match=r"projects h, and no cell of Keras does"):
-        to_keras(layer, params_of(layer))
+        to_keras(layer, oracles.random_params(layer, np.float32))
     with pytest.raises(TypeError, match=r"params\['l0'\]\['.*'\] is traced"):
-        jax.jit(lambda params: to_keras(GRU(F, H), params))(params_of(GRU(F, H)))
+        jax.jit(lambda params: to_keras(GRU(F, H), params))(oracles.random_params(GRU(F, H), np.float32))
     with pytest.raises(TypeError, match=r"l0.weight_ih is missing"):
         to_keras(GRU(F, H), {})
 

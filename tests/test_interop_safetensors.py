@@ -19,14 +19,6 @@ LAYERS = [
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
-def params_of(layer, dtype=float):
-    rng = np.random.default_rng(0)
-    return {
-        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
-        for group, entries in layer.shapes.items()
-    }
-
-
 @pytest.fixture
 def safetensors():
     return pytest.importorskip("safetensors", reason="safetensors, of the extra interop, is not installed")
@@ -35,7 +27,7 @@ def safetensors():
 @each_layer
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_parameters_come_back_bit_for_bit(layer, dtype, tmp_path, safetensors):
-    params = params_of(layer, dtype)
+    params = oracles.random_params(layer, dtype)
     save_safetensors(tmp_path / "rnn.safetensors", layer, params)
     back = load_safetensors(str(tmp_path / "rnn.safetensors"), layer)
     assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -46,7 +38,7 @@ def test_parameters_come_back_bit_for_bit(layer, dtype, tmp_path, safetensors):
 def test_float64_comes_back_under_x64_and_is_refused_without(tmp_path, safetensors):
     layer, path = GRU(F, H), tmp_path / "rnn.safetensors"
     with jax.enable_x64(True):
-        params = params_of(layer)
+        params = oracles.random_params(layer)
         save_safetensors(path, layer, params)
         jax.tree.map(np.testing.assert_array_equal, load_safetensors(path, layer), params)
     with pytest.raises(ValueError, match=r"rnn.safetensors: .* has dtype float64, which JAX would round. .*enable_x64"):
@@ -57,7 +49,7 @@ def test_float64_comes_back_under_x64_and_is_refused_without(tmp_path, safetenso
 def test_torch_reads_the_file_and_we_read_torchs(tmp_path, safetensors):
     torch, files = oracles.torch, pytest.importorskip("safetensors.torch")
     layer, path = LSTM(F, H, bidirectional=True), tmp_path / "rnn.safetensors"
-    params = params_of(layer)
+    params = oracles.random_params(layer)
     save_safetensors(path, layer, params)
     module = torch.nn.LSTM(F, H, bidirectional=True, batch_first=True)
     module.load_state_dict(files.load_file(path))
@@ -74,7 +66,7 @@ def test_torch_reads_the_file_and_we_read_torchs(tmp_path, safetensors):
 
 def write(path, layer, prefix="", **extra):
     numpy_files = pytest.importorskip("safetensors.numpy")
-    state_dict = layer.to_torch(params_of(layer))
+    state_dict = layer.to_torch(oracles.random_params(layer))
     numpy_files.save_file({f"{prefix}{name}": array for name, array in state_dict.items()} | extra, path)
 
 
@@ -82,7 +74,7 @@ def test_a_prefix_picks_a_module_of_a_larger_one(tmp_path, safetensors):
     layer, path = GRU(F, H), tmp_path / "model.safetensors"
     write(path, layer, "encoder.rnn.", step=np.array(7))
     params = load_safetensors(path, layer, prefix="encoder.rnn.")
-    jax.tree.map(np.testing.assert_array_equal, params, params_of(layer))
+    jax.tree.map(np.testing.assert_array_equal, params, oracles.random_params(layer))
     for prefix in ("", "encoder.rnn", "decoder."):
         with pytest.raises(KeyError, match=r"which GRU.* begins with. Pass prefix= one of \['encoder.rnn.'\]"):
             load_safetensors(path, layer, prefix=prefix)
@@ -127,7 +119,7 @@ def test_pickles_are_refused_and_never_run(name, tmp_path):
     with pytest.raises(ValueError, match=r"is a pickle, .*torch.load\(.*weights_only=True\), '.*\.safetensors'\)"):
         load_safetensors(path, GRU(F, H))
     with pytest.raises(ValueError, match=r"would be taken for a pickle, but is not one. Name it .*\.safetensors"):
-        save_safetensors(path, GRU(F, H), params_of(GRU(F, H)))
+        save_safetensors(path, GRU(F, H), oracles.random_params(GRU(F, H)))
     assert not sprung.exists()
 
 
@@ -149,7 +141,7 @@ def test_foreign_and_traced_parameters_are_not_written(tmp_path, safetensors):
     with pytest.raises(TypeError, match=r"l0.weight_ih is missing"):
         save_safetensors(path, layer, {})
     with pytest.raises(TypeError, match=r"params\['l0'\]\['bias_hh'\] is traced"):
-        jax.jit(lambda params: save_safetensors(path, layer, params))(params_of(layer))
+        jax.jit(lambda params: save_safetensors(path, layer, params))(oracles.random_params(layer))
     for call in (lambda: save_safetensors(path, "GRU", {}), lambda: load_safetensors(path, "GRU")):
         with pytest.raises(TypeError, match=r"layer must be a jaxpack.RNN, LSTM or GRU, got str"):
             call()
@@ -163,7 +155,7 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     layer, path = GRU(F, H), tmp_path / "rnn.safetensors"
     way_out = r"pip install 'jaxpack\[interop\]'"
     with pytest.raises(ImportError, match=way_out):
-        save_safetensors(path, layer, params_of(layer))
+        save_safetensors(path, layer, oracles.random_params(layer))
     with pytest.raises(ImportError, match=way_out):
         load_safetensors(path, layer)
 

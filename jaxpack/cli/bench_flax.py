@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ from flax import linen, nnx
 import jaxpack
 from jaxpack.cli.bench_calls import Calls, Missing, jax_calls
 from jaxpack.cli.bench_workloads import Workload
-from jaxpack.stairs import ladder_cells
+
+_CELLS: Mapping[str, str] = MappingProxyType({"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"})
 
 
 class PeepholeCell(nnx.RNNCellBase):
@@ -51,10 +54,9 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
       plan: for jaxpack.nnx.
       own_cell: whether to run PeepholeCell in the LSTM's place.
     """
-    known = {"lstm": nnx.OptimizedLSTMCell, "gru": nnx.GRUCell, "rnn": nnx.SimpleCell}
     if own_cell and workload.cell != "lstm":
         raise Missing("the cell of a user's own is an LSTM")
-    cell = PeepholeCell if own_cell else known[workload.cell]
+    cell = PeepholeCell if own_cell else getattr(nnx, _CELLS[workload.cell])
     rngs = nnx.Rngs(workload.seed)
     options = {} if plan is None else {"plan": plan}
 
@@ -76,20 +78,17 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
             outputs = merged(outputs, seq_lengths=lengths)
         return outputs
 
-    if plan is not None:
-        cells = plan.size
-    else:
-        cells = workload.padded_plan.size if module is nnx else ladder_cells(workload.padded_plan, workload.lengths)
+    cells = workload.padded_plan.size if module is nnx else workload.cells_under(plan)
     rest = workload.int32_lengths, others
     return jax_calls(apply, params, workload.inputs, rest, workload.cotangent, cells)
 
 
 def linen_calls(workload: Workload) -> Calls:
     """A stack of RNN or Bidirectional from flax.linen, called with seq_lengths."""
-    cells = {"lstm": linen.OptimizedLSTMCell, "gru": linen.GRUCell, "rnn": linen.SimpleCell}
+    cell = getattr(linen, _CELLS[workload.cell])
 
     def layer() -> Any:
-        rnns = [linen.RNN(cells[workload.cell](workload.hidden_size)) for _ in range(workload.layer.num_directions)]
+        rnns = [linen.RNN(cell(workload.hidden_size)) for _ in range(workload.layer.num_directions)]
         return linen.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
 
     layers = [layer() for _ in range(workload.num_layers)]

@@ -24,7 +24,6 @@ import jaxpack.nnx
 from jaxpack.cli.bench_calls import Calls, Missing, jax_calls, num_threads
 from jaxpack.cli.bench_flax import linen_calls, nnx_calls
 from jaxpack.cli.bench_workloads import Workload
-from jaxpack.stairs import ladder_cells
 
 Build = Callable[[Workload], Calls]
 PEERS: dict[str, Build] = {}
@@ -106,9 +105,8 @@ def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
         output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=plan)
         return output
 
-    cells = ladder_cells(workload.padded_plan, workload.lengths) if plan is None else plan.size
     arrays = workload.inputs, workload.int32_lengths, workload.cotangent
-    return jax_calls(apply, workload.params, *arrays, cells, same_weights=True)
+    return jax_calls(apply, workload.params, *arrays, workload.cells_under(plan), same_weights=True)
 
 
 @peer("flax.nnx")

@@ -14,6 +14,7 @@ import numpy as np
 import jaxpack
 from jaxpack.datasets import japanese_vowels
 from jaxpack.layer import RecurrentLayer
+from jaxpack.stairs import ladder_cells
 
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
@@ -93,6 +94,10 @@ class Workload:
     def padded_plan(self) -> jaxpack.BucketPlan:
         """The padded batch as a plan."""
         return jaxpack.plan_padded(self.batch_size, self.longest)
+
+    def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
+        """The cells that jaxpack computes under a plan, or without one."""
+        return ladder_cells(self.padded_plan, self.lengths) if plan is None else plan.size
 
     @functools.cached_property
     def mask(self) -> np.ndarray:

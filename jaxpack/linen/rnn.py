@@ -89,7 +89,7 @@ class RNN(nn.RNN):
         inputs = dropin.check_inputs(inputs, seq_lengths, plan)
         layout = Layout.of(inputs, time_major, self.cell.num_feature_axes)
         direction = self._direction(inputs, layout, initial_carry, init_key, plan, reverse, keep_order)
-        if direction.as_in_flax and seq_lengths is None and not isinstance(inputs, PackedSequence):
+        if dropin.flax_will_do(inputs, [direction], seq_lengths):
             return super().__call__(
                 inputs,
                 initial_carry=direction.carry,
@@ -259,12 +259,12 @@ class Bidirectional(nn.Bidirectional):
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major
         inputs = dropin.check_inputs(inputs, seq_lengths, plan)
-        packed, plan = isinstance(inputs, PackedSequence), self.plan if plan is None else plan
+        plan = self.plan if plan is None else plan
         as_in_flax = functools.partial(
             super().__call__, inputs, seq_lengths=seq_lengths, return_carry=return_carry, time_major=time_major
         )
         rnns = self.forward_rnn, self.backward_rnn
-        if not dropin.check_pair(*rnns, RNN, packed or plan is not None):
+        if not dropin.check_pair(*rnns, RNN, isinstance(inputs, PackedSequence) or plan is not None):
             return as_in_flax(initial_carry=initial_carry, init_key=init_key)
         layout = Layout.of(inputs, time_major, self.forward_rnn.cell.num_feature_axes)
         carries = (None, None) if initial_carry is None else initial_carry
@@ -273,9 +273,7 @@ class Bidirectional(nn.Bidirectional):
             rnn._direction(inputs, layout, carry, key, plan, backward, backward)
             for rnn, carry, key, backward in zip(rnns, carries, keys, (False, True), strict=True)
         ]
-        if all(each.as_in_flax for each in directions) and seq_lengths is None and not packed:
+        if dropin.flax_will_do(inputs, directions, seq_lengths):
             return as_in_flax(initial_carry=tuple(each.carry for each in directions))
-        results = dropin.run(inputs, layout, directions, seq_lengths, forward_mode)
-        carry, (forward, backward) = zip(*results, strict=True)
-        outputs = dropin.merge(self.merge_fn, forward, backward)
+        carry, outputs = dropin.run_pair(inputs, layout, directions, seq_lengths, forward_mode, self.merge_fn)
         return (carry, outputs) if return_carry else outputs
