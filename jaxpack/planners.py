@@ -91,13 +91,15 @@ def plan_buckets(
     rows = np.minimum(-(-rows // row_multiple) * row_multiple, rows[0])
     last_of_its_rows = np.append(rows[1:] < rows[:-1], True)
     ends, rows = ends[last_of_its_rows], rows[last_of_its_rows]
-    chosen = _fewest_cells(np.append(0, ends), rows, num_buckets or len(rows), bucket_cost)
-    boundaries, starts = chosen[1:], chosen[:-1]
-    return BucketPlan(tuple(ends[boundaries - 1].tolist()), tuple(rows[starts].tolist()))
+    return BucketPlan(*_fewest_cells(ends, rows, num_buckets or len(rows), bucket_cost))
 
 
 def plan_rows(
-    lengths: npt.ArrayLike, num_rows: int | None = None, *, cost_model: CostModel | None = None
+    lengths: npt.ArrayLike,
+    num_rows: int | None = None,
+    *,
+    num_buckets: int = 1,
+    cost_model: CostModel | None = None,
 ) -> BucketPlan:
     """A rectangle whose rows hold several sequences each, end to end: one loop, and hardly any slack.
 
@@ -109,20 +111,25 @@ def plan_rows(
     Args:
       lengths: [B] whole numbers >= 0, concrete.
       num_rows: the most rows to use, which are then as short as was found. Default: as many as cost least.
+      num_buckets: the most buckets to use. With more than one, rows may end before the longest does, in a staircase:
+        worth it where a few sequences are much longer than a row need be, or the last slack counts.
       cost_model: weighs the cells that wider rows save against the steps that they take. Default: CostModel().
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if lengths are empty, negative or not whole, or num_rows is below 1.
+      ValueError: if lengths are empty, negative or not whole, or num_rows or num_buckets is below 1.
     """
     if num_rows is not None and as_int("num_rows", num_rows) < 1:
         raise ValueError(f"num_rows must be at least 1, got {num_rows}.")
+    if as_int("num_buckets", num_buckets) < 1:
+        raise ValueError(f"num_buckets must be at least 1, got {num_buckets}.")
+    cost_model = cost_model or CostModel()
     longest_first = np.sort(_at_least_one(lengths))[::-1].tolist()
     if num_rows is None:
-        return _cheapest_rows(longest_first, cost_model or CostModel())
+        return _cheapest_rows(longest_first, num_buckets, cost_model)
     # Best fit opens a row only where all others are filled beyond total/num_rows, so this width suffices.
     width = longest_first[0] + -(-sum(longest_first) // num_rows)
-    return _narrowest_rows(longest_first, num_rows, width)
+    return _narrowest_rows(longest_first, num_rows, width, num_buckets, cost_model)
 
 
 def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) -> BucketPlan:
@@ -156,9 +163,11 @@ def _stairs(lengths: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return ends, np.cumsum(counts[::-1])[::-1]
 
 
-def _fewest_cells(ends: np.ndarray, rows: np.ndarray, most: int, bucket_cost: float) -> np.ndarray:
-    """Indices into `ends` [U + 1], from 0 to U, between which the buckets of the best plan lie."""
-    last = len(rows)
+def _fewest_cells(
+    ends: np.ndarray, rows: np.ndarray, most: int, bucket_cost: float
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Boundaries and rows of the best plan over an exact staircase: `ends` [U], and the rows alive before each."""
+    last, ends = len(rows), np.append(0, ends)
     cells, choices = ends * rows[0], [np.zeros(last + 1, np.int64)]  # f_1: one bucket
     while len(choices) < min(most, last):
         fewer, choice = _one_more_bucket(cells, ends, rows, len(choices) + 1)
@@ -169,7 +178,8 @@ def _fewest_cells(ends: np.ndarray, rows: np.ndarray, most: int, bucket_cost: fl
     places = [last]
     for choice in reversed(choices):
         places.append(int(choice[places[-1]]))
-    return np.array(places[::-1])
+    chosen = np.array(places[::-1])
+    return tuple(ends[chosen[1:]].tolist()), tuple(rows[chosen[:-1]].tolist())
 
 
 def _one_more_bucket(
@@ -200,11 +210,11 @@ def _one_more_bucket(
     return best, choice
 
 
-def _cheapest_rows(lengths: Sequence[int], cost_model: CostModel) -> BucketPlan:
+def _cheapest_rows(lengths: Sequence[int], num_buckets: int, cost_model: CostModel) -> BucketPlan:
     """The row plan of least cost among those that ever wider rows lead to; lengths are sorted, longest first."""
     total, width = sum(lengths), lengths[0]
     num_rows = len(_best_fit(lengths, width))
-    best = _narrowest_rows(lengths, num_rows, width)
+    best = _narrowest_rows(lengths, num_rows, width, num_buckets, cost_model)
     while width < total:
         width = min(total, width + -(-width // _WIDER))
         ideal = BucketPlan((width,), (total // width,))  # without slack: no wider rows cost less
@@ -212,17 +222,24 @@ def _cheapest_rows(lengths: Sequence[int], cost_model: CostModel) -> BucketPlan:
             break
         num_rows = len(_best_fit(lengths, width))
         if cost_model.total(BucketPlan((-(-total // num_rows),), (num_rows,))) < cost_model.total(best):
-            best = min(best, _narrowest_rows(lengths, num_rows, width), key=cost_model.total)
+            rows = _narrowest_rows(lengths, num_rows, width, num_buckets, cost_model)
+            best = min(best, rows, key=cost_model.total)
     return best
 
 
-def _narrowest_rows(lengths: Sequence[int], num_rows: int, width: int) -> BucketPlan:
+def _narrowest_rows(
+    lengths: Sequence[int], num_rows: int, width: int, num_buckets: int, cost_model: CostModel
+) -> BucketPlan:
     """The row plan of at most num_rows rows, enough at `width`, and of the fewest steps that bisection finds to do."""
     least = max(lengths[0], -(-sum(lengths) // num_rows))
     steps = range(least, width)
     width = least + bisect_left(steps, True, key=lambda width: len(_best_fit(lengths, width)) <= num_rows)
     rows = _best_fit(lengths, width)
-    return BucketPlan((width,), (len(rows),), tuple((0, *itertools.accumulate(row[:-1])) for row in rows))
+    stairs: tuple[tuple[int, ...], tuple[int, ...]] = (width,), (len(rows),)
+    if num_buckets > 1:
+        rows.sort(key=sum, reverse=True)
+        stairs = _fewest_cells(*_stairs([sum(row) for row in rows]), num_buckets, cost_model.bucket_cells)
+    return BucketPlan(*stairs, tuple((0, *itertools.accumulate(row[:-1])) for row in rows))
 
 
 def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:

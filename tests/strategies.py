@@ -2,9 +2,10 @@
 
 from hypothesis import strategies as st
 
-from jaxpack import BucketPlan, plan_buckets, plan_exact, plan_padded, plan_rows
+from jaxpack import BucketPlan, CostModel, plan_buckets, plan_exact, plan_padded, plan_rows
 
 lengths = st.lists(st.integers(0, 7), min_size=1, max_size=6)
+CELLS_ONLY = CostModel(step=0, crossing=0, bucket=0, compilation=0)
 positive_lengths = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
@@ -19,7 +20,7 @@ def plans_for(draw, lengths):
     if kind == "padded":
         return plan_padded(len(lengths), max(1, *lengths) + draw(st.integers(0, 2)))
     if kind == "rows":
-        return plan_rows(lengths, draw(st.integers(1, 4)))
+        return plan_rows(lengths, draw(st.integers(1, 4)), num_buckets=draw(st.integers(1, 2)), cost_model=CELLS_ONLY)
     loosened = [max(length, 1) + draw(st.integers(0, 2)) for length in lengths]
     return plan_exact(loosened) if kind == "loose" else plan_rows(loosened, draw(st.integers(1, 4)))
 

@@ -171,6 +171,23 @@ def test_row_plan_costs_no_more_than_padding(lengths):
         assert model.total(plan_rows(lengths, cost_model=model)) <= model.total(padded)
 
 
+@given(strategies.lengths, st.integers(1, 4), st.integers(1, 4))
+def test_rows_that_may_end_in_a_staircase_have_no_more_cells_and_few_buckets(lengths, num_rows, num_buckets):
+    plan = plan_rows(lengths, num_rows, num_buckets=num_buckets, cost_model=CELLS_ONLY)
+    assert plan.fits(lengths)
+    assert plan.num_buckets <= num_buckets
+    assert plan.rows[0] <= num_rows
+    assert plan.size <= plan_rows(lengths, num_rows).size
+    if num_buckets >= num_rows:
+        assert plan.size == sum(max(length, 1) for length in lengths)
+
+
+def test_a_staircase_of_rows_saves_the_width_of_a_sequence_much_longer_than_others():
+    lengths = [600] + [10] * 200
+    plan = plan_rows(lengths, num_buckets=2, cost_model=CELLS_ONLY)
+    assert plan.efficiency(lengths) > 0.99 > 0.9 > plan_rows(lengths, 10).efficiency(lengths)
+
+
 def test_dear_steps_keep_rows_as_short_as_the_longest_sequence():
     lengths = lognormal(0)
     assert plan_rows(lengths, cost_model=CostModel(step=1)).num_steps == lengths.max()
@@ -253,6 +270,7 @@ def test_bad_lengths_are_named(planner, lengths, error, message):
         (lambda: plan_buckets([3], row_multiple=0), ValueError, "row_multiple must be at least 1, got 0"),
         (lambda: plan_rows([3], 0), ValueError, "num_rows must be at least 1, got 0"),
         (lambda: plan_rows([3], 1.5), TypeError, "num_rows must be an int, got 1.5"),
+        (lambda: plan_rows([3], num_buckets=0), ValueError, "num_buckets must be at least 1, got 0"),
         (lambda: plan_padded(0, 3), ValueError, "batch_size must be at least 1, got 0"),
         (lambda: plan_padded(3, 0), ValueError, "max_length must be at least 1, got 0"),
         (lambda: plan_padded(3, 2.5), TypeError, "max_length must be an int, got 2.5"),
