@@ -1,0 +1,237 @@
+"""Batcher and BatchIterator: what all batchers share. Epochs, state, shards and statistics.
+
+A batcher decides in *rounds* which pieces go together, from their lengths alone: one batch for every shard, all under
+one plan, so that shards run the same program at the same time and have the same number of batches. Whatever it decides
+follows from the seed and the epoch. So a state is two numbers, and an iterator comes back to it by deciding again.
+"""
+
+from __future__ import annotations
+
+import abc
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxpack.data.batch import Batch, lay_out
+from jaxpack.data.source import Epoch, Indexed, Streamed, TooLong, is_indexed, shuffled
+from jaxpack.data.statistics import Statistics, Tally
+from jaxpack.plan import BucketPlan, as_int
+from jaxpack.sequence import PyTree
+
+State = dict[str, Any]
+Lengths = Iterator[tuple[int, int]]  # pieces, each its number and its length
+
+
+class Round(NamedTuple):
+    """One batch for every shard.
+
+    Attributes:
+      plan: that of all of them.
+      shards: for each, the pieces of its batch, each its number and its length; fewer than the plan's slots, or none,
+        where there are no more.
+    """
+
+    plan: BucketPlan
+    shards: Sequence[Sequence[tuple[int, int]]]
+
+
+class Batcher(abc.ABC):
+    """An iterable of batches, one epoch at a time: iterating again gives the next epoch's.
+
+    Subclasses decide what goes together, in `_rounds`.
+
+    Args:
+      source: examples, each an array [L, *F] or a pytree of arrays. With a length and an index (a list, an array, a
+        grain.MapDataset) they are read by number; else the source is iterated over, anew each epoch.
+      seed: of the shuffles; None leaves the source's order as far as the batcher can.
+      time_varying: which leaves vary in time: a bool for each, or a prefix of the example's structure. Default: all
+        that have an axis. Those of an example must agree in their number of steps.
+      lengths: [N] those of the examples, if known; without them every example is read once to find out.
+      buffer_size: how many examples of a source without an index are held to draw from at random.
+      too_long: what is done about an example that no plan has room for: "error", or by choice "truncate", "drop" or
+        "split" (several rows then have its index). Statistics say how many there were.
+      shard_index, shard_count: which of the epoch's shards this is, one a host. All have the same number of batches.
+
+    Raises:
+      ValueError: if the source is empty, examples differ in structure or features, lengths are negative, not whole or
+        not as many as examples, one is too long, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[PyTree] | Iterable[PyTree],
+        *,
+        seed: int | None,
+        time_varying: PyTree,
+        lengths: npt.ArrayLike | None,
+        buffer_size: int | None,
+        too_long: TooLong,
+        shard_index: int,
+        shard_count: int,
+    ) -> None:
+        if as_int("shard_count", shard_count) < 1 or not 0 <= as_int("shard_index", shard_index) < shard_count:
+            raise ValueError(f"shard_index must lie in [0, shard_count), got {shard_index} of {shard_count}.")
+        if buffer_size is not None and as_int("buffer_size", buffer_size) < 1:
+            raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
+        self.seed = None if seed is None else as_int("seed", seed)
+        self.shard_index, self.shard_count = shard_index, shard_count
+        self._too_long, self._buffer_size = too_long, buffer_size
+        self._indexed: Indexed | None = None
+        if is_indexed(source):
+            self._indexed = Indexed(source, time_varying, lengths)  # type: ignore[arg-type]
+        elif lengths is not None:
+            raise ValueError("lengths are for sources that are read by number, but this one has no index.")
+        self._examples, self._time_varying = source, time_varying
+        self._next = (0, 0)
+
+    @property
+    @abc.abstractmethod
+    def plans(self) -> tuple[BucketPlan, ...]:
+        """The plans that batches come under: at most so many programs."""
+
+    @abc.abstractmethod
+    def _rounds(self, pieces: Lengths, rng: np.random.Generator | None) -> Iterator[Round]:
+        """Decides what goes together, in what order. Every piece is in one round."""
+
+    def __iter__(self) -> BatchIterator:
+        """The next epoch, or what is left of the one that `set_state` was given."""
+        epoch, batch = self._next
+        self._next = (epoch + 1, 0)
+        return BatchIterator(self, epoch, batch)
+
+    def set_state(self, state: State) -> None:
+        """Makes the next iterator go on where another was when it gave this state.
+
+        Raises:
+          ValueError: if it is the state of another kind of batcher, seed or source.
+        """
+        mine = self._identity()
+        other = {name: state.get(name) for name in mine}
+        if other != mine:
+            raise ValueError(f"the state is that of {other}, but this is {mine}: batches would not be the same.")
+        self._next = (operator.index(state["epoch"]), operator.index(state["batch"]))
+
+    def statistics(self) -> Statistics:
+        """What the next epoch will be like. Reads no example of a source with an index, and all of one without."""
+        epoch, _ = self._next
+        iterator = BatchIterator(self, epoch, 0)
+        return iterator.skip_all()
+
+    def __len__(self) -> int:
+        """How many batches the next epoch has."""
+        if self._indexed is None:
+            raise TypeError("how many batches a source without an index gives is not known before it was read.")
+        return self.statistics().batches
+
+    def _corpus(self, what: str) -> np.ndarray:
+        """The lengths of all examples."""
+        if self._indexed is None:
+            raise ValueError(f"a source without an index has no lengths to make {what} from: give them.")
+        return self._indexed.lengths
+
+    def _limit(self, limit: int) -> None:
+        """Sets the longest piece; to be called once plans are known."""
+        if self._indexed is not None:
+            self._indexed.limit(limit, self._too_long)
+            self._source: Indexed | Streamed = self._indexed
+        else:
+            self._source = Streamed(self._examples, self._time_varying, limit, self._too_long)
+
+    def _shuffled(self, pieces: Lengths, rng: np.random.Generator | None, default: int) -> Lengths:
+        """The pieces of a source without an index, shuffled within a buffer; others were shuffled before."""
+        if self._indexed is not None or rng is None:
+            return pieces
+        return shuffled(pieces, self._buffer_size or default, rng)
+
+    def _open(self, epoch: int) -> tuple[Epoch, Iterator[Round]]:
+        """A reading of the source, and the rounds of its pieces."""
+        if self.seed is None:
+            reading = self._source.epoch(None)
+            return reading, self._rounds(reading.pieces, None)
+        of_source, of_rounds = np.random.default_rng([abs(self.seed), self.seed < 0, epoch]).spawn(2)
+        reading = self._source.epoch(of_source)
+        return reading, self._rounds(reading.pieces, of_rounds)
+
+    def _identity(self) -> State:
+        """What must be the same for a state to mean the same batches."""
+        examples = None if self._indexed is None else len(self._indexed.lengths)
+        return {
+            "batcher": type(self).__name__,
+            "seed": self.seed,
+            "examples": examples,
+            "shard_count": self.shard_count,
+        }
+
+
+class BatchIterator:
+    """An epoch's batches for one shard. Made by iterating over a batcher."""
+
+    def __init__(self, batcher: Batcher, epoch: int, batch: int) -> None:
+        self._batcher, self._epoch, self._batch = batcher, epoch, batch
+        self._rounds: Iterator[Round] | None = None
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        An exception of the source passes through. The state is then that before the batch, and asking again retries.
+        """
+        if self._rounds is None:
+            self._open()
+        assert self._rounds is not None
+        try:
+            plan, pieces = self._take(next(self._rounds))
+            batch = lay_out(self._reading.form, self._reading.read([number for number, _ in pieces]), plan)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._rounds = None
+            raise
+        self._tally.add(plan, [length for _, length in pieces])
+        self._batch += 1
+        return batch
+
+    def get_state(self) -> State:
+        """Where it is: what a batcher's `set_state` takes. Small, and can be written as JSON."""
+        return {"epoch": self._epoch, "batch": self._batch, **self._batcher._identity()}
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of the epoch's batches so far, those before a resumed state included."""
+        if self._rounds is None:
+            self._open()
+        return self._tally.statistics(self._batcher._too_long, self._reading.cut)
+
+    def skip_all(self) -> Statistics:
+        """Decides all rounds, without laying any out."""
+        if self._rounds is None:
+            self._open()
+        assert self._rounds is not None
+        for round_ in self._rounds:
+            self._skip(round_)
+        return self.statistics
+
+    def _open(self) -> None:
+        """Starts to decide, and comes back to the state."""
+        self._reading, rounds = self._batcher._open(self._epoch)
+        self._tally = Tally()
+        for _ in range(self._batch):
+            self._skip(next(rounds))
+        self._rounds = rounds
+
+    def _take(self, round_: Round) -> tuple[BucketPlan, Sequence[tuple[int, int]]]:
+        """Takes this shard's part of a round, and lets the others' pieces go."""
+        for shard, pieces in enumerate(round_.shards):
+            if shard != self._batcher.shard_index:
+                self._reading.drop([number for number, _ in pieces])
+        return round_.plan, round_.shards[self._batcher.shard_index]
+
+    def _skip(self, round_: Round) -> None:
+        plan, pieces = self._take(round_)
+        self._reading.drop([number for number, _ in pieces])
+        self._tally.add(plan, [length for _, length in pieces])
