@@ -105,7 +105,7 @@ def pad_packed_sequence(
         raise ValueError(f"padding_value must be one number, got shape {np.shape(padding_value)}.")
     length = sequence.plan.max_length if total_length is None else as_int("total_length", total_length)
     if not is_traced(sequence.lengths):
-        longest = int(np.max(sequence.lengths))
+        longest = int(np.asarray(sequence.lengths).max())
         if longest > length:
             raise ValueError(
                 f"Expected total_length to be at least the length of the longest sequence in input, but got "

@@ -32,6 +32,12 @@ def batch_of(lengths, features=(), dtype=np.float32, seed=0):
     return rng.integers(1, 100, (len(lengths), max(lengths), *features)).astype(dtype)
 
 
+def test_a_concrete_batch_can_be_padded_inside_jit():
+    packed = pack_sequence([jnp.arange(3.0), jnp.arange(2.0)])
+    padded, _ = jax.jit(lambda: pad_packed_sequence(packed, batch_first=True))()
+    assert padded.tolist() == [[0, 1, 2], [0, 1, 0]]
+
+
 def test_the_readme_example():
     packed = pack_padded_sequence([[1, 2, 3], [3, 4, 0]], lengths=[3, 2], batch_first=True)
     assert packed.data.tolist() == [1, 3, 2, 4, 3]

@@ -152,7 +152,8 @@ class Rows:
     def pack(self, arrays: Sequence[np.ndarray], form: Form, leaf: int) -> np.ndarray:
         """Data [plan.size, *F] of one leaf of the first rows."""
         data = np.zeros((self.plan.size, *form.features[leaf]), form.dtypes[leaf])
-        _assign(data, self.cells, np.concatenate(arrays), leaf)
+        if arrays:
+            _assign(data, self.cells, np.concatenate(arrays), leaf)
         return data
 
     def stack(self, arrays: Sequence[np.ndarray], form: Form, leaf: int) -> np.ndarray:
