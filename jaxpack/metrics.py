@@ -1,0 +1,163 @@
+"""Metrics of packed outputs and of decoded sequences, each a `jaxpack.losses.Mean`, so that those of batches add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack.inputs import without_torch
+from jaxpack.losses import Mean, as_frames, over_sequences, over_tokens
+from jaxpack.packed import pad_packed_sequence
+from jaxpack.sequence import PackedSequence, poison
+
+__all__ = ["accuracy", "best_error_rate", "ctc_greedy_decode", "edit_distance", "error_rate", "perplexity"]
+
+
+def perplexity(mean: Mean) -> jax.Array:
+    """exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C."""
+    return jnp.exp(mean.value)
+
+
+def accuracy(
+    logits: PackedSequence | ArrayLike, labels: PackedSequence | ArrayLike, weights: ArrayLike | None = None
+) -> Mean:
+    """The share of tokens, or of sequences, whose largest logit is the label's; of equal logits the first is taken.
+
+    Args:
+      logits: packed data [S, C] for tokens; an array [B, C] for sequences. NaN in what counts makes the result NaN.
+      labels: whole numbers in [0, C): packed alike, data [S]; or [B].
+      weights: [B], in the caller's order, the weight of a sequence or of each of its tokens. Default: 1.
+
+    Raises:
+      As jaxpack.losses.token_cross_entropy and sequence_cross_entropy.
+    """
+    over = over_tokens if isinstance(logits, PackedSequence) else over_sequences
+    return over(_hits, logits, labels, weights, "accuracy")
+
+
+def ctc_greedy_decode(
+    logits: PackedSequence, *, blank_id: int = 0, frames_per_step: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """The labels of each sequence's best path: the likeliest class of each frame, repeats merged, blanks removed.
+
+    Frames whose likeliest classes are a a _ a b b, where _ is the blank, give a a b.
+
+    Args:
+      logits: floating data [S, K * C], for K frames a step, as for jaxpack.losses.ctc.
+      blank_id: the class that stands for no label.
+      frames_per_step: K.
+
+    Returns:
+      int32 [B, plan.max_length * K], labels from the left and blank_id past them; and int32 [B], how many there are,
+      -1 for a sequence that does not fit its plan. As a list: jaxpack.unpad_sequence(labels, lengths, True).
+
+    Raises:
+      TypeError: if logits are not packed, or not floating.
+      ValueError: if K does not divide the features, or blank_id is no class.
+    Source: Graves et al., Connectionist temporal classification, ICML 2006, "best path decoding".
+    """
+    logits, blank_id = as_frames(logits, blank_id, frames_per_step, "ctc_greedy_decode")
+    classes = logits.replace(data=jnp.argmax(logits.data, -1).astype(jnp.int32))
+    path = pad_packed_sequence(classes, batch_first=True, padding_value=blank_id)[0]
+    path = path.reshape(len(path), -1)
+    starts = jnp.pad(path[:, 1:] != path[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    kept = starts & (path != blank_id)
+    places = jnp.where(kept, jnp.cumsum(kept, 1) - 1, path.shape[1])
+    labels = lax.full_like(path, blank_id).at[jnp.arange(len(path))[:, None], places].set(path, mode="drop")
+    return labels, jnp.where(logits.fits, kept.sum(1), -1).astype(jnp.int32)
+
+
+def edit_distance(hypothesis: Sequence[Any] | ArrayLike, reference: Sequence[Any] | ArrayLike) -> int:
+    """The fewest insertions, deletions and substitutions that turn one sequence into the other.
+
+    edit_distance("kitten", "sitting") = 3
+
+    Args:
+      hypothesis: a string, or a list or vector of integers or tokens.
+      reference: another.
+
+    Raises:
+      ImportError: if rapidfuzz is not installed.
+      ValueError: if an array is no vector.
+    Source: Levenshtein 1966; rapidfuzz.distance.Levenshtein.
+    """
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rapidfuzz":
+            raise
+        raise ModuleNotFoundError(
+            "edit distances need rapidfuzz, which is not installed: pip install 'jaxpack[data]'", name=error.name
+        ) from error
+    return Levenshtein.distance(_tokens(hypothesis), _tokens(reference))
+
+
+def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
+    """Edits over all sequences, beside the tokens of all references: a rate per token (phoneme, character, word).
+
+    error_rate(["ab", "c"], ["abc", "c"]) = Mean(1, 4)
+
+    Args:
+      hypotheses: sequences as `edit_distance` takes them.
+      references: as many. For several right answers to each use `best_error_rate`.
+
+    Raises:
+      ImportError: if rapidfuzz is not installed.
+      ValueError: if there are not as many references as hypotheses.
+      TypeError: if one is a bare string.
+    """
+    return best_error_rate(hypotheses, [[reference] for reference in _check_list("references", references)])
+
+
+def best_error_rate(hypotheses: Sequence[Any], references: Sequence[Sequence[Any]]) -> Mean:
+    """As `error_rate`, where each hypothesis is held against the closest of several references.
+
+    best_error_rate(["aab"], [["ab", "aabb"]]) = Mean(1, 4)
+
+    Args:
+      hypotheses: sequences as `edit_distance` takes them.
+      references: for each a list of one or more alternatives, such as the pronunciations of a word. The one of fewest
+        edits counts, of several such the longest.
+
+    Raises:
+      As `error_rate`; and ValueError if a hypothesis has no reference.
+    """
+    _check_list("hypotheses", hypotheses)
+    if len(hypotheses) != len(_check_list("references", references)):
+        raise ValueError(f"got {len(hypotheses)} hypotheses for {len(references)} references: one each is needed.")
+    edits = tokens = 0
+    for i, (hypothesis, alternatives) in enumerate(zip(hypotheses, references, strict=True)):
+        if not len(_check_list(f"references[{i}]", alternatives)):
+            raise ValueError(f"references[{i}] is empty: a hypothesis needs at least one reference.")
+        fewest, length = min((edit_distance(hypothesis, other), -len(other)) for other in alternatives)
+        edits, tokens = edits + fewest, tokens - length
+    return Mean(edits, tokens)
+
+
+def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """1 where the largest logit is the label's, 0 where it is not, NaN where a logit is."""
+    hits = (jnp.argmax(logits, -1) == labels).astype(logits.dtype)
+    return poison(hits, ~jnp.isnan(logits).any(-1))
+
+
+def _tokens(sequence: Any) -> Sequence[Any]:
+    """A string or list as it is; a list from an array."""
+    sequence = without_torch(sequence)
+    if not hasattr(sequence, "ndim"):
+        return sequence
+    if sequence.ndim != 1:
+        raise ValueError(f"a sequence of tokens must be a vector, got shape {sequence.shape}.")
+    return np.asarray(sequence).tolist()
+
+
+def _check_list(name: str, sequences: Sequence[Any]) -> Sequence[Any]:
+    """Raises TypeError for a string, which is a sequence of characters and not of sequences."""
+    if isinstance(sequences, str):
+        raise TypeError(f"{name} must be a list of sequences, got the string {sequences!r}.")
+    return sequences

@@ -1,0 +1,464 @@
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+import scipy.special
+import strategies
+from hypothesis import given, settings
+from jax import lax
+
+from jaxpack import BucketPlan, pack_padded_sequence
+from jaxpack.losses import Mean, ctc, ctc_min_frames, sequence_cross_entropy, token_cross_entropy
+
+C = 4
+LENGTHS = [2, 5, 0, 3]
+WEIGHTS = np.array([0.5, 2.0, 0.0, 1.0])
+STAIRS = BucketPlan((3, 6), (4, 2))
+ROWS = BucketPlan((11,), (2,), ((0, 6), (0, 6)))
+on_each_plan = pytest.mark.parametrize("plan", [STAIRS, ROWS], ids=["stairs", "rows"])
+
+# Of the sequences of LENGTHS. 1 1 takes three frames, so the first row can only be aligned with two frames a step.
+CTC_LABELS = np.array([[1, 1, 77], [2, 2, 3], [-5, 9, 0], [3, 1, 0]], np.int32)
+CTC_LENGTHS = np.array([2, 3, 2, 1], np.int32)
+ALIGNABLE = np.array([[1, 2, 77], [2, 2, 3], [-5, 9, 0], [3, 1, 0]], np.int32)
+
+
+def logits_batch(lengths=LENGTHS, features=C, dtype=np.float64):
+    return np.nan_to_num(oracles.random_batch(lengths, features, dtype=dtype, extra=1))
+
+
+def labels_batch(lengths=LENGTHS):
+    return np.random.default_rng(1).integers(0, C, (len(lengths), max(lengths) + 1))
+
+
+def token_loss(packed, weights=None):
+    labels = pack_padded_sequence(labels_batch(), packed.lengths, True, plan=packed.plan)
+    return token_cross_entropy(packed, labels, weights)
+
+
+def ctc_loss(packed, weights=None):
+    return ctc(packed, ALIGNABLE, CTC_LENGTHS, weights)
+
+
+each_loss = pytest.mark.parametrize("loss", [token_loss, ctc_loss], ids=["tokens", "ctc"])
+
+
+def pack(batch, plan=STAIRS, lengths=LENGTHS):
+    return pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+
+
+TRACED_PACK = jax.jit(pack, static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def total_and_gradient(loss, packed, weights=None):
+    """A loss's sums, and the gradient of its total with respect to the packed logits."""
+
+    def total(data):
+        mean = loss(packed.replace(data=data), weights)
+        return mean.total, mean
+
+    gradient, mean = jax.grad(total, has_aux=True)(packed.data)
+    return mean, gradient
+
+
+def same(result, expected, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), result, expected)
+
+
+# Mean
+
+
+def test_means_of_parts_add_up_to_the_mean_of_the_whole():
+    whole = sum([Mean(6.0, 3), Mean(4.0, 1)])
+    assert (whole.total, whole.weight, float(whole.value)) == (10, 4, 2.5)
+    assert float((Mean() + whole).value) == 2.5
+    assert lax.scan(lambda mean, x: (mean + Mean(x, 1.0), None), Mean(), jnp.arange(3.0))[0].value == 1
+
+
+def test_a_mean_of_nothing_is_zero_with_a_gradient_of_zero():
+    value, gradient = jax.value_and_grad(lambda total: Mean(total, jnp.zeros(())).value)(0.0)
+    assert (value, gradient) == (0, 0)
+
+
+def test_a_mean_of_gradients_keeps_their_structure_and_dtypes():
+    gradient = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(())}
+    value = sum([Mean(gradient, 2.0), Mean(gradient, jnp.float32(2))]).value
+    assert value["w"].tolist() == [0.5, 0.5]
+    assert value["w"].dtype == jnp.bfloat16
+    assert value["b"] == 0.5
+
+
+@pytest.mark.parametrize("other", [1, 0.5, None])
+def test_only_means_are_added_to_means(other):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        other + Mean(1.0, 1)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        Mean(1.0, 1) + other
+
+
+# Parts of a batch: the examples of Mean's docstring
+
+PARAMS = {"w": jnp.asarray(np.random.default_rng(2).standard_normal((3, C))), "b": jnp.arange(float(C))}
+INPUTS = logits_batch([*LENGTHS, 1, 4, 0, 5], 3)
+TARGETS = labels_batch([*LENGTHS, 1, 4, 0, 5])
+ALL_LENGTHS = np.array([*LENGTHS, 1, 4, 0, 5])
+ALL_WEIGHTS = np.array([1, 1, 0, 0.5, 2, 1, 0, 1])
+WHOLE = BucketPlan((6,), (8,))
+
+
+def model_loss(params, batch, plan=STAIRS, *, kind):
+    inputs, targets, lengths, weights = batch
+    logits = pack(inputs, plan, lengths).map(lambda x: x @ params["w"] + params["b"])
+    if kind == "tokens":
+        return token_cross_entropy(logits, pack(targets, plan, lengths), weights)
+    return ctc(logits, jnp.maximum(targets[:, :1], 1), jnp.minimum(lengths, 1), weights)
+
+
+BATCH = (INPUTS, TARGETS, ALL_LENGTHS, ALL_WEIGHTS)
+HALVES = [tuple(leaf[half] for leaf in BATCH) for half in (slice(0, 4), slice(4, 8))]
+each_kind = pytest.mark.parametrize("kind", ["tokens", "ctc"])
+
+
+@functools.cache
+def one_batch(kind):
+    return jax.jit(jax.value_and_grad(lambda p: model_loss(p, BATCH, WHOLE, kind=kind).value))(params64())
+
+
+def params64():
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), PARAMS)
+
+
+def micro_step(params, batch, kind):
+    def total(params):
+        mean = model_loss(params, batch, kind=kind)
+        return mean.total, mean
+
+    gradient, mean = jax.grad(total, has_aux=True)(params)
+    return mean, Mean(gradient, mean.weight)
+
+
+@each_kind
+@pytest.mark.usefixtures("x64")
+def test_two_micro_batches_equal_one_batch(kind):
+    step = jax.jit(functools.partial(micro_step, kind=kind))
+    means, gradients = zip(*(step(params64(), half) for half in HALVES), strict=True)
+    same((sum(means).value, sum(gradients).value), one_batch(kind), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "by_hand"), [("tokens", False), ("ctc", False), ("tokens", True)], ids=["tokens", "ctc", "by hand"]
+)
+@pytest.mark.usefixtures("x64")
+def test_two_devices_equal_one_batch(kind, by_hand):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def differentiate_value(params, shard):
+        return jax.value_and_grad(lambda p: model_loss(p, shard, kind=kind).psum("data").value)(params)
+
+    def sum_by_hand(params, shard):
+        mean, gradient = micro_step(params, shard, kind)
+        return mean.psum("data").value, gradient.psum("data").value
+
+    run = jax.shard_map(
+        sum_by_hand if by_hand else differentiate_value,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P("data")),
+        out_specs=jax.P(),
+        check_vma=not by_hand,
+    )
+    same(jax.jit(run)(params64(), BATCH), one_batch(kind), atol=1e-10)
+
+
+# Cross-entropy
+
+
+@settings(max_examples=5)
+@given(strategies.lengths_and_plan())
+def test_token_cross_entropy_and_its_gradient_equal_numpy(lengths_and_plan):
+    lengths, plan = lengths_and_plan
+    with jax.enable_x64(True):
+        batch, labels, weights = logits_batch(lengths), labels_batch(lengths), np.arange(len(lengths)) / 2
+        real = np.arange(batch.shape[1]) < np.array(lengths)[:, None]
+        weighted = weights[:, None] * real
+        log_p = scipy.special.log_softmax(batch, -1)
+        one_hot = np.eye(C)[labels]
+
+        def loss(packed, weights):
+            return token_cross_entropy(packed, pack(labels, plan, packed.lengths), weights)
+
+        mean, gradient = total_and_gradient(loss, pack(batch, plan, lengths), weights)
+        same(mean, Mean(-(weighted * (log_p * one_hot).sum(-1)).sum(), weighted.sum()), rtol=1e-12)
+        expected = weighted[..., None] * (np.exp(log_p) - one_hot)
+        same(gradient, pack(expected, plan, lengths).data, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_sequence_cross_entropy_and_its_gradient_equal_numpy():
+    logits, labels = logits_batch()[:, 0], labels_batch()[:, 0]
+    logits[2], labels[2] = np.nan, -1  # of weight 0
+    log_p = scipy.special.log_softmax(np.nan_to_num(logits), -1)
+    one_hot = np.eye(C)[labels]
+    run = jax.jit(jax.value_and_grad(lambda x: sequence_cross_entropy(x, labels, WEIGHTS).value))
+    value, gradient = run(jnp.array(logits))
+    same(value, -(WEIGHTS * (log_p * one_hot).sum(-1)).sum() / WEIGHTS.sum())
+    same(gradient, WEIGHTS[:, None] * (np.exp(log_p) - one_hot) / WEIGHTS.sum(), atol=1e-12)
+
+
+def test_labels_of_other_lengths_are_refused_and_nan_where_lengths_are_traced():
+    logits, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch(), lengths=[2, 5, 1, 3])
+    with pytest.raises(ValueError, match=r"labels have the lengths \[2 5 1 3\], logits have \[2 5 0 3\]"):
+        token_cross_entropy(logits, labels)
+    assert np.isnan(TOKEN_VALUE(logits, labels))
+    assert np.isfinite(TOKEN_VALUE(logits, pack(labels_batch())))
+
+
+TOKEN_VALUE = jax.jit(lambda *args: token_cross_entropy(*args).value)
+
+
+# What all losses of packed logits promise
+
+
+@on_each_plan
+@each_loss
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_slack_is_inert(loss, plan, value):
+    packed = pack(logits_batch(dtype=np.float32), plan)
+    dirty = packed.replace(data=jnp.where(packed.mask[:, None], packed.data, value))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        total_and_gradient(loss, dirty, WEIGHTS),
+        total_and_gradient(loss, packed, WEIGHTS),
+    )
+
+
+def test_labels_in_slack_are_inert():
+    packed, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch())
+    dirty = labels.replace(data=jnp.where(labels.mask, labels.data, 99))
+    assert TOKEN_VALUE(packed, dirty) == TOKEN_VALUE(packed, labels)
+
+
+@each_loss
+def test_rows_of_weight_zero_count_for_nothing_whatever_they_hold(loss):
+    batch, weights = logits_batch(dtype=np.float32), np.array([1.0, 0.0, 1.0, 1.0])
+    clean = total_and_gradient(loss, pack(batch), weights)
+    batch[1] = np.nan
+    batch[1, 0] = np.inf
+    dirty = total_and_gradient(loss, pack(batch), weights)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    assert not clean[1][pack(np.arange(4)[:, None] * np.ones(6, int)).data == 1].any()
+
+
+@each_loss
+def test_empty_rows_count_for_nothing_whatever_their_weight(loss):
+    packed = pack(logits_batch(dtype=np.float32))
+    mean, gradient = total_and_gradient(loss, packed, np.ones(4))
+    same((mean, gradient), total_and_gradient(loss, packed, np.array([1, 1, 0, 1.0])), rtol=0)
+    assert mean.weight == (3 if loss is ctc_loss else 10)
+
+
+@each_loss
+def test_a_batch_of_empty_sequences_has_loss_and_gradient_zero(loss):
+    packed = pack(np.full((4, 6, C), np.nan, np.float32), lengths=[0, 0, 0, 0])
+    mean, gradient = total_and_gradient(loss, packed, np.ones(4))
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+    assert not gradient.any()
+
+
+@on_each_plan
+@each_loss
+def test_a_traced_misfit_makes_the_loss_and_its_gradient_nan_whatever_its_weight(loss, plan):
+    for weight, misfit in itertools.product((0, 1), (-1, 7)):
+        packed = TRACED_PACK(logits_batch(dtype=np.float32), plan, jnp.array([2, misfit, 0, 3]))
+        mean, gradient = total_and_gradient(loss, packed, np.array([1.0, weight, 0, 1]))
+        assert np.isnan([mean.total, mean.weight, mean.value]).all()
+        assert np.isnan(gradient).any()
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.usefixtures("x64")
+def test_sums_are_float32_for_all_narrower_logits_and_in_64_bit_mode(loss, dtype):
+    packed = pack(jnp.asarray(logits_batch(), dtype))
+    mean, gradient = jax.eval_shape(functools.partial(total_and_gradient, loss), packed, WEIGHTS)
+    assert mean.total.dtype == mean.weight.dtype == jnp.float32
+    assert gradient.dtype == dtype
+
+
+def test_bfloat16_losses_of_many_tokens_do_not_saturate():
+    logits = pack_padded_sequence(jnp.zeros((1, 4001, 2), jnp.bfloat16), [4001], True)
+    labels = logits.replace(data=jnp.zeros(4001, int))
+    mean = jax.jit(token_cross_entropy)(logits, labels)
+    assert mean.weight == 4001
+    np.testing.assert_allclose(mean.value, np.log(2), rtol=1e-5)
+
+
+# CTC
+
+
+def collapsed(path, blank):
+    return tuple(k for k, _ in itertools.groupby(path) if k != blank)
+
+
+def brute_force(frames, labels, blank):
+    """-log of the summed probability of all paths that collapse to the labels."""
+    log_p = scipy.special.log_softmax(frames, -1)
+    paths = [p for p in itertools.product(range(C), repeat=len(frames)) if collapsed(p, blank) == tuple(labels)]
+    with np.errstate(divide="ignore"):
+        return -scipy.special.logsumexp([sum(log_p[t, k] for t, k in enumerate(p)) for p in paths]) if paths else np.inf
+
+
+@pytest.mark.parametrize(("plan", "frames_per_step", "blank"), [(STAIRS, 1, 0), (ROWS, 2, 3)])
+@pytest.mark.usefixtures("x64")
+def test_ctc_equals_a_sum_over_all_paths(plan, frames_per_step, blank):
+    lengths = [2, 3, 0, 1]
+    batch = logits_batch(lengths, C * frames_per_step)
+    labels = (ALIGNABLE + blank) % C if blank else ALIGNABLE
+    label_lengths = np.array([2, 2 * frames_per_step - 1, 2, 0])
+    frames = batch.reshape(4, -1, C)
+    losses = [
+        brute_force(frames[b, : n * frames_per_step], labels[b, : label_lengths[b]], blank) if n else 0
+        for b, n in enumerate(lengths)
+    ]
+    weights = np.array([0.5, 2, 1, 3])
+    run = jax.jit(functools.partial(ctc, blank_id=blank, frames_per_step=frames_per_step))
+    mean = run(pack(batch, plan, lengths), labels, label_lengths, weights)
+    same(mean, Mean(np.dot(weights, losses), 5.5), rtol=1e-12)
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize(("plan", "frames_per_step"), [(ROWS, 1), (STAIRS, 3)])
+@pytest.mark.usefixtures("x64")
+def test_ctc_and_its_gradient_equal_pytorch(plan, frames_per_step):
+    torch = oracles.torch
+    batch, weights = logits_batch(features=C * frames_per_step), np.array([0.5, 2, 1, 1])
+
+    def loss(packed, weights):
+        return ctc(packed, ALIGNABLE, CTC_LENGTHS, weights, frames_per_step=frames_per_step)
+
+    mean, gradient = total_and_gradient(loss, pack(batch, plan), weights)
+    logits = torch.tensor(batch, requires_grad=True)
+    losses = torch.nn.functional.ctc_loss(
+        logits.reshape(4, -1, C).log_softmax(-1).transpose(0, 1),
+        torch.tensor(np.clip(ALIGNABLE, 1, C - 1)),
+        torch.tensor(LENGTHS) * frames_per_step,
+        torch.tensor(np.where(np.array(LENGTHS), CTC_LENGTHS, 0)),
+        reduction="none",
+    )
+    (losses * torch.tensor(weights)).sum().backward()
+    expected = losses.detach().numpy()
+    np.testing.assert_allclose(mean.total, expected @ (weights * [1, 1, 0, 1]), rtol=1e-12)
+    assert mean.weight == 3.5
+    np.testing.assert_allclose(gradient, pack(logits.grad.numpy(), plan).data, atol=1e-10)
+
+
+def test_ctc_of_labels_that_cannot_be_aligned_is_infinite_with_gradient_zero():
+    packed = pack(logits_batch(dtype=np.float32))
+
+    def loss(packed, weights):
+        return ctc(packed, CTC_LABELS, CTC_LENGTHS, weights)
+
+    mean, gradient = total_and_gradient(loss, packed, np.ones(4))
+    aligned = packed.lengths >= ctc_min_frames(CTC_LABELS, CTC_LENGTHS)
+    assert aligned.tolist() == [False, True, False, True]
+    expected, expected_gradient = total_and_gradient(loss, packed, np.asarray(aligned, float))
+    assert mean.total == np.inf
+    assert mean.weight == 3
+    assert np.isfinite(expected.value)
+    np.testing.assert_array_equal(gradient, expected_gradient)
+
+
+def test_ctc_min_frames_counts_labels_and_equal_neighbours():
+    assert ctc_min_frames([[1, 2, 2], [3, 3, 3], [3, 3, 3]], [3, 1, 0]).tolist()[:2] == [4, 1]
+    assert ctc_min_frames(np.ones((2, 0), int), np.zeros(2, int)).tolist() == [0, 0]
+
+
+def test_ctc_of_no_labels_at_all_is_that_of_blanks():
+    logits = pack(np.zeros((4, 6, C), np.float32))
+    mean = jax.jit(ctc)(logits, np.zeros((4, 0), int), np.zeros(4, int))
+    np.testing.assert_allclose(mean.total, 10 * np.log(C), rtol=1e-6)
+    assert mean.weight == 3
+
+
+def test_ctc_multiplies_in_full_precision():
+    jaxpr = str(jax.make_jaxpr(lambda packed: total_and_gradient(ctc_loss, packed))(PACKED))
+    assert jaxpr.count("precision=(Precision.HIGHEST") == jaxpr.count("dot_general[") > 0
+
+
+def test_labels_may_be_narrow_integers():
+    logits = pack(np.zeros((4, 6, 300), np.float32))
+    labels = logits.replace(data=np.full(18, 255, np.uint8))
+    run = jax.jit(
+        lambda logits, labels: (tokens(logits, labels), ctc(logits, CTC_NARROW, CTC_NARROW[:, 0], blank_id=299))
+    )
+    np.testing.assert_allclose(run(logits, labels)[0].value, np.log(300), rtol=1e-6)
+    assert np.isfinite(run(logits, labels)[1].value)
+
+
+CTC_NARROW = np.ones((4, 1), np.int8)
+
+
+# What is refused
+
+PACKED = pack(logits_batch(dtype=np.float32))
+LABELS = pack(labels_batch())
+OTHER = pack(labels_batch(), ROWS)
+tokens, sequences = token_cross_entropy, sequence_cross_entropy
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: tokens(PACKED.data, LABELS), TypeError, "token_cross_entropy takes a PackedSequence"),
+        (lambda: tokens(PACKED, LABELS.data), TypeError, r"token_cross_entropy\(labels=...\) takes a PackedSequence"),
+        (lambda: tokens(PACKED, OTHER), ValueError, "labels have the plan .* logits have"),
+        (lambda: tokens(PACKED, PACKED), ValueError, r"logits must be \[S, C\] and labels \[S\], got shapes"),
+        (lambda: tokens(LABELS, LABELS), ValueError, r"logits must be \[S, C\]"),
+        (lambda: tokens(PACKED, LABELS.astype(float)), TypeError, "labels integers, got dtypes float32 and float32"),
+        (lambda: tokens(PACKED, LABELS, jnp.ones(3)), ValueError, r"weights must be one per sequence, \[4\], got .*3"),
+        (lambda: tokens(PACKED, LABELS, jnp.ones(4, complex)), TypeError, "weights must be real"),
+        (lambda: tokens(PACKED, LABELS.map(lambda k: k + 1)), ValueError, r"labels.data must lie in 0 to 3.* = 4\."),
+        (lambda: sequences(PACKED, jnp.zeros(4, int)), TypeError, "got a PackedSequence. Reduce it"),
+        (lambda: sequences(jnp.ones((4, C)), jnp.zeros(3, int)), ValueError, r"\[B, C\] and labels \[B\]"),
+        (lambda: sequences(jnp.ones((1, C)), jnp.array([-1])), ValueError, r"labels\[0\] = -1"),
+        (lambda: ctc(PACKED.data, CTC_LABELS, CTC_LENGTHS), TypeError, "ctc takes a PackedSequence"),
+        (lambda: ctc(LABELS, CTC_LABELS, CTC_LENGTHS), TypeError, "logits must be floating"),
+        (lambda: ctc(PACKED, LABELS, CTC_LENGTHS), TypeError, r"labels must be padded, \[B, N\]"),
+        (lambda: ctc(PACKED, CTC_LABELS[:2], CTC_LENGTHS), ValueError, r"labels must be \[4, N\]"),
+        (lambda: ctc(PACKED, CTC_LABELS * 1.0, CTC_LENGTHS), TypeError, "must be integers"),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS + 1), ValueError, r"label_lengths\[1\] = 4"),
+        (lambda: ctc(PACKED, CTC_LABELS, [3, 3, 2, 1]), ValueError, r"labels\[0, 2\] = 77"),
+        (
+            lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS, blank_id=2),
+            ValueError,
+            r"not be the blank 2, got labels\[1, 0\]",
+        ),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS, blank_id=4), ValueError, "blank_id = 4 is none of the 4"),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS, frames_per_step=3), ValueError, "frames_per_step = 3"),
+    ],
+)
+def test_refuses_what_does_not_match(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("bad", [-1, 4])
+def test_a_traced_label_that_is_no_class_makes_the_loss_and_its_gradient_nan(bad):
+    logits = logits_batch()[:, 0]
+    run = jax.jit(jax.value_and_grad(lambda x, labels: sequence_cross_entropy(x, labels).value))
+    value, gradient = run(logits, jnp.array([0, bad, 1, 2]))
+    assert np.isnan(value)
+    assert np.isnan(gradient[1]).all()
+
+
+@pytest.mark.parametrize(("row", "length"), [([0, 1, 1], 2), ([4, 1, 1], 2), ([1, 1, 1], 4), ([1, 1, 1], -1)])
+def test_a_traced_ctc_label_or_length_out_of_range_makes_the_loss_nan(row, length):
+    labels, lengths = jnp.asarray(ALIGNABLE).at[1].set(jnp.array(row)), jnp.asarray(CTC_LENGTHS).at[1].set(length)
+    assert np.isnan(TRACED_CTC(PACKED, labels, lengths))
+
+
+TRACED_CTC = jax.jit(lambda *args: ctc(*args).value)

@@ -1,0 +1,170 @@
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpack import BucketPlan, pack_padded_sequence, unpad_sequence
+from jaxpack.losses import Mean, token_cross_entropy
+from jaxpack.metrics import accuracy, best_error_rate, ctc_greedy_decode, edit_distance, error_rate, perplexity
+
+LENGTHS = [2, 4, 0, 1]
+PLAN = BucketPlan((3, 5), (4, 1))
+ROWS = BucketPlan((9,), (2,), ((0, 5), (0, 5)))
+on_each_plan = pytest.mark.parametrize("plan", [PLAN, ROWS], ids=["stairs", "rows"])
+
+
+def pack(batch, lengths=LENGTHS, plan=PLAN):
+    return pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+
+
+def test_perplexity_of_equal_logits_is_the_number_of_classes():
+    logits, labels = pack(jnp.zeros((4, 5, 7))), pack(jnp.ones((4, 5), int))
+    run = jax.jit(lambda *args: perplexity(token_cross_entropy(*args)))
+    np.testing.assert_allclose(run(logits, labels), 7, rtol=1e-6)
+
+
+# Accuracy
+
+
+@on_each_plan
+def test_accuracy_of_tokens_equals_numpy(plan):
+    batch = oracles.random_batch(LENGTHS, 3, dtype=np.float32, extra=1)
+    labels = np.random.default_rng(0).integers(0, 3, batch.shape[:2])
+    weights = np.array([0.5, 1, 2, 3])
+    real = np.arange(batch.shape[1]) < np.array(LENGTHS)[:, None]
+    hits = (np.nan_to_num(batch).argmax(-1) == labels) & real
+    mean = jax.jit(accuracy)(pack(batch, plan=plan), pack(labels, plan=plan), weights)
+    assert mean.total == (weights[:, None] * hits).sum() > 0
+    assert mean.weight == (weights[:, None] * real).sum()
+
+
+def test_accuracy_of_sequences_leaves_rows_of_weight_zero_out():
+    logits = jnp.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [jnp.nan, jnp.nan]])
+    mean = accuracy(logits, jnp.array([1, 1, 1, -1]), jnp.array([1, 1, 1, 0]))
+    assert (mean.total, mean.weight) == (2, 3)
+    assert np.isnan(accuracy(logits, jnp.ones(4, int)).value)
+
+
+def test_accuracy_is_inert_to_slack_and_nan_for_misfits():
+    batch, labels = jnp.ones((4, 5, 3)), jnp.zeros((4, 5), int)
+    packed = pack(batch)
+    dirty = packed.replace(data=jnp.where(packed.mask[:, None], packed.data, jnp.nan))
+    assert accuracy(dirty, pack(labels)).value == 1
+    run = jax.jit(lambda lengths: accuracy(pack(batch, lengths), pack(labels, lengths)).value)
+    assert np.isnan(run(jnp.array([2, 6, 0, 1])))
+    assert run(jnp.array([2, 4, 0, 1])) == 1
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_accuracy_refuses_packed_beside_padded(swap):
+    logits, labels = pack(jnp.ones((4, 5, 3))), pack(jnp.zeros((4, 5), int))
+    pair = (logits.data, labels) if swap else (logits, labels.data)
+    with pytest.raises(TypeError, match=r"accuracy.*PackedSequence"):
+        accuracy(*pair)
+
+
+# Decoding
+
+
+def best_path(frames, blank):
+    return [int(k) for k, _ in itertools.groupby(frames.argmax(-1)) if k != blank]
+
+
+@on_each_plan
+@pytest.mark.parametrize(("frames_per_step", "blank"), [(1, 0), (3, 2)])
+def test_greedy_decoding_merges_repeats_and_drops_blanks(plan, frames_per_step, blank):
+    decode = jax.jit(lambda p: ctc_greedy_decode(p, blank_id=blank, frames_per_step=frames_per_step))
+    for seed in range(4):
+        batch = oracles.random_batch(LENGTHS, 3 * frames_per_step, seed, np.float32, extra=1)
+        packed = pack(batch, plan=plan)
+        dirty = packed.replace(data=jnp.where(packed.mask[:, None], packed.data, jnp.nan))
+        labels, lengths = decode(dirty)
+        assert labels.shape == (4, plan.max_length * frames_per_step)
+        for row, length in enumerate(LENGTHS):
+            frames = batch[row, :length].reshape(-1, 3)
+            assert labels[row, : lengths[row]].tolist() == best_path(frames, blank)
+            assert (labels[row, lengths[row] :] == blank).all()
+
+
+def test_greedy_decoding_of_an_example():
+    path = jnp.array([[1, 1, 0, 1, 2, 2]])
+    labels, lengths = jax.jit(ctc_greedy_decode)(pack_padded_sequence(jnp.eye(3)[path], [6], batch_first=True))
+    assert labels.tolist() == [[1, 1, 2, 0, 0, 0]]
+    assert [row.tolist() for row in unpad_sequence(labels, lengths, True)] == [[1, 1, 2]]
+
+
+def test_greedy_decoding_of_a_traced_misfit_has_length_minus_one():
+    run = jax.jit(lambda lengths: ctc_greedy_decode(pack(jnp.ones((4, 5, 3)), lengths), blank_id=1)[1])
+    assert run(jnp.array([2, 6, 0, 1])).tolist() == [1, -1, 0, 1]
+
+
+# Edit distance
+
+
+def dynamic_programme(a, b):
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, above = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+words = st.lists(st.integers(0, 3), max_size=8)
+
+
+@settings(max_examples=100)
+@given(words, words)
+def test_edit_distance_equals_the_dynamic_programme(a, b):
+    assert edit_distance(a, b) == dynamic_programme(a, b)
+
+
+def test_edit_distance_takes_strings_tokens_and_arrays():
+    assert edit_distance("kitten", "sitting") == 3
+    assert edit_distance(["HH", "AH", "L"], ("HH", "EH", "L", "OW")) == 2
+    assert edit_distance(jnp.array([1, 2, 300]), np.array([1, 300], np.int64)) == 1
+    assert edit_distance(np.array([1, 2], np.int32), [1, 2]) == 0
+    with pytest.raises(ValueError, match=r"must be a vector, got shape \(2, 2\)"):
+        edit_distance(np.ones((2, 2)), [1])
+
+
+def test_error_rate_is_edits_over_the_tokens_of_references():
+    mean = error_rate(["ab", "c", ""], ["abc", "c", "d"])
+    assert (mean.total, mean.weight) == (2, 5)
+    np.testing.assert_allclose(sum([mean, error_rate([[1]], [np.array([1, 2, 3])])]).value, 4 / 8)
+    assert error_rate([], []).value == 0
+    assert error_rate(["a"], [""]).total == 1
+
+
+def test_best_error_rate_takes_the_closest_reference_and_of_equals_the_longest():
+    mean = best_error_rate(["aab", "x"], [["b", "ab", "aabb"], ["xyz", "x"]])
+    assert (mean.total, mean.weight) == (1, 5)
+    assert isinstance(mean, Mean)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: error_rate("abc", ["abc"]), TypeError, "hypotheses must be a list of sequences, got the string 'abc'"),
+        (lambda: error_rate(["abc"], "abc"), TypeError, "references must be a list"),
+        (lambda: error_rate(["a", "b"], ["a"]), ValueError, "2 hypotheses for 1 references"),
+        (lambda: best_error_rate(["a"], [[]]), ValueError, r"references\[0\] is empty"),
+        (lambda: best_error_rate(["a"], ["a"]), TypeError, r"references\[0\] must be a list of sequences"),
+    ],
+)
+def test_error_rates_refuse_what_does_not_match(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_without_rapidfuzz_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz", None)
+    monkeypatch.delitem(sys.modules, "rapidfuzz.distance", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'jaxpack\[data\]'"):
+        edit_distance("a", "b")
