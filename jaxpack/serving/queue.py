@@ -1,0 +1,177 @@
+"""Queue: the front of a server for many threads, whose single requests it gathers into batches."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from queue import Full
+from types import TracebackType
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpack.plan import BucketPlan, as_int
+from jaxpack.sequence import PyTree
+from jaxpack.serving.schema import Request
+from jaxpack.serving.server import Server
+
+
+class Tally(NamedTuple):
+    """What has run under a plan: how many batches, and the sequences and steps in them."""
+
+    runs: int = 0
+    sequences: int = 0
+    steps: int = 0
+
+
+class _Waiting(NamedTuple):
+    request: Request
+    future: Future[PyTree]
+    since: float
+
+
+class Queue:
+    """Gathers the requests of many threads into batches, and answers each through its own future.
+
+    with Queue(server, max_wait=0.005) as queue:
+        future = queue.submit(sequence)      # from any thread
+        result = future.result()             # or, under asyncio, await asyncio.wrap_future(future)
+
+    One thread runs the batches, first come, first served: it starts when the oldest request has waited for max_wait
+    seconds, when the server's largest batch is full, or when the queue is shut down; while it runs, requests gather. A
+    request that is refused fails alone; an exception in the model fails the batch that it ran in, not those beside it.
+    Callbacks of futures run in that thread too: they should be short, and must not wait for the queue.
+
+    Args:
+      server: a Server.
+      max_wait: seconds that a request waits for others, at most, while the server is idle.
+      max_size: how many requests may wait; `submit` blocks where there are more.
+
+    Raises:
+      TypeError: if server is no Server or max_size no int.
+      ValueError: if max_wait is negative, or max_size below 1.
+    """
+
+    def __init__(self, server: Server, *, max_wait: float = 0.005, max_size: int = 1024) -> None:
+        if not isinstance(server, Server):
+            raise TypeError(f"server must be a jaxpack.serving.Server, got {type(server).__name__}.")
+        if not max_wait >= 0:
+            raise ValueError(f"max_wait must be 0 or more seconds, got {max_wait}.")
+        if as_int("max_size", max_size) < 1:
+            raise ValueError(f"max_size must be at least 1, got {max_size}.")
+        self._server, self._max_wait, self._max_size = server, max_wait, max_size
+        self._waiting: collections.deque[_Waiting] = collections.deque()
+        self._changed = threading.Condition()  # guards the deque and what is set below
+        self._closed = False
+        self._tallies = dict.fromkeys(server.plans, Tally())
+        self._thread = threading.Thread(target=self._work, name="jaxpack.serving.Queue", daemon=True)
+        self._thread.start()
+
+    def submit(self, sequence: PyTree, *, timeout: float | None = None) -> Future[PyTree]:
+        """Puts a sequence into the queue. Its arrays are copied: they may be written over at once.
+
+        Args:
+          sequence: as a server takes it.
+          timeout: seconds to wait for a place if the queue is full; 0 not to wait. Default: as long as it takes.
+
+        Returns:
+          A future of its result, NumPy arrays as a server returns them; or of its error, ValueError or TypeError, if
+          it is not like the server's example or longer than every plan. It may be cancelled while it waits.
+
+        Raises:
+          queue.Full: if there was no place for it in time.
+          RuntimeError: if the queue has been shut down.
+        """
+        future: Future[PyTree] = Future()
+        try:
+            request = self._server.check(sequence)
+        except (TypeError, ValueError) as error:
+            future.set_exception(error)
+            return future
+        request = request._replace(arrays=jax.tree.map(np.array, request.arrays))
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._max_size, timeout):
+                raise Full(f"{self._max_size} requests are waiting, and none was taken within {timeout} seconds.")
+            if self._closed:
+                raise RuntimeError("the queue has been shut down: it takes no more requests.")
+            self._waiting.append(_Waiting(request, future, time.monotonic()))
+            self._changed.notify_all()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Takes no more requests, and answers those that wait; as concurrent.futures.Executor.shutdown.
+
+        Args:
+          wait: whether to return only when all have been answered.
+          cancel_futures: whether to cancel those that wait instead.
+        """
+        with self._changed:
+            self._closed = True
+            dropped = list(self._waiting) if cancel_futures else []
+            if cancel_futures:
+                self._waiting.clear()
+            self._changed.notify_all()
+        for _, future, _ in dropped:
+            future.cancel()
+        if wait:
+            self._thread.join()
+
+    @property
+    def tallies(self) -> dict[BucketPlan, Tally]:
+        """What has run under each plan so far, the cheapest plan first."""
+        with self._changed:
+            return dict(self._tallies)
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _work(self) -> None:
+        """Takes and runs batches until there is nothing left and nothing to come."""
+        while taken := self._take():
+            live = [waiting for waiting in taken if waiting.future.set_running_or_notify_cancel()]
+            try:
+                batches = self._server.route([waiting.request.length for waiting in live])
+            except BaseException as error:
+                _fail(live, error)
+                continue
+            for plan, rows in batches:
+                self._run(plan, [live[row] for row in rows])
+
+    def _take(self) -> list[_Waiting]:
+        """The next requests, when it is time for them; none after the shutdown."""
+        most = self._server.batch_size
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if self._waiting:
+                left = self._waiting[0].since + self._max_wait - time.monotonic()
+                self._changed.wait_for(lambda: len(self._waiting) >= most or self._closed, max(left, 0))
+            taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+            self._changed.notify_all()
+        return taken
+
+    def _run(self, plan: BucketPlan, batch: Sequence[_Waiting]) -> None:
+        try:
+            results = self._server.run(plan, [waiting.request for waiting in batch])
+        except BaseException as error:  # whatever it is, someone waits for it
+            _fail(batch, error)
+            return
+        with self._changed:
+            runs, sequences, steps = self._tallies[plan]
+            steps += sum(waiting.request.length for waiting in batch)
+            self._tallies[plan] = Tally(runs + 1, sequences + len(batch), steps)
+        for waiting, result in zip(batch, results, strict=True):
+            waiting.future.set_result(result)
+
+
+def _fail(batch: Sequence[_Waiting], error: BaseException) -> None:
+    for waiting in batch:
+        waiting.future.set_exception(error)
