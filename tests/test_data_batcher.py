@@ -1,6 +1,7 @@
 """What all batchers promise: every example once, the same again from a seed, resuming anywhere, shards in step."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -240,6 +241,7 @@ def test_a_state_of_another_batcher_is_refused():
     ("call", "error", "message"),
     [
         (lambda: SlotFilling([], plan_padded(1, 1)), ValueError, "the source is empty"),
+        (lambda: SlotFilling(range(sys.maxsize), plan_padded(1, 1)), ValueError, "the source has no end"),
         (lambda: list(SlotFilling(Stream([]), plan_padded(1, 1))), ValueError, "the source is empty"),
         (lambda: SlotFilling(examples_of([1, 5, 6]), plan_padded(1, 4)), ValueError, "example 1 has 5 steps.*1 more"),
         (lambda: list(SlotFilling(Stream(examples_of([5])), plan_padded(1, 4))), ValueError, "example 0 has 5 steps"),

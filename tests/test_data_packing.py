@@ -61,6 +61,7 @@ def test_examples_of_lists_scalars_and_fixed_leaves_have_a_form():
         ),
         (lambda: pack_on_host([{"a": np.zeros(1)}, {"b": np.zeros(1)}], plan_padded(2, 1)), ValueError, "example 1"),
         (lambda: pack_on_host([3.0], plan_padded(1, 1)), ValueError, "must have a leading time axis"),
+        (lambda: pack_on_host(["ab"], plan_padded(1, 2)), TypeError, "must hold numbers.*got dtype <U2"),
         (lambda: Form.of({}, None), ValueError, "holds no array"),
         (lambda: Form.of({"a": 1}, None), ValueError, "no leaf of an example varies in time"),
         (lambda: Form.of({"a": np.zeros(1)}, {"b": True}), ValueError, "time_varying must be a bool for each leaf"),

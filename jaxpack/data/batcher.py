@@ -8,6 +8,7 @@ follows from the seed and the epoch. So a state is two numbers, and an iterator 
 from __future__ import annotations
 
 import abc
+import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -118,7 +119,10 @@ class Batcher(abc.ABC):
         """What the next epoch will be like. Reads no example of a source with an index, and all of one without."""
         epoch, _ = self._next
         iterator = BatchIterator(self, epoch, 0)
-        return iterator.skip_all()
+        with contextlib.suppress(StopIteration):
+            while True:
+                iterator.skip()
+        return iterator.statistics
 
     def __len__(self) -> int:
         """How many batches the next epoch has."""
@@ -181,20 +185,18 @@ class BatchIterator:
 
         An exception of the source passes through. The state is then that before the batch, and asking again retries.
         """
-        if self._rounds is None:
-            self._open()
-        assert self._rounds is not None
-        try:
-            plan, pieces = self._take(next(self._rounds))
+        with self._retried():
+            plan, pieces = self._take(next(self._opened()))
             batch = lay_out(self._reading.form, self._reading.read([number for number, _ in pieces]), plan)
-        except StopIteration:
-            raise
-        except BaseException:
-            self._rounds = None
-            raise
         self._tally.add(plan, [length for _, length in pieces])
         self._batch += 1
         return batch
+
+    def skip(self) -> None:
+        """Goes past a batch without laying it out; raises StopIteration if there is none."""
+        with self._retried():
+            self._pass(next(self._opened()))
+        self._batch += 1
 
     def get_state(self) -> State:
         """Where it is: what a batcher's `set_state` takes. Small, and can be written as JSON."""
@@ -203,26 +205,34 @@ class BatchIterator:
     @property
     def statistics(self) -> Statistics:
         """Of the epoch's batches so far, those before a resumed state included."""
-        if self._rounds is None:
-            self._open()
+        self._opened()
         return self._tally.statistics(self._batcher._too_long, self._reading.cut)
 
-    def skip_all(self) -> Statistics:
-        """Decides all rounds, without laying any out."""
+    def _opened(self) -> Iterator[Round]:
+        """The rounds that are left. Starts to decide if need be, and comes back to the state."""
         if self._rounds is None:
-            self._open()
-        assert self._rounds is not None
-        for round_ in self._rounds:
-            self._skip(round_)
-        return self.statistics
+            self._reading, rounds = self._batcher._open(self._epoch)
+            self._tally = Tally()
+            for done in range(self._batch):
+                try:
+                    self._pass(next(rounds))
+                except StopIteration as error:
+                    raise ValueError(
+                        f"the state was given after {self._batch} batches, but now there are {done}. Resume with the "
+                        f"source that it was made with."
+                    ) from error
+            self._rounds = rounds
+        return self._rounds
 
-    def _open(self) -> None:
-        """Starts to decide, and comes back to the state."""
-        self._reading, rounds = self._batcher._open(self._epoch)
-        self._tally = Tally()
-        for _ in range(self._batch):
-            self._skip(next(rounds))
-        self._rounds = rounds
+    @contextlib.contextmanager
+    def _retried(self) -> Iterator[None]:
+        """Lets the next call start anew after an exception, since generators that raised one have ended."""
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, StopIteration):
+                self._rounds = None
+            raise
 
     def _take(self, round_: Round) -> tuple[BucketPlan, Sequence[tuple[int, int]]]:
         """Takes this shard's part of a round, and lets the others' pieces go."""
@@ -231,7 +241,7 @@ class BatchIterator:
                 self._reading.drop([number for number, _ in pieces])
         return round_.plan, round_.shards[self._batcher.shard_index]
 
-    def _skip(self, round_: Round) -> None:
+    def _pass(self, round_: Round) -> None:
         plan, pieces = self._take(round_)
         self._reading.drop([number for number, _ in pieces])
         self._tally.add(plan, [length for _, length in pieces])

@@ -71,6 +71,9 @@ class Form:
         leaves, structure = _flatten(example)
         if not leaves:
             raise ValueError(f"an example holds no array, got {example!r}.")
+        for leaf in leaves:
+            if leaf.dtype.kind in "OSUmM":
+                raise TypeError(f"an example must hold numbers, which JAX can compute with, got dtype {leaf.dtype}.")
         varying = _broadcast(time_varying, example, structure, leaves)
         for leaf, is_varying in zip(leaves, varying, strict=True):
             if is_varying and not leaf.ndim:

@@ -7,6 +7,7 @@ decide with pieces' numbers and lengths alone; the examples are read when a batc
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -101,6 +102,8 @@ class Indexed:
     def __init__(self, examples: Sequence[PyTree], time_varying: PyTree, lengths: npt.ArrayLike | None) -> None:
         if not len(examples):
             raise ValueError("the source is empty: at least one example is needed.")
+        if len(examples) == sys.maxsize:
+            raise ValueError("the source has no end, as a repeated grain.MapDataset: batchers repeat it themselves.")
         self.examples = examples
         self.form = Form.of(examples[0], time_varying)
         if lengths is None:

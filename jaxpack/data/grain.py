@@ -1,0 +1,346 @@
+"""Batches in Grain's pipelines, with its checkpoints, prefetch and worker processes. The extra `data` brings Grain.
+
+    batches = SlotFilling(map_dataset, plan)               a MapDataset is a source like any other, read by number
+    BatcherIterDataset(batches)                            any batcher of ours, as an IterDataset
+    iter_dataset.pipe(SlotFillIterDataset, plan)           a stream, endless if need be, filled into one plan
+    dataset.batch(64, batch_fn=pack_fn(plans))             batches whose members were chosen before
+
+Our batchers shuffle and go from epoch to epoch themselves: their MapDataset has no `.repeat()`. They know all lengths,
+so their batches are the fullest, and with `shard_count` hosts have as many batches each. SlotFillIterDataset is for
+what is a stream because it was mixed, filtered or generated: there `.shuffle()`, `.repeat()` and slicing by host come
+before it. `grain.experimental.device_put` behind any of them overlaps packing with what the device computes.
+
+Grain's own packing is another thing. FirstFitPackIterDataset and BestFitPackIterDataset lay whole examples end to end
+in rows of a fixed length, ConcatThenSplitIterDataset fills such rows by splitting them, and all of them mark with
+segment ids and positions which token is whose. That is what attention wants, which masks by segment. A recurrence
+would have to be reset at every boundary wherever the data put one, has final states in the middle of rows, and takes
+as many steps as a row is long. A PackedSequence has its boundaries in the static plan: nothing is reset by data, and
+lengths, order and final states are by example. Use Grain's for attention, and these for recurrent layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpack.data.batch import Batch, lay_out
+from jaxpack.data.batcher import Batcher
+from jaxpack.data.packing import Form
+from jaxpack.data.slot_buffer import SlotBuffer
+from jaxpack.data.slot_filling import BUFFERED_BATCHES
+from jaxpack.data.source import Piece
+from jaxpack.plan import BucketPlan, as_int
+from jaxpack.sequence import PyTree
+
+try:
+    import grain
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "grain":
+        raise
+    raise ModuleNotFoundError(
+        "jaxpack.data.grain needs grain, which is not installed: pip install 'jaxpack[data]'", name=error.name
+    ) from error
+
+State = dict[str, Any]
+
+
+def pack_fn(
+    plans: BucketPlan | Sequence[BucketPlan], *, time_varying: PyTree = None
+) -> Callable[[Sequence[PyTree]], Batch]:
+    """Grain's `batch_fn`: lays a list of examples out, under the plan of fewest cells that it fits.
+
+    plans = plan_family(lengths, 64)
+    dataset = grain.MapDataset.source(words).shuffle(seed=0).repeat().batch(64, batch_fn=pack_fn(plans))
+
+    Args:
+      plans: one, or several to choose from.
+      time_varying: as in the batchers.
+
+    Returns:
+      A function from a list of examples to a Batch, whose `indices` are places in the list. Rows that are left are
+      empty. It raises ValueError where examples fit no plan, or differ in structure or features.
+
+    Raises:
+      ValueError: if there is no plan.
+    """
+    choice = (plans,) if isinstance(plans, BucketPlan) else tuple(sorted(plans, key=lambda plan: plan.size))
+    if not choice:
+        raise ValueError("plans is empty: at least one is needed.")
+
+    def pack(examples: Sequence[PyTree]) -> Batch:
+        form = Form.of(examples[0], time_varying)
+        pieces = [Piece(place, form.leaves(example, place)) for place, example in enumerate(examples)]
+        lengths = np.array([len(piece.leaves[form.time]) for piece in pieces])
+        plan = next((plan for plan in choice if plan.fits(lengths)), choice[-1])
+        plan.check(lengths)
+        return lay_out(form, pieces, plan)
+
+    return pack
+
+
+class BatcherIterDataset(grain.IterDataset):
+    """A batcher's batches, epoch after epoch, as a grain.IterDataset.
+
+    dataset = BatcherIterDataset(SlotFilling(words, plan), num_epochs=None)
+    batches = iter(grain.experimental.device_put(dataset, jax.devices()[0]))
+
+    An iterator's state is the batcher's. With `mp_prefetch` each of n worker processes lays out every n-th batch, so
+    batches and their order are the same as without; each reads all of a source that has no index.
+
+    Args:
+      batcher: a SlotFilling, BucketByLength or SortedChunks. Every iterator starts where it stood when it was given.
+      num_epochs: how many, each with its own shuffle; None goes on without end. As in grain's `repeat`.
+
+    Raises:
+      TypeError: if batcher is no batcher, or num_epochs no int. ValueError: if that is below 1.
+    """
+
+    def __init__(self, batcher: Batcher, *, num_epochs: int | None = 1) -> None:
+        super().__init__()
+        if not isinstance(batcher, Batcher):
+            raise TypeError(f"batcher must be one of jaxpack.data's, such as SlotFilling, got {batcher!r}.")
+        if num_epochs is not None and as_int("num_epochs", num_epochs) < 1:
+            raise ValueError(f"num_epochs must be at least 1, got {num_epochs}.")
+        self._batcher, self._num_epochs = copy.copy(batcher), num_epochs
+        self._start, self._step = 0, 1
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Keeps to every n-th batch: what grain calls in each of its workers."""
+        del sequential_slice  # says where workers read; ours decide alike, so that order can be kept
+        self._start, self._step = sl.start or 0, sl.step or 1
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _BatcherDatasetIterator(copy.copy(self._batcher), self._num_epochs, self._start, self._step)
+
+    def __str__(self) -> str:
+        return f"BatcherIterDataset({type(self._batcher).__name__}, num_epochs={self._num_epochs})"
+
+
+class _BatcherDatasetIterator(grain.DatasetIterator):
+    """Gives every `step`-th batch, counted over all epochs; `_skipped` are to come before the next."""
+
+    def __init__(self, batcher: Batcher, num_epochs: int | None, start: int, step: int) -> None:
+        super().__init__()
+        self._batcher, self._step, self._skipped = batcher, step, start
+        self._batches = iter(batcher)
+        self._last = None if num_epochs is None else self._batches.get_state()["epoch"] + num_epochs - 1
+
+    def __next__(self) -> Batch:
+        while True:
+            try:
+                while self._skipped:
+                    self._batches.skip()
+                    self._skipped -= 1
+                batch = next(self._batches)
+            except StopIteration:
+                state = self._batches.get_state()
+                if state["epoch"] == self._last or not state["batch"]:  # an epoch of nothing would never end
+                    raise
+                self._batches = iter(self._batcher)
+            else:
+                self._skipped = self._step - 1
+                return batch
+
+    def get_state(self) -> State:
+        return {"batches": self._batches.get_state(), "skipped": self._skipped}
+
+    def set_state(self, state: State) -> None:
+        self._batcher.set_state(state["batches"])
+        self._batches, self._skipped = iter(self._batcher), state["skipped"]
+
+    def __str__(self) -> str:
+        return f"BatcherDatasetIterator({type(self._batcher).__name__})"
+
+
+class SlotFillIterDataset(grain.IterDataset):
+    """Fills the slots of one plan from a stream of examples, by a shuffle buffer: every batch has one shape.
+
+    dataset = grain.IterDataset.mix([news, letters], [0.7, 0.3]).pipe(SlotFillIterDataset, plan)
+
+    As `SlotFilling` with a buffer, which says how examples are drawn; and where the stream ends those that are left
+    come in as few batches as they need, some rows of which may be empty. Every example comes once.
+
+    No example is in an iterator's state, so it is small: the parent's state some examples back, and which of those
+    that followed still wait. To come back to it these are read again: in the steady state about eight times as many as
+    the buffer holds, since a few wait long.
+
+    Batches' `indices` count examples as the parent gives them. With `mp_prefetch` each worker has its own part of the
+    source, its own buffer and its own count.
+
+    Args:
+      parent: of examples, each an array [L, *F] or a pytree of arrays, all of one structure, features and dtypes.
+      plan: of every batch.
+      buffer_size: how many examples are held. Default: 64 batches of them.
+      seed: of the draws; None takes the middle of each part.
+      time_varying: as in the batchers.
+
+    Raises:
+      ValueError: if buffer_size is below 1; in iterating, naming the example, if one is longer than the plan has room
+        for, or they differ in structure or features. TypeError: if they differ in dtype.
+    """
+
+    def __init__(
+        self,
+        parent: grain.MapDataset | grain.IterDataset,
+        plan: BucketPlan,
+        *,
+        buffer_size: int | None = None,
+        seed: int | None = 0,
+        time_varying: PyTree = None,
+    ) -> None:
+        super().__init__(parent.to_iter_dataset() if isinstance(parent, grain.MapDataset) else parent)
+        if buffer_size is None:
+            buffer_size = BUFFERED_BATCHES * plan.num_sequences
+        if as_int("buffer_size", buffer_size) < 1:
+            raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
+        self._plan, self._buffer_size, self._time_varying = plan, buffer_size, time_varying
+        self._seed = None if seed is None else as_int("seed", seed)
+
+    def __iter__(self) -> grain.DatasetIterator:
+        examples = _Examples(self._plan.max_length, self._time_varying)
+        return _SlotFillDatasetIterator(iter(self._parent), self._plan, self._buffer_size, self._seed, examples)
+
+    def __str__(self) -> str:
+        return f"SlotFillIterDataset(num_sequences={self._plan.num_sequences}, buffer_size={self._buffer_size})"
+
+
+class _Examples:
+    """Takes examples apart into leaves, and raises unless all are alike and none is longer than the limit."""
+
+    def __init__(self, limit: int, time_varying: PyTree) -> None:
+        self._limit, self._time_varying = limit, time_varying
+        self.form: Form | None = None
+
+    def piece(self, example: PyTree, number: int) -> tuple[Piece, int]:
+        """The example, ready to be laid out, and its length."""
+        if self.form is None:
+            self.form = Form.of(example, self._time_varying)
+        leaves = self.form.leaves(example, number)
+        dtypes = tuple(leaf.dtype for leaf in leaves)
+        if dtypes != self.form.dtypes:  # casting to the first's would depend on which was read first after a resume
+            found, first = (", ".join(str(dtype) for dtype in some) for some in (dtypes, self.form.dtypes))
+            raise TypeError(f"example {number} has dtype {found}, the first has {first}. Give all examples one dtype.")
+        length = len(leaves[self.form.time])
+        if length > self._limit:
+            raise ValueError(
+                f"example {number} has {length} steps, but the longest that fits has {self._limit}. Use a plan with "
+                f"room for it (jaxpack.data.plan_cover(lengths, batch_size)), or shorten examples (.map) or leave "
+                f"them out (.filter) before."
+            )
+        return Piece(number, leaves), length
+
+
+class _SlotFillDatasetIterator(grain.DatasetIterator):
+    """Fills and draws from a SlotBuffer, in a way that can be found again.
+
+    An *anchor* is the number of an example, and the parent's state before it. There is one every batch of examples;
+    those that lie behind the oldest waiting example are forgotten, so the first is the one to go back to.
+    """
+
+    def __init__(
+        self,
+        parent: grain.DatasetIterator,
+        plan: BucketPlan,
+        buffer_size: int,
+        seed: int | None,
+        examples: _Examples,
+    ) -> None:
+        super().__init__(parent)
+        self._plan, self._buffer_size, self._examples = plan, buffer_size, examples
+        self._rng = None if seed is None else np.random.default_rng([abs(seed), int(seed < 0)])
+        self._clear(0, parent.get_state())
+
+    def _clear(self, number: int, parent: State) -> None:
+        """Holds nothing; the parent stands before this example, in this state."""
+        self._read, self._anchors = number, [(number, parent)]
+        self._buffer = SlotBuffer(self._plan, self._buffer_size, 1, self._rng)
+        self._held: dict[int, Piece] = {}
+        self._taken: list[PyTree] = []  # from the parent, until it was found to be right
+        self._drawn = _rng_state(self._rng)  # the generator's state after the last draw
+        self._rest: Iterator[Sequence[Any]] | None = None
+        self._dealt = 0  # batches of the rest
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        An exception of the parent passes through, one about an example comes again when asked again; the state is that
+        before the batch, with more examples read.
+        """
+        if self._rest is None and self._fill():
+            (drawn,) = self._buffer.draw()
+            pieces = [self._held.pop(number) for number, _ in drawn]
+            self._drawn = _rng_state(self._rng)
+            oldest = next(iter(self._held), self._read)
+            while len(self._anchors) > 1 and self._anchors[1][0] <= oldest:
+                del self._anchors[0]
+        else:
+            if self._rest is None:
+                self._rest = itertools.islice(self._buffer.rest(), self._dealt, None)
+            (drawn,) = next(self._rest)
+            pieces = [self._held[number] for number, _ in drawn]  # kept: dealing again starts from all of them
+            self._dealt += 1
+        assert self._examples.form is not None
+        return lay_out(self._examples.form, pieces, self._plan)
+
+    def _fill(self) -> bool:
+        """Reads until it is time to draw; False if the parent ended before."""
+        while not self._buffer.full:
+            try:
+                self._read_one()
+            except StopIteration:
+                return False
+        return True
+
+    def _read_one(self, waiting: bool = True) -> None:
+        """Reads the next example, and holds it if it waits."""
+        if not self._taken:
+            if self._read - self._anchors[-1][0] >= self._plan.num_sequences:
+                self._anchors.append((self._read, self._parent.get_state()))
+            self._taken.append(next(self._parent))
+        if waiting:
+            self._held[self._read], length = self._examples.piece(self._taken[0], self._read)
+            self._buffer.add((self._read, length))
+        self._taken.clear()
+        self._read += 1
+
+    def get_state(self) -> State:
+        """Where it is: numbers, and a string with a bit for each example since the anchor. Can be written as JSON."""
+        anchor, parent = self._anchors[0]
+        waiting = np.zeros(self._read - anchor, bool)
+        waiting[np.fromiter(self._held, int, len(self._held)) - anchor] = True
+        return {
+            "parent": parent,
+            "anchor": anchor,
+            "read": self._read,
+            "waiting": np.packbits(waiting).tobytes().hex(),
+            "drawn": self._drawn,
+            "dealt": self._dealt,
+        }
+
+    def set_state(self, state: State) -> None:
+        self._parent.set_state(state["parent"])
+        if self._rng is not None:
+            self._rng.bit_generator.state = state["drawn"]
+        anchor, count = state["anchor"], state["read"] - state["anchor"]
+        self._clear(anchor, state["parent"])
+        self._dealt = state["dealt"]
+        bits = np.frombuffer(bytes.fromhex(state["waiting"]), np.uint8)
+        for waiting in np.unpackbits(bits, count=count).tolist():
+            try:
+                self._read_one(bool(waiting))
+            except StopIteration as error:
+                raise ValueError(
+                    f"the state was given after {state['read']} examples, but now there are {self._read}. Resume "
+                    f"with the examples that it was made with."
+                ) from error
+
+    def __str__(self) -> str:
+        return f"SlotFillDatasetIterator(num_sequences={self._plan.num_sequences}, buffer_size={self._buffer_size})"
+
+
+def _rng_state(rng: np.random.Generator | None) -> Any:
+    return None if rng is None else rng.bit_generator.state
