@@ -26,7 +26,20 @@ from jaxpack.stairs import ladder_cells
 
 LENGTHS = np.array([3, 8, 8, 3, 2, 8, 3, 2])
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
-NAMES = ("lognormal", "uniform", "equal", "vowels", "longtail", "bilstm2", "gru", "rnn", "small", "wide", "long")
+NAMES = (
+    "lognormal",
+    "uniform",
+    "equal",
+    "vowels",
+    "longtail",
+    "bilstm2",
+    "gru",
+    "rnn",
+    "small",
+    "wide",
+    "long",
+    "epoch",
+)
 OURS = ("jaxpack", "jaxpack-padded", "jaxpack-in-out", "jaxpack-no-plan")
 
 
@@ -395,6 +408,7 @@ def test_workloads_are_those_of_the_list():
     assert (sizes["small"][0], sizes["small"][2:4]) == (8, (32, 32))
     assert (sizes["wide"][0], sizes["wide"][3]) == (256, 512)
     assert sizes["long"][:4] == (16, 10_000, 128, 256)
+    assert sizes["epoch"][:4] == (4096, 200, 128, 256)
 
 
 def test_lognormal_is_the_batch_of_the_study():
@@ -405,8 +419,9 @@ def test_lognormal_is_the_batch_of_the_study():
 
 
 def test_lengths_are_in_the_range_of_each_workload():
+    ranges = {"lognormal": (1, 200), "uniform": (1, 100), "vowels": (7, 29), "epoch": (1, 200)}
     for seed in range(3):
-        for name, (low, high) in {"lognormal": (1, 200), "uniform": (1, 100), "vowels": (7, 29)}.items():
+        for name, (low, high) in ranges.items():
             lengths = named_workload(name, seed).lengths
             assert low <= lengths.min() <= lengths.max() <= high
         assert np.sum(named_workload("longtail", seed).lengths == 500) == 6

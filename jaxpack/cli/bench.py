@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -17,15 +19,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxpack import plot
-from jaxpack.cli.bench_measure import HUGE_PAGES, measure
+from jaxpack.cli.bench_epoch import BATCH_SIZE, BATCHERS, measure_epoch
+from jaxpack.cli.bench_epoch_report import print_epoch
+from jaxpack.cli.bench_measure import HUGE_PAGES, Tell, measure
 from jaxpack.cli.bench_peers import PEERS
 from jaxpack.cli.bench_report import print_bench
-from jaxpack.cli.bench_workloads import Workload, named_workload, workload_names
+from jaxpack.cli.bench_workloads import EPOCH, Workload, named_workload, workload_names
 from jaxpack.cli.files import check_json, check_plot, read_lengths
 
 _TUNABLES = "GLIBC_TUNABLES"
 _FIRST_GLIBC = (2, 35)  # that knows HUGE_PAGES
-_MOST_BYTES = 2**32  # of padded inputs
+_MOST_BYTES = 2**32  # of inputs
+_REPEATS, _REPEATS_OF_EPOCH = 15, 3
 
 
 class CellName(enum.StrEnum):
@@ -36,13 +41,27 @@ class CellName(enum.StrEnum):
     RNN = "rnn"
 
 
+Repeats = Annotated[
+    int | None,
+    typer.Option(min=1, help="Turns to time.", show_default=f"{_REPEATS}; of epoch {_REPEATS_OF_EPOCH}"),
+]
+Peer = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Measure only this; repeatable: {', '.join(PEERS)}. Of epoch: {', '.join(BATCHERS)}.",
+        show_default="all",
+    ),
+]
+
+
 def bench(
     workload: Annotated[
         str | None, typer.Argument(metavar="WORKLOAD", help=f"One of {', '.join(workload_names())}.")
     ] = None,
     lengths: Annotated[
         pathlib.Path | None,
-        typer.Option("--lengths", metavar="FILE", help="Measure on your own lengths: whole numbers, all of one batch."),
+        typer.Option("--lengths", metavar="FILE", help="Your own lengths: whole numbers, of one batch; of epoch, all."),
     ] = None,
     cell: Annotated[
         CellName | None, typer.Option(help="The cell to run on --lengths.", show_default="lstm", case_sensitive=False)
@@ -53,12 +72,9 @@ def bench(
     hidden_size: Annotated[
         int | None, typer.Option(min=1, help="Hidden size, with --lengths.", show_default="256")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Turns to time.")] = 15,
+    repeats: Repeats = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of lengths, inputs and weights.")] = 0,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help=f"Measure only this; repeatable: {', '.join(PEERS)}.", show_default="all"),
-    ] = None,
+    peer: Peer = None,
     json_file: Annotated[
         pathlib.Path | None,
         typer.Option("--json", metavar="FILE", callback=check_json, help="Write all that was found."),
@@ -78,33 +94,41 @@ def bench(
     of threads; what is not installed is listed. Without a WORKLOAD or --lengths
     it is lognormal: 64 sequences, half of them longer than 50 steps.
 
+    The workload epoch is another: it trains one layer of jaxpack through 4,096
+    such sequences, or as many as --lengths has, in batches of 64 that are
+    padded, bucketed and slot-filled, and times what the host does for them too.
+
     On Linux, temporary memory above 32 MiB costs page faults: glibc's malloc
     hands it back to the system after every call, and gets it again page by
     page. The report counts them. Set the environment variable
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before Python starts, and there are
     few; --huge-pages shows the difference.
     """
-    names = _peer_names(peer)
-    chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
+    is_epoch = workload == EPOCH
+    if is_epoch:
+        _check_options_of_epoch(huge_pages, plot_file)
     if huge_pages:
         _check_huge_pages()
-    result = _measure(chosen, names, repeats)
+    names = _peer_names(peer, BATCHERS if is_epoch else PEERS)
+    chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
+    repeats = repeats or (_REPEATS_OF_EPOCH if is_epoch else _REPEATS)
+    result = _with_progress(functools.partial(measure_epoch if is_epoch else measure, chosen, names, repeats))
     if huge_pages:
-        again = _arguments(chosen, lengths, names, repeats)
-        result["huge_pages"] = _with_huge_pages(again)
-    print_bench(result, Console())
+        result["huge_pages"] = _with_huge_pages(_arguments(chosen, lengths, names, repeats))
+    (print_epoch if is_epoch else print_bench)(result, Console())
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if plot_file is not None:
         plot.plot_bench(result).savefig(plot_file)
 
 
-def _peer_names(given: list[str] | None) -> list[str]:
-    """What to measure, in the order of the report."""
-    unknown = [name for name in given or () if name not in PEERS]
+def _peer_names(given: list[str] | None, known: Iterable[str]) -> list[str]:
+    """What to measure of what is known, in the order of the report."""
+    known = list(known)
+    unknown = [name for name in given or () if name not in known]
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]!r} is not known. There are {', '.join(PEERS)}.", param_hint="'--peer'")
-    return [name for name in PEERS if not given or name in given]
+        raise typer.BadParameter(f"{unknown[0]!r} is not known. There are {', '.join(known)}.", param_hint="'--peer'")
+    return [name for name in known if not given or name in given]
 
 
 def _workload(
@@ -129,23 +153,45 @@ def _workload(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="'WORKLOAD'") from error
     hint = "'--lengths'"
-    if name is not None:
+    if name not in (None, EPOCH):
         raise typer.BadParameter(f"give a workload ({name}) or lengths, not both.", param_hint=hint)
     workload = Workload(path.name, read_lengths(path, "--lengths"), seed=seed, **given)
     if not workload.tokens:
         raise typer.BadParameter(f"all lengths in {path} are 0: there is nothing to compute.", param_hint=hint)
-    size = workload.batch_size * workload.longest * max(workload.features, workload.layer.output_size) * 4
-    if size > _MOST_BYTES:
-        raise typer.BadParameter(
-            f"{path} makes one padded batch of {workload.batch_size:,} x {workload.longest:,} steps, "
-            f"{size / 2**30:.0f} GiB. Give the lengths of one batch, not of a whole corpus.",
-            param_hint=hint,
-        )
+    _check_size(workload, path, is_epoch=name == EPOCH)
     return workload
 
 
-def _measure(workload: Workload, names: list[str], repeats: int) -> dict[str, Any]:
-    """The result, with a progress bar."""
+def _check_size(workload: Workload, path: pathlib.Path, *, is_epoch: bool) -> None:
+    """Raises if the inputs, or outputs, would not fit in memory."""
+    sequences = BATCH_SIZE if is_epoch else workload.batch_size
+    cells = sequences * workload.longest
+    what = f"makes one padded batch of {sequences:,} x {workload.longest:,} steps"
+    way_out = "Give the lengths of one batch, or those of a whole corpus to the workload epoch."
+    if is_epoch:
+        way_out = "Give those of a part of the corpus."
+        if workload.tokens > cells:
+            cells, what = workload.tokens, f"has {workload.tokens:,} steps in all"
+    size = cells * max(workload.features, workload.layer.output_size) * 4
+    if size > _MOST_BYTES:
+        raise typer.BadParameter(f"{path} {what}, {size / 2**30:.0f} GiB. {way_out}", param_hint="'--lengths'")
+
+
+def _check_options_of_epoch(huge_pages: bool, plot_file: pathlib.Path | None) -> None:
+    """Raises if one was given that an epoch has no use for."""
+    if huge_pages:
+        raise typer.BadParameter(
+            f"the workload epoch is measured in one process. Set {_TUNABLES}={HUGE_PAGES} for it, and compare.",
+            param_hint="'--huge-pages'",
+        )
+    if plot_file is not None:
+        raise typer.BadParameter(
+            "the workload epoch has no drawing. Its numbers go to --json FILE.", param_hint="'--plot'"
+        )
+
+
+def _with_progress(run: Callable[[Tell], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a measurement, with a progress bar."""
     columns = TextColumn("{task.description:26}"), BarColumn(24), TimeElapsedColumn()
     # Drawn only when told: a bar that redraws itself would take time from what is being timed.
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
@@ -154,7 +200,7 @@ def _measure(workload: Workload, names: list[str], repeats: int) -> dict[str, An
         def tell(doing: str, done: float) -> None:
             progress.update(task, description=doing, completed=done, refresh=True)
 
-        return measure(workload, names, repeats, tell)
+        return run(tell)
 
 
 def _check_huge_pages() -> None:

@@ -59,21 +59,21 @@ def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) 
       repeats: turns to time.
       tell: called on the way.
     """
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    with _compilation_cache_off():
+    load_before = load()
+    with compilation_cache_off():
         matmul = _matmul()
         calls, losses, missing = _build(workload, names, tell)
         samples = _in_turns({"": {"matmul": matmul}, **_passes(calls)}, repeats, tell)
     rates = _matmul_flops() / samples["", "matmul"]["seconds"]
     return {
-        "workload": _describe(workload),
+        "workload": describe(workload),
         "plan": dataclasses.asdict(workload.plan),
-        "machine": {**machine(), "load_before": load},
+        "machine": {**machine(), "load_before": load_before},
         "repeats": repeats,
         "limit": {
             "matmul_side": _matmul_side(),
             "seconds": samples["", "matmul"]["seconds"].tolist(),
-            "flops_per_second": _spread(rates),
+            "flops_per_second": spread(rates),
             "useful_flops": workload.useful_flops,
         },
         "peers": [_results(name, calls[name], losses[name], samples, rates, workload) for name in calls],
@@ -82,8 +82,13 @@ def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) 
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+def load() -> float | None:
+    """How many processes were running or waiting, on average over the last minute, where the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+    """What the numbers were measured on, with the versions of these packages."""
     device = jax.devices()[0]
     return {
         "cpu": _cpu_model(),
@@ -91,7 +96,7 @@ def machine() -> dict[str, Any]:
         "threads": num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in packages},
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "libc": " ".join(platform.libc_ver()).strip() or None,
@@ -188,21 +193,22 @@ def _results(
         ours = samples.get(("jaxpack", key))
         found[key] = {
             "seconds": times.tolist(),
-            **_spread(times),
+            **spread(times),
             "page_faults": float(np.median(samples[name, key]["page_faults"])),
-            "times_limit": _spread(times / (workload.useful_flops[key] / rates)),
-            "times_jaxpack": None if ours is None else _spread(times / ours["seconds"]),
+            "times_limit": spread(times / (workload.useful_flops[key] / rates)),
+            "times_jaxpack": None if ours is None else spread(times / ours["seconds"]),
         }
     return found
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
-    """Median, 25 and 75 %."""
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median, and the 25 and 75 % quantiles."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
-def _describe(workload: Workload) -> dict[str, Any]:
+def describe(workload: Workload) -> dict[str, Any]:
+    """What was run."""
     return {
         "name": workload.name,
         "cell": workload.cell,
@@ -235,7 +241,7 @@ def _matmul_flops() -> int:
 
 
 @contextlib.contextmanager
-def _compilation_cache_off() -> Iterator[None]:
+def compilation_cache_off() -> Iterator[None]:
     """Without programs that an earlier process compiled: what compiling takes is measured."""
     name = "jax_enable_compilation_cache"
     before = getattr(jax.config, name)

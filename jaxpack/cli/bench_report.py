@@ -19,28 +19,21 @@ _MIB = 2**20
 def print_bench(result: Result, console: Console) -> None:
     """Prints the report."""
     parts: list[Text | Table] = [
-        Text(_title(result["workload"]), style="bold"),
-        Text(f"{_batch(result)}\n{_machine(result)}\n{_limit(result)}"),
+        Text(title_of(result["workload"]), style="bold"),
+        Text(f"{_batch(result)}\n{machine_line(result['machine'], ' for every library')}\n{_limit(result)}"),
         _times(result, "forward", "Forward"),
         _times(result, "training", "Forward and backward"),
         _costs(result),
         Text(_legend(result)),
     ]
-    if _busy(result["machine"]):
-        load = result["machine"]["load_before"]
-        parts.append(
-            Text(
-                f"The machine was busy before this run (load {load:.1f} on {result['machine']['threads']} CPUs): times "
-                f"are not to be trusted, least of all torch's, whose threads wait for each other.",
-                style="bold red",
-            )
-        )
+    parts += busy_warning(result["machine"], ", least of all torch's, whose threads wait for each other")
     if result["missing"]:
         parts.append(_missing(result))
     print_parts(parts, console)
 
 
-def _title(workload: Result) -> str:
+def title_of(workload: Result) -> str:
+    """The report's first line."""
     directions = "bidirectional " if workload["bidirectional"] else ""
     layers = f"{workload['num_layers']} layers of " if workload["num_layers"] > 1 else ""
     sizes = f"{workload['features']} features, hidden size {workload['hidden_size']}"
@@ -54,18 +47,15 @@ def _batch(result: Result) -> str:
     return f"{sequences} of {steps}; the plan has {plan.summary}."
 
 
-def _machine(result: Result) -> str:
-    machine = result["machine"]
+def machine_line(machine: Result, whose: str = "") -> str:
+    """What it was measured on; threads can be said whose they are."""
     versions = [f"{name} {version}" for name, version in machine["versions"].items() if version and name != "jaxlib"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     on = f"JAX on {machine['backend']}"
     if machine["backend"] != "cpu":
         on += f" ({machine['device']})"
     tunables = f" GLIBC_TUNABLES={machine['glibc_tunables']}." if machine["glibc_tunables"] else ""
-    return (
-        f"{machine['cpu']}, {threads} for every library; {on}. "
-        f"Python {machine['python']}, {', '.join(versions)}.{tunables}"
-    )
+    return f"{machine['cpu']}, {threads}{whose}; {on}. Python {machine['python']}, {', '.join(versions)}.{tunables}"
 
 
 def _limit(result: Result) -> str:
@@ -73,25 +63,25 @@ def _limit(result: Result) -> str:
     forward, training = (_flops(limit["useful_flops"][key]) for key in ("forward", "training"))
     return (
         f"Limit: the products that real tokens need, {forward} forward and {training} with backward, "
-        f"at the rate of one matmul of side {limit['matmul_side']}: {_digits(rate['median'] / 1e9)} GFLOP/s "
-        f"({_range(rate, 1e9)})."
+        f"at the rate of one matmul of side {limit['matmul_side']}: {digits(rate['median'] / 1e9)} GFLOP/s "
+        f"({quartiles(rate, 1e9)})."
     )
 
 
 def _times(result: Result, key: str, title: str) -> Table:
     """One pass: times and ratios."""
     huge = _huge_pages(result)
-    table = _table(title, "ms", "25-75 %", "x limit", "x jaxpack", *(["ms, huge pages"] if huge else []))
+    table = start_table(title, "ms", "25-75 %", "x limit", "x jaxpack", *(["ms, huge pages"] if huge else []))
     for peer in result["peers"]:
         found = peer[key]
         cells = [
-            _digits(found["median"] * 1e3),
-            _range(found, 1e-3),
-            _digits(found["times_limit"]["median"]),
+            digits(found["median"] * 1e3),
+            quartiles(found, 1e-3),
+            digits(found["times_limit"]["median"]),
             _optional(found["times_jaxpack"], lambda ratio: f"{ratio['median']:.2f}"),
         ]
         if huge:
-            cells.append(_optional(huge.get(peer["name"]), lambda other: _digits(other[key]["median"] * 1e3)))
+            cells.append(_optional(huge.get(peer["name"]), lambda other: digits(other[key]["median"] * 1e3)))
         _row(table, peer, cells)
     return table
 
@@ -100,13 +90,13 @@ def _costs(result: Result) -> Table:
     """What is counted, compiled and allocated."""
     tokens, huge = result["workload"]["tokens"], _huge_pages(result)
     headings = ["cells", "real", "compile s", "temp MiB", "page faults", *(["huge pages"] if huge else [])]
-    table = _table("Cost", *headings)
+    table = start_table("Cost", *headings)
     for peer in result["peers"]:
         cells = [
             f"{peer['cells']:,}",
             f"{tokens / peer['cells']:.0%}",
             _optional(peer["compile_seconds"], lambda found: f"{found['training']:.2f}"),
-            _optional(peer["temp_bytes"], lambda found: _digits(found["training"] / _MIB)),
+            _optional(peer["temp_bytes"], lambda found: digits(found["training"] / _MIB)),
             f"{peer['training']['page_faults']:,.0f}",
         ]
         if huge:
@@ -115,18 +105,29 @@ def _costs(result: Result) -> Table:
     return table
 
 
+def turns(result: Result) -> str:
+    """How many there were."""
+    return "1 turn" if result["repeats"] == 1 else f"{result['repeats']} turns"
+
+
 def _legend(result: Result) -> str:
-    turns = "1 turn" if result["repeats"] == 1 else f"{result['repeats']} turns"
     return (
-        f"Median of {turns} in one process, all libraries in each; ratios are taken turn by turn. Backward: with "
-        f"respect to weights and inputs. Cells are steps of rows, in each direction of a layer. Compile, temporary "
-        f"memory and page faults are of forward and backward."
+        f"Median of {turns(result)} in one process, all libraries in each; ratios are taken turn by turn. Backward: "
+        f"with respect to weights and inputs. Cells are steps of rows, in each direction of a layer. Compile, "
+        f"temporary memory and page faults are of forward and backward."
     )
 
 
-def _busy(machine: Result) -> bool:
-    """Whether other processes had more than half of the processors."""
-    return machine["load_before"] is not None and machine["load_before"] > machine["threads"] / 2
+def busy_warning(machine: Result, more: str = "") -> list[Text]:
+    """A warning, with more to say, if other processes had more than half of the processors; else none."""
+    load = machine["load_before"]
+    if load is None or load <= machine["threads"] / 2:
+        return []
+    warning = (
+        f"The machine was busy before this run (load {load:.1f} on {machine['threads']} CPUs): times are not to be "
+        f"trusted{more}."
+    )
+    return [Text(warning, style="bold red")]
 
 
 def _missing(result: Result) -> Table:
@@ -145,7 +146,8 @@ def _huge_pages(result: Result) -> dict[str, Result]:
     return {} if other is None else {peer["name"]: peer for peer in other["peers"]}
 
 
-def _table(title: str, *headings: str) -> Table:
+def start_table(title: str, *headings: str) -> Table:
+    """A table of numbers, with names under its title."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(title, no_wrap=True, min_width=20)
     for heading in headings:
@@ -161,7 +163,7 @@ def _optional(value: Any, write: Callable[[Any], str]) -> str:
     return "-" if value is None else write(value)
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits, or all before the point."""
     if value >= 99.95:
         return f"{value:,.0f}"
@@ -171,8 +173,9 @@ def _digits(value: float) -> str:
 def _flops(count: int) -> str:
     """A number of operations with a unit of its size."""
     unit, name = (1e9, "GFLOP") if count >= 1e8 else (1e6, "MFLOP")
-    return f"{count / unit:.2g} {name}" if count < unit else f"{_digits(count / unit)} {name}"
+    return f"{count / unit:.2g} {name}" if count < unit else f"{digits(count / unit)} {name}"
 
 
-def _range(spread: Result, unit: float) -> str:
-    return f"{_digits(spread['low'] / unit)}-{_digits(spread['high'] / unit)}"
+def quartiles(spread: Result, unit: float) -> str:
+    """From 25 to 75 %."""
+    return f"{digits(spread['low'] / unit)}-{digits(spread['high'] / unit)}"

@@ -16,6 +16,8 @@ from jaxpack.datasets import japanese_vowels
 from jaxpack.layer import RecurrentLayer
 from jaxpack.stairs import ladder_cells
 
+EPOCH = "epoch"  # the workload that is a corpus
+
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
 )
@@ -23,11 +25,11 @@ LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """One batch of one layer, in float32.
+    """One layer and a batch for it, or a corpus, in float32.
 
     Attributes:
       name: what it is called.
-      lengths: int [B].
+      lengths: int [B], of all sequences.
       cell: "lstm", "gru" or "rnn".
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: of weights, inputs and cotangents.
@@ -185,5 +187,6 @@ _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapp
         "small": (functools.partial(_lognormal, batch_size=8), {"features": 32, "hidden_size": 32}),
         "wide": (functools.partial(_lognormal, batch_size=256), {"hidden_size": 512}),
         "long": (functools.partial(_equal, batch_size=16, length=10_000), {}),
+        EPOCH: (functools.partial(_lognormal, batch_size=4096), {}),
     }
 )
