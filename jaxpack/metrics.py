@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from jaxpack.extras import import_extra
 from jaxpack.inputs import without_torch
 from jaxpack.losses import Mean, as_frames, over_sequences, over_tokens
 from jaxpack.packed import pad_packed_sequence
@@ -87,15 +88,8 @@ def edit_distance(hypothesis: Sequence[Any] | ArrayLike, reference: Sequence[Any
       ValueError: if an array is no vector.
     Source: Levenshtein 1966; rapidfuzz.distance.Levenshtein.
     """
-    try:
-        from rapidfuzz.distance import Levenshtein
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "rapidfuzz":
-            raise
-        raise ModuleNotFoundError(
-            "edit distances need rapidfuzz, which is not installed: pip install 'jaxpack[data]'", name=error.name
-        ) from error
-    return Levenshtein.distance(_tokens(hypothesis), _tokens(reference))
+    levenshtein = import_extra("rapidfuzz.distance.Levenshtein", "data", "edit distances")
+    return levenshtein.distance(_tokens(hypothesis), _tokens(reference))
 
 
 def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.extras import import_extra
 from jaxpack.plan import BucketPlan
 
 __all__ = ["formats", "plot_bench", "plot_plan"]
@@ -116,15 +117,9 @@ def formats() -> tuple[str, ...]:
 
 def _figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches."""
-    try:
-        module = importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise ModuleNotFoundError(
-            "plots need matplotlib, which is not installed: pip install 'jaxpack[plot]'", name=error.name
-        ) from error
-    return module.Figure(figsize=(width, height), layout="constrained", dpi=150)
+    return import_extra("matplotlib.figure", "plot", "plots").Figure(
+        figsize=(width, height), layout="constrained", dpi=150
+    )
 
 
 def _draw_spans(axes: Any, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, color: str, label: str) -> None:

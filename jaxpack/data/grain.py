@@ -33,17 +33,11 @@ from jaxpack.data.packing import Form
 from jaxpack.data.slot_buffer import SlotBuffer
 from jaxpack.data.slot_filling import BUFFERED_BATCHES
 from jaxpack.data.source import Piece
+from jaxpack.extras import import_extra
 from jaxpack.plan import BucketPlan, as_int
 from jaxpack.sequence import PyTree
 
-try:
-    import grain
-except ModuleNotFoundError as error:
-    if (error.name or "").partition(".")[0] != "grain":
-        raise
-    raise ModuleNotFoundError(
-        "jaxpack.data.grain needs grain, which is not installed: pip install 'jaxpack[data]'", name=error.name
-    ) from error
+grain: Any = import_extra("grain", "data", "batches in Grain's pipelines")
 
 State = dict[str, Any]
 

@@ -5,7 +5,6 @@ The extra `interop` brings the safetensors package.
 
 from __future__ import annotations
 
-import importlib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 from jax.tree_util import keystr
 
+from jaxpack.extras import import_extra
 from jaxpack.interop.weights import check_layer, from_library, to_numpy
 from jaxpack.layer import LayerParams, RecurrentLayer
 
@@ -41,7 +41,7 @@ def save_safetensors(path: str | os.PathLike[str], layer: RecurrentLayer, params
     path = pathlib.Path(path)
     if path.suffix.lower() in _PICKLES:
         raise ValueError(f"{path} would be taken for a pickle, but is not one. Name it {path.stem}.safetensors.")
-    package = _import("safetensors.numpy")
+    package = import_extra("safetensors.numpy", "interop", "safetensors files")
     arrays = jax.tree_util.tree_map_with_path(lambda key, value: to_numpy(value, f"params{keystr(key)}"), params)
     package.save_file(layer.to_torch(arrays), path, metadata={"format": "pt"})
 
@@ -71,7 +71,7 @@ def load_safetensors(path: str | os.PathLike[str], layer: RecurrentLayer, *, pre
             f"convert it once: safetensors.torch.save_file(torch.load({str(path)!r}, weights_only=True), "
             f"'{path.stem}.safetensors')."
         )
-    package = _import("safetensors")
+    package = import_extra("safetensors", "interop", "safetensors files")
     try:
         with package.safe_open(path, framework="np") as file:
             names = list(file.keys())
@@ -97,15 +97,3 @@ def _read(file: Any, name: str, path: pathlib.Path) -> Any:
     if dtype not in _DTYPES:
         raise TypeError(f"{path}: {name} has dtype {dtype}, but must have one of {', '.join(_DTYPES)}.")
     return from_library(file.get_tensor(name), f"{path}: {name}")
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "safetensors":
-            raise
-        raise ModuleNotFoundError(
-            "safetensors files need safetensors, which is not installed: pip install 'jaxpack[interop]'",
-            name=error.name,
-        ) from error

@@ -11,7 +11,6 @@ is left to the functions that need it.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import pathlib
@@ -21,6 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.export
 import numpy as np
+
+from jaxpack.extras import import_extra
 
 _FORMAT = 1
 _MANIFEST, _WEIGHTS = "manifest.json", "weights.msgpack"
@@ -71,13 +72,7 @@ def read_server(directory: str | os.PathLike[str]) -> Saved:
 
 def check_flatbuffers() -> None:
     """Raises ModuleNotFoundError, with the extra that brings it, if flatbuffers is not installed."""
-    try:
-        importlib.import_module("flatbuffers")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "saving and loading a server needs flatbuffers, which is not installed: pip install 'jaxpack[serving]'",
-            name="flatbuffers",
-        ) from error
+    import_extra("flatbuffers", "serving", "servers on disk")
 
 
 def _checked(path: pathlib.Path, checksum: str) -> bytes:
