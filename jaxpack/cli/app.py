@@ -9,10 +9,16 @@ import typer
 import jaxpack
 from jaxpack.cli.bench import bench
 from jaxpack.cli.demo import demo
+from jaxpack.cli.g2p import g2p
 from jaxpack.cli.plan import plan
+from jaxpack.cli.serve_bench import serve_bench
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
-for command in (demo, bench, plan):
+demos = typer.Typer()
+demos.callback(invoke_without_command=True)(demo)
+demos.command()(g2p)
+app.add_typer(demos, name="demo")
+for command in (bench, plan, serve_bench):
     app.command()(command)
 
 

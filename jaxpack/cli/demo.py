@@ -149,6 +149,12 @@ def make_train_step(
     return train_step
 
 
+def initial_state(model: Classifier, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """What training starts from."""
+    params = model.init(jax.random.key(seed))
+    return TrainState(params, optimizer.init(params))
+
+
 def make_count_correct(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:
     """The function from parameters and a batch to how many examples the model gets right."""
     logits = make_logits(model, plan)
@@ -200,6 +206,7 @@ def time_epochs(steps: dict[str, CountedJit], state: TrainState, batches: list[B
 
 
 def demo(
+    context: typer.Context,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the weights and the shuffles.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 270 training utterances.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, max=270, help="Utterances in a batch.")] = 27,
@@ -212,10 +219,12 @@ def demo(
     frames. The report says how many of the test utterances are told right, and
     what was computed, compiled and timed in this very run.
     """
+    if context.invoked_subcommand:
+        _check_no_options(context)
+        return
     examples, tests = load()
     rows = shuffle(seed, epochs, int(examples.weights.sum()), batch_size)
     num_steps = rows.shape[0] * rows.shape[1]
-
     trained = "padded" if padded else "packed"
     plans = {
         "packed": plan_run(examples.lengths, rows),
@@ -227,8 +236,7 @@ def demo(
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, decay_steps=num_steps))
     steps = {name: CountedJit(make_train_step(model, optimizer, plan)) for name, plan in plans.items()}
     count_correct = CountedJit(make_count_correct(model, test_plan))
-    params = model.init(jax.random.key(seed))
-    untrained = TrainState(params, optimizer.init(params))
+    untrained = initial_state(model, optimizer, seed)
 
     console = Console(stderr=True)
     with console.status("Compiling the training step, packed and padded"):
@@ -253,3 +261,14 @@ def demo(
         lengths=examples.lengths[rows[0, 0]],
     )
     print_report(report, Console())
+
+
+def _check_no_options(context: typer.Context) -> None:
+    """Raises if options stand before another demo's name, which would not see them."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"is an option of `jaxpack demo` itself; those of {context.invoked_subcommand} come after its name.",
+                param_hint=f"'--{name.replace('_', '-')}'",
+            )
