@@ -45,7 +45,7 @@ def test_relative_links_lead_somewhere():
 def test_importing_the_core_needs_no_extra():
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(('torch', 'typer', 'matplotlib')))\n"
-        "import jaxpack, jaxpack.nnx, jaxpack.datasets\n"
+        "sys.modules.update(dict.fromkeys(('torch', 'typer', 'matplotlib', 'grain', 'rapidfuzz')))\n"
+        "import jaxpack, jaxpack.nnx, jaxpack.datasets, jaxpack.data, jaxpack.metrics, jaxpack.serving\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
