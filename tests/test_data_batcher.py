@@ -230,6 +230,9 @@ def test_a_state_of_another_batcher_is_refused():
     for other in (
         SlotFilling(source, plan_padded(2, 2), seed=1),
         SlotFilling(source[:1], plan_padded(2, 2)),
+        SlotFilling(source[::-1], plan_padded(2, 2)),
+        SlotFilling(source, plan_padded(2, 3)),
+        SlotFilling(source, plan_padded(2, 2), buffer_size=2),
         SlotFilling(source, plan_padded(2, 2), shard_count=2),
         SortedChunks(source, [plan_padded(2, 2)]),
     ):

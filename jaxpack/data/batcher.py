@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
+import functools
 import operator
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -107,7 +110,7 @@ class Batcher(abc.ABC):
         """Makes the next iterator go on where another was when it gave this state.
 
         Raises:
-          ValueError: if it is the state of another kind of batcher, seed or source.
+          ValueError: if it is the state of another kind of batcher, seed, source, plan or option.
         """
         mine = self._identity()
         other = {name: state.get(name) for name in mine}
@@ -167,7 +170,20 @@ class Batcher(abc.ABC):
             "seed": self.seed,
             "examples": examples,
             "shard_count": self.shard_count,
+            "fingerprint": self._fingerprint,
         }
+
+    @functools.cached_property
+    def _fingerprint(self) -> int:
+        """A checksum of all else that batches follow from: plans, lengths and options."""
+        lengths = b"" if self._indexed is None else self._indexed.lengths.tobytes()
+        plans = [dataclasses.astuple(plan) for plan in self.plans]
+        return zlib.crc32(repr((plans, self._options)).encode(), zlib.crc32(lengths))
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        """Options that batches follow from."""
+        return self._buffer_size, self._too_long
 
 
 class BatchIterator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +79,10 @@ class SortedChunks(Batcher):
     def plans(self) -> tuple[BucketPlan, ...]:
         """Those that batches may come under."""
         return self._plans
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        return *super()._options, self._window
 
     def _rounds(self, pieces: Lengths, rng: np.random.Generator | None) -> Iterator[Round]:
         pieces = self._shuffled(pieces, rng, self._window)
