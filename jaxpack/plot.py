@@ -1,4 +1,4 @@
-"""Plots, drawn by matplotlib, which the extra `plot` brings: a plan in its cells, a benchmark as bars.
+"""Plots, drawn by matplotlib, which the extra `plot` brings: a plan, a corpus beside its plan, a benchmark.
 
     jaxpack.plot.plot_plan(plan, lengths).savefig("plan.svg")
 
@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.data.cover import coverage, num_batches
 from jaxpack.extras import import_extra
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import BucketPlan, concrete_lengths
 
-__all__ = ["formats", "plot_bench", "plot_plan"]
+__all__ = ["formats", "plot_bench", "plot_corpus", "plot_plan"]
 
 Figure = Any  # matplotlib.figure.Figure, which only the extra brings
 
 _REAL, _SLACK, _EDGE = "#0072B2", "#F0E442", "#333333"
 _BEST, _OURS, _OTHER = "#0072B2", "#56B4E9", "#BBBBBB"
+_BARS, _POINTS = 100, 2000  # at most, of a histogram and of a curve
 _PASSES = {"forward": "Forward", "training": "Forward and backward"}
 
 
@@ -67,6 +69,46 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
         axis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
+    """A corpus beside the plan that its batches fill: how long sequences are, and how far they fill the slots.
+
+    Args:
+      lengths: [N] whole numbers >= 0: the corpus's.
+      plan: of every batch, such as jaxpack.data.plan_cover makes. Each slot takes the sequences between its two marks.
+
+    Returns:
+      A matplotlib.figure.Figure; save it with `.savefig(path)`.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+      ValueError: if the corpus is empty, lengths are negative or not whole, or one is longer than the plan.
+    """
+    expected = coverage(lengths, plan)
+    longest_first = np.sort(concrete_lengths(lengths))[::-1]
+    plan.check(longest_first[:1])
+    figure = _figure(8.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    width = -(-int(longest_first[0] + 1) // _BARS)
+    left.hist(longest_first, np.arange(0, longest_first[0] + width + 1, width) - 0.5, color=_REAL)
+    left.set_xlabel("length [steps]")
+    left.set_ylabel("sequences")
+    left.set_title(f"{len(longest_first):,} sequences of {longest_first[-1]:,} to {longest_first[0]:,} steps")
+    drawn = np.unique(np.linspace(0, len(longest_first) - 1, _POINTS).astype(int))
+    slots = drawn / num_batches(longest_first, plan.room)
+    right.stairs(plan.room, fill=True, color=_SLACK, label="slack: computed, masked")
+    right.fill_between(slots, longest_first[drawn], step="post", color=_REAL, linewidth=0, label="real")
+    right.stairs(plan.room, color=_EDGE, linewidth=1)
+    right.set_xlabel("slots of the plan, longest first")
+    right.set_ylabel("time [steps]")
+    right.set_title(f"{expected.efficiency:.1%} of cells real, {expected.slot_bound:.1%} at best")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.set_xlim(0, plan.num_sequences)
+    right.legend(loc="upper right", frameon=False)
     return figure
 
 

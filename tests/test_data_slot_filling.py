@@ -9,12 +9,11 @@ from jaxpack import plan_padded
 from jaxpack.data import SlotFilling, coverage, plan_cover
 from jaxpack.datasets import cmudict, japanese_vowels
 
-RNG = np.random.default_rng(0)
 CORPORA = {
     "words": lambda: np.array([len(word) for split in cmudict() for word in split.words]),
     "vowels": lambda: np.concatenate([split.lengths for split in japanese_vowels()]),
-    "gamma": lambda: np.maximum(1, RNG.gamma(3, 20, 20_000)).astype(int),
-    "log-normal": lambda: np.maximum(1, RNG.lognormal(np.log(40), 0.7, 20_000)).astype(int),
+    "gamma": lambda: np.maximum(1, np.random.default_rng(0).gamma(3, 20, 20_000)).astype(int),
+    "log-normal": lambda: np.maximum(1, np.random.default_rng(0).lognormal(np.log(40), 0.7, 20_000)).astype(int),
 }
 
 

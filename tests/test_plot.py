@@ -2,10 +2,12 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 import jaxpack
 from jaxpack import plot
+from jaxpack.data import plan_cover
 
 LENGTHS = [4, 6, 8, 5, 4, 3, 7, 8]
 
@@ -32,6 +34,27 @@ def drawn_lines(axes):
     """Row and step of each line where a slot starts within a row."""
     (lines,) = [lines for lines in axes.collections if hasattr(lines, "get_segments")]
     return [(segment[0, 1], segment[0, 0]) for segment in lines.get_segments()]
+
+
+def test_corpus_is_drawn_beside_the_rooms_of_its_plan(matplotlib):
+    lengths = np.random.default_rng(0).integers(1, 40, 3200)
+    plan = plan_cover(lengths, 32)
+    left, right = plot.plot_corpus(lengths, plan).axes
+    assert sum(bar.get_height() for bar in left.patches) == len(lengths)
+    assert left.patches[5].get_height() == (lengths == 5).sum()
+    rooms, _ = right.patches
+    assert rooms.get_data().values.tolist() == plan.room.tolist()
+    (real,) = [drawn for drawn in right.collections if drawn.get_label() == "real"]
+    (outline,) = [path.vertices for path in real.get_paths()]
+    x, y = outline[:, 0], outline[:, 1]
+    area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+    assert area == pytest.approx(lengths.sum() / 100, rel=0.01)  # 100 batches
+    assert right.get_title().startswith(f"{lengths.sum() / (100 * plan.size):.1%} of cells real")
+
+
+def test_a_plan_too_short_for_the_corpus_is_not_drawn(matplotlib):
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 9 does not fit the plan"):
+        plot.plot_corpus([3, 9], jaxpack.plan_padded(2, 4))
 
 
 def ratio(median):
