@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import strategies
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import checkify
 
@@ -97,6 +97,7 @@ def test_lists_of_sequences_as_torch(batch_first, side):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@settings(max_examples=10)  # each compiles its own programs
 @given(strategies.lengths_and_plan(), feature_shapes)
 def test_pack_and_pad_round_trip(lengths_and_plan, features):
     lengths, plan = lengths_and_plan
@@ -121,6 +122,7 @@ def test_sequences_round_trip(lengths_and_plan, features):
         np.testing.assert_array_equal(ours, sequence)
 
 
+@settings(max_examples=10)  # each compiles its own programs
 @given(strategies.lengths_and_plan(), feature_shapes)
 def test_reversing_spans_equals_numpy_and_is_an_involution(lengths_and_plan, features):
     lengths, plan = lengths_and_plan
