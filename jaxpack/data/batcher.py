@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxpack.data.batch import Batch, lay_out
+from jaxpack.data.cover import at_least_one
 from jaxpack.data.source import Epoch, Indexed, Streamed, TooLong, is_indexed, shuffled
 from jaxpack.data.statistics import Statistics, Tally
 from jaxpack.plan import BucketPlan, as_int
@@ -78,8 +79,8 @@ class Batcher(abc.ABC):
     ) -> None:
         if as_int("shard_count", shard_count) < 1 or not 0 <= as_int("shard_index", shard_index) < shard_count:
             raise ValueError(f"shard_index must lie in [0, shard_count), got {shard_index} of {shard_count}.")
-        if buffer_size is not None and as_int("buffer_size", buffer_size) < 1:
-            raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
+        if buffer_size is not None:
+            at_least_one("buffer_size", buffer_size)
         self.seed = None if seed is None else as_int("seed", seed)
         self.shard_index, self.shard_count = shard_index, shard_count
         self._too_long, self._buffer_size = too_long, buffer_size
@@ -184,6 +185,14 @@ class Batcher(abc.ABC):
     def _options(self) -> tuple[Any, ...]:
         """Options that batches follow from."""
         return self._buffer_size, self._too_long
+
+
+def in_random_order(rounds: Sequence[Round], rng: np.random.Generator | None) -> Iterator[Round]:
+    """The rounds shuffled, or as they are without a generator."""
+    order = np.arange(len(rounds))
+    if rng is not None:
+        rng.shuffle(order)
+    return (rounds[i] for i in order.tolist())
 
 
 class BatchIterator:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack.data.cover import Planner, plan_cover
+from jaxpack.data.cover import Planner, at_least_one, plan_cover
 from jaxpack.plan import BucketPlan, as_int
 from jaxpack.planners import plan_buckets, plan_padded
 
@@ -69,8 +69,8 @@ def check_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
 def _most_sequences(boundaries: Sequence[int], batch_size: int | None, max_cells: int | None) -> int:
     """The cap on a batch's sequences."""
     for name, value in (("batch_size", batch_size), ("max_cells", max_cells)):
-        if value is not None and as_int(name, value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        if value is not None:
+            at_least_one(name, value)
     if max_cells is not None and boundaries[-1] > max_cells:
         raise ValueError(f"max_cells = {max_cells} does not hold one sequence of {boundaries[-1]} steps.")
     if batch_size is not None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack.data.batcher import Batcher, Lengths, Round
+from jaxpack.data.batcher import Batcher, Lengths, Round, in_random_order
 from jaxpack.data.boundaries import check_boundaries, covering_plans, padded_plans, tightest_boundaries
 from jaxpack.data.cover import Planner
 from jaxpack.data.slot_buffer import SlotBuffer
@@ -96,10 +96,7 @@ class BucketByLength(Batcher):
         rest = [
             Round(plan, shards) for plan, bucket in zip(self._plans, buckets, strict=True) for shards in bucket.rest()
         ]
-        order = np.arange(len(rest))
-        if rng is not None:
-            rng.shuffle(order)
-        yield from (rest[i] for i in order)
+        yield from in_random_order(rest, rng)
 
     def _bucket(self, plan: BucketPlan, rng: np.random.Generator | None) -> SlotBuffer:
         if self._indexed is not None and self._buffer_size is None:

@@ -100,8 +100,8 @@ def plan_cover(
         return planner(_rooms(corpus, batch_size) if miss is None else _rooms_missed(corpus, batch_size, miss))
 
     if batch_size is not None:
-        return plan(_at_least_one("batch_size", batch_size))
-    return _largest_within(plan, _at_least_one("max_cells", max_cells), corpus)
+        return plan(at_least_one("batch_size", batch_size))
+    return _largest_within(plan, at_least_one("max_cells", max_cells), corpus)
 
 
 def plan_family(
@@ -127,8 +127,8 @@ def plan_family(
       TypeError: if batch_size or num_plans is no int.
     """
     corpus = _longest_first(lengths)
-    batch_size = _at_least_one("batch_size", batch_size)
-    num_plans = _at_least_one("num_plans", num_plans)
+    batch_size = at_least_one("batch_size", batch_size)
+    num_plans = at_least_one("num_plans", num_plans)
     planner = planner or _rows
     every = plan_padded(batch_size, max(1, int(corpus[0])))
     options = {planner(_rooms_missed(corpus, batch_size, miss)): None for miss in _MISSES}
@@ -186,7 +186,8 @@ def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
     return corpus
 
 
-def _at_least_one(name: str, value: object) -> int:
+def at_least_one(name: str, value: object) -> int:
+    """An int from an argument; raises TypeError if it is none, ValueError if it is below 1."""
     number = as_int(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -217,12 +218,13 @@ def _largest_within(plan: Callable[[int], BucketPlan], max_cells: int, corpus: n
 def _rooms_missed(corpus: np.ndarray, batch_size: int, miss: float) -> np.ndarray:
     """Rooms, each exceeded with the same probability, that random batches miss at most this often. [B]."""
     drawn = min(batch_size, len(corpus))
-    tails = _tails(corpus, drawn)
+    values, counts = np.unique(corpus, return_counts=True)
+    tails = _tails(len(corpus), len(corpus) - np.cumsum(counts), drawn)
 
     def rooms(quantile: float) -> np.ndarray:
         """The least lengths, that occur in the corpus, which the i-th longest exceeds with at most this probability."""
         places = np.array([np.searchsorted(tail, quantile, "right") - 1 for tail in tails])
-        found = np.maximum(1, _distinct(corpus)[0][::-1][places])
+        found = np.maximum(1, values[::-1][places])
         return np.concatenate([found, np.ones(batch_size - drawn, found.dtype)])
 
     low, high = 0.0, miss  # of the joint miss a single slot's can be no more
@@ -232,17 +234,13 @@ def _rooms_missed(corpus: np.ndarray, batch_size: int, miss: float) -> np.ndarra
     return rooms(low)
 
 
-def _distinct(corpus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct lengths, shortest first, and how many sequences are longer than each."""
-    values, counts = np.unique(corpus, return_counts=True)
-    return values, len(corpus) - np.cumsum(counts)
+def _tails(size: int, longer: np.ndarray, drawn: int) -> np.ndarray:
+    """[drawn, U] how likely the i-th longest of a random batch exceeds each distinct length, longest first.
 
-
-def _tails(corpus: np.ndarray, drawn: int) -> np.ndarray:
-    """[drawn, U] how likely the i-th longest of a random batch exceeds each distinct length, longest first."""
-    _, longer = _distinct(corpus)
+    Of a corpus of this size `longer` [U] sequences are longer than each distinct length, shortest first.
+    """
     counts = np.arange(drawn + 1)
-    chances = np.exp(_log_hypergeometric(len(corpus), longer[::-1, None], drawn, counts))  # [U, drawn + 1]
+    chances = np.exp(_log_hypergeometric(size, longer[::-1, None], drawn, counts))  # [U, drawn + 1]
     return np.maximum.accumulate(1 - np.cumsum(chances, axis=1)[:, :-1].T, axis=1)
 
 

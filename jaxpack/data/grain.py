@@ -29,6 +29,7 @@ import numpy as np
 
 from jaxpack.data.batch import Batch, lay_out
 from jaxpack.data.batcher import Batcher
+from jaxpack.data.cover import at_least_one
 from jaxpack.data.packing import Form
 from jaxpack.data.slot_buffer import SlotBuffer
 from jaxpack.data.slot_filling import BUFFERED_BATCHES
@@ -97,8 +98,8 @@ class BatcherIterDataset(grain.IterDataset):
         super().__init__()
         if not isinstance(batcher, Batcher):
             raise TypeError(f"batcher must be one of jaxpack.data's, such as SlotFilling, got {batcher!r}.")
-        if num_epochs is not None and as_int("num_epochs", num_epochs) < 1:
-            raise ValueError(f"num_epochs must be at least 1, got {num_epochs}.")
+        if num_epochs is not None:
+            at_least_one("num_epochs", num_epochs)
         self._batcher, self._num_epochs = copy.copy(batcher), num_epochs
         self._start, self._step = 0, 1
 
@@ -189,8 +190,7 @@ class SlotFillIterDataset(grain.IterDataset):
         super().__init__(parent.to_iter_dataset() if isinstance(parent, grain.MapDataset) else parent)
         if buffer_size is None:
             buffer_size = BUFFERED_BATCHES * plan.num_sequences
-        if as_int("buffer_size", buffer_size) < 1:
-            raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
+        at_least_one("buffer_size", buffer_size)
         self._plan, self._buffer_size, self._time_varying = plan, buffer_size, time_varying
         self._seed = None if seed is None else as_int("seed", seed)
 

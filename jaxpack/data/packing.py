@@ -74,7 +74,7 @@ class Form:
         for leaf in leaves:
             if leaf.dtype.kind in "OSUmM":
                 raise TypeError(f"an example must hold numbers, which JAX can compute with, got dtype {leaf.dtype}.")
-        varying = _broadcast(time_varying, example, structure, leaves)
+        varying = _broadcast(time_varying, structure, leaves)
         for leaf, is_varying in zip(leaves, varying, strict=True):
             if is_varying and not leaf.ndim:
                 raise ValueError(
@@ -194,7 +194,7 @@ def _flatten(example: PyTree) -> tuple[list[np.ndarray], Any]:
 _LEAF = jax.tree.structure(0)
 
 
-def _broadcast(time_varying: PyTree, example: PyTree, structure: Any, leaves: list[np.ndarray]) -> tuple[bool, ...]:
+def _broadcast(time_varying: PyTree, structure: Any, leaves: list[np.ndarray]) -> tuple[bool, ...]:
     """A bool for each leaf, from a prefix of the structure."""
     if time_varying is None:
         return tuple(leaf.ndim > 0 for leaf in leaves)

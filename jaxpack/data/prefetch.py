@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxpack.plan import as_int
+from jaxpack.data.cover import at_least_one
 
 _Ready = queue.Queue[tuple[str, Any, Any]]  # "item", "end" or "error"; the item or exception; the state after it
 
@@ -35,8 +35,7 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
       TypeError: if size is no int. ValueError: if it is below 1.
     Source: mirrors flax.jax_utils.prefetch_to_device.
     """
-    if as_int("size", size) < 1:
-        raise ValueError(f"size must be at least 1, got {size}.")
+    at_least_one("size", size)
     return PrefetchIterator(iter(iterator), size, device)
 
 
@@ -44,7 +43,7 @@ class PrefetchIterator:
     """Made by `prefetch_to_device`."""
 
     def __init__(self, iterator: Iterator[Any], size: int, device: Any) -> None:
-        self._iterator, self._size, self._device = iterator, size, device
+        self._iterator, self._device = iterator, device
         self._state = _state(iterator)
         self._ready: _Ready = queue.Queue(size)
         self._stop = threading.Event()

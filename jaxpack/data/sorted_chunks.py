@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack.data.batcher import Batcher, Lengths, Round
+from jaxpack.data.batcher import Batcher, Lengths, Round, in_random_order
 from jaxpack.data.boundaries import padded_plans, tightest_boundaries
+from jaxpack.data.cover import at_least_one
 from jaxpack.data.source import TooLong
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
 
 
@@ -63,8 +64,7 @@ class SortedChunks(Batcher):
             shard_index=shard_index,
             shard_count=shard_count,
         )
-        if as_int("window", window) < 1:
-            raise ValueError(f"window must be at least 1, got {window}.")
+        at_least_one("window", window)
         if plans is None:
             plans = padded_plans(tightest_boundaries(self._corpus("plans"), num_plans), batch_size, max_cells)
         elif batch_size is not None or max_cells is not None:
@@ -88,11 +88,7 @@ class SortedChunks(Batcher):
         pieces = self._shuffled(pieces, rng, self._window)
         while window := list(itertools.islice(pieces, self._window)):
             window.sort(key=lambda piece: -piece[1])
-            rounds = list(self._cut(window))
-            order = np.arange(len(rounds))
-            if rng is not None:
-                rng.shuffle(order)
-            yield from (rounds[i] for i in order)
+            yield from in_random_order(list(self._cut(window)), rng)
 
     def _cut(self, window: list[tuple[int, int]]) -> Iterator[Round]:
         """Batches of sorted pieces, the longest first, each under the plan that costs them least."""

@@ -112,7 +112,7 @@ class Indexed:
             self.lengths = concrete_lengths(lengths)
             if len(self.lengths) != len(examples):
                 raise ValueError(f"lengths has {len(self.lengths)} entries, but the source {len(examples)} examples.")
-        self.parts = cut(self.lengths, int(self.lengths.max()), "error")
+        self.parts: Pieces  # set by `limit`, once plans are known
 
     def limit(self, limit: int, too_long: TooLong) -> None:
         """Cuts the examples to a length."""
