@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.pictures import counted, html_picture, text_picture
+
 _INDEX_MAX = np.iinfo(np.int32).max
 _WIDEST_REPR = 12  # buckets that repr writes out before it abbreviates
 
@@ -60,8 +62,10 @@ class BucketPlan:
 
     Bucket k spans steps [boundaries[k-1], boundaries[k]) for rows [0, rows[k]).
 
-    BucketPlan(boundaries=(2, 4), rows=(3, 1)).size = 2*3 + 2*1 = 8
-    BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2))).room = [4, 2, 2]
+    >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).size  # 2 * 3 + 2 * 1
+    8
+    >>> BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2))).room.tolist()
+    [4, 2, 2]
 
     Args:
       boundaries: the end step of each bucket, strictly increasing.
@@ -125,8 +129,8 @@ class BucketPlan:
     def summary(self) -> str:
         """The shape in words: "8 buckets", or "21 rows of 200 steps" where slots share rows."""
         if self.starts:
-            return f"{self.rows[0]:,} rows of {self.num_steps:,} steps"
-        return "1 bucket" if self.num_buckets == 1 else f"{self.num_buckets:,} buckets"
+            return f"{counted(self.rows[0], 'row')} of {counted(self.num_steps, 'step')}"
+        return counted(self.num_buckets, "bucket")
 
     @functools.cached_property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -218,6 +222,10 @@ class BucketPlan:
     def fits(self, lengths: npt.ArrayLike) -> bool:
         """Whether a batch of these lengths, in any order, fits: the i-th longest into the i-th largest room.
 
+        >>> plan = BucketPlan(boundaries=(2, 4), rows=(3, 1))  # rooms 4, 2, 2
+        >>> plan.fits([2, 4, 1]), plan.fits([3, 3, 1])
+        (True, False)
+
         Args:
           lengths: [N] concrete whole numbers; a vector shorter than num_sequences counts as followed by zeros.
         """
@@ -242,43 +250,46 @@ class BucketPlan:
             )
 
     def filled(self, lengths: npt.ArrayLike) -> np.ndarray:
-        """Steps of each slot that these lengths fill, [B]; raises ValueError if they do not fit."""
+        """Steps of each slot that these lengths fill, [B]; raises ValueError if they do not fit.
+
+        >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).filled([1, 3]).tolist()
+        [3, 1, 0]
+        """
         self.check(lengths)
         longest_first = -np.sort(-concrete_lengths(lengths))
         return np.pad(longest_first, (0, self.num_sequences - len(longest_first)))
 
     def slack(self, lengths: npt.ArrayLike) -> int:
-        """Cells of the plan that these lengths leave empty; raises ValueError if they do not fit."""
+        """Cells of the plan that these lengths leave empty; raises ValueError if they do not fit.
+
+        >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).slack([2, 4, 1])
+        1
+        """
         self.check(lengths)
         return self.size - int(concrete_lengths(lengths).sum())
 
     def efficiency(self, lengths: npt.ArrayLike) -> float:
-        """The share of the plan's cells that these lengths fill, in [0, 1]; raises ValueError if they do not fit."""
+        """The share of the plan's cells that these lengths fill, in [0, 1]; raises ValueError if they do not fit.
+
+        >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).efficiency([2, 4, 1])
+        0.875
+        """
         return 1 - self.slack(lengths) / self.size
 
     def picture(self, lengths: npt.ArrayLike | None = None, *, columns: int = 64, lines: int = 16) -> str:
         """The plan in text: time runs right, rows run down, longest first; slots that share a row alternate in shade.
+
+        >>> print(BucketPlan(boundaries=(2, 4), rows=(3, 1)).picture([1, 3, 2]))
+        ███░
+        ██
+        █░
 
         Args:
           lengths: [N], if given real cells are drawn full and slack is drawn light; ValueError if they do not fit.
           columns, lines: the largest picture in characters; a larger plan is sampled.
         """
         filled = self.room if lengths is None else self.filled(lengths)
-        steps, rows = _samples(self.num_steps, columns), _samples(self.rows[0], lines)
-        alive = rows[:, None] < self.batch_sizes[steps]
-        cells = np.where(alive, self.step_offsets[steps] + rows[:, None], 0)
-        slots = self.cell_slots[cells]
-        full = np.where(self._places_in_row[slots] % 2, "▓", "█")
-        marks = np.where(alive, np.where(self.cell_steps[cells] < filled[slots], full, "░"), " ")
-        return "\n".join("".join(line).rstrip() for line in marks)
-
-    @property
-    def _places_in_row(self) -> np.ndarray:
-        """How many slots lie before each slot in its row. [B]."""
-        by_row = np.lexsort((self.slot_starts, self.slot_rows))
-        places = np.empty(self.num_sequences, int)
-        places[by_row] = np.concatenate([np.arange(len(row)) for row in self._row_starts])
-        return places
+        return text_picture(self, filled, columns, lines)
 
     def _checked_starts(self) -> tuple[tuple[int, ...], ...]:
         """`starts` as tuples of ints; empty if each row holds one slot, so that equal plans are equal."""
@@ -307,25 +318,13 @@ class BucketPlan:
         return f"BucketPlan({', '.join(f'{name}={_brief(values)}' for name, values in fields.items())})"
 
     def _repr_html_(self) -> str:
-        """A small picture of the plan for notebooks (inline SVG in the page's own text colour)."""
-        width, height = 320, 120
-        x, y = width / self.num_steps, height / self.rows[0]
-        stairs = "".join(
-            f'<rect x="{b.start * x:.2f}" width="{b.steps * x:.2f}" height="{b.rows * y:.2f}" '
-            f'fill="currentColor" fill-opacity=".25" stroke="currentColor"/>'
-            for b in self.buckets
-        )
-        starts = "".join(
-            f'<path d="M{step * x:.2f} {row * y:.2f}v{y:.2f}" stroke="currentColor"/>'
-            for row, step in zip(self.slot_rows, self.slot_starts, strict=True)
-            if step
-        )
+        """A picture of the plan for notebooks."""
         padded = self.num_sequences * self.max_length
-        return (
-            f"<figure><svg width='{width + 2}' height='{height + 2}' viewBox='-1 -1 {width + 2} {height + 2}'>"
-            f"{stairs}{starts}</svg><figcaption>{self.summary}, {self.num_sequences} sequences of at most "
-            f"{self.max_length} steps, {self.size:,} cells (padded: {padded:,})</figcaption></figure>"
+        caption = (
+            f"BucketPlan: {self.summary}, {counted(self.num_sequences, 'sequence')} of at most "
+            f"{counted(self.max_length, 'step')}, {counted(self.size, 'cell')} (padded: {padded:,})"
         )
+        return html_picture(self, None, [caption])
 
 
 def _brief(values: tuple[Any, ...]) -> str:
@@ -384,11 +383,6 @@ def as_int(name: str, value: object) -> int:
 def _longest_first(lengths: np.ndarray) -> np.ndarray:
     """The stable order from longest to shortest."""
     return np.argsort(-lengths, kind="stable")
-
-
-def _samples(size: int, most: int) -> np.ndarray:
-    """Indices into range(size), all of them or `most` spread evenly."""
-    return np.arange(size) if size <= most else ((np.arange(most) + 0.5) * size / most).astype(int)
 
 
 def _ints(name: str, values: object) -> tuple[int, ...]:

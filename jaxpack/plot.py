@@ -2,13 +2,15 @@
 
     jaxpack.plot.plot_plan(plan, lengths).savefig("plan.svg")
 
-Figures are made without pyplot, so nothing global changes and no window opens. Colours are Okabe and Ito's, which
-colour-blind readers can tell apart; they differ in lightness too, for print.
+Figures are made without pyplot, so nothing global changes and no window opens; notebooks show them all the same.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; they differ in lightness too, for print.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,12 +27,17 @@ Figure = Any  # matplotlib.figure.Figure, which only the extra brings
 
 _REAL, _SLACK, _EDGE = "#0072B2", "#F0E442", "#333333"
 _BEST, _OURS, _OTHER = "#0072B2", "#56B4E9", "#BBBBBB"
+_PAGE_DPI = 96  # pixels to an inch of a page, by definition of CSS
 _BARS, _POINTS = 100, 2000  # at most, of a histogram and of a curve
 _PASSES = {"forward": "Forward", "training": "Forward and backward"}
 
 
 def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
     """The rows of a plan: time runs right, sequences run down, longest first; lines mark where slots start in a row.
+
+    >>> figure = plot_plan(jaxpack.plan_padded(2, 3), [3, 1])
+    >>> figure.axes[0].get_title()
+    '1 bucket, 6 cells, 67% of them real'
 
     Args:
       plan: what to draw.
@@ -74,6 +81,10 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
 
 def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
     """A corpus beside the plan that its batches fill: how long sequences are, and how far they fill the slots.
+
+    >>> figure = plot_corpus([1, 2, 3, 4], jaxpack.plan_padded(2, 4))
+    >>> [axes.get_title() for axes in figure.axes]
+    ['4 sequences of 1 to 4 steps', '62.5% of cells real, 83.3% at best']
 
     Args:
       lengths: [N] whole numbers >= 0: the corpus's.
@@ -127,7 +138,7 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
     peers = results["peers"]
     names = [peer["name"] for peer in peers]
     colors = [_BEST if name == "jaxpack" else _OURS if name.startswith("jaxpack") else _OTHER for name in names]
-    figure = _figure(8.0, 1.6 + 0.34 * len(peers))
+    figure = _figure(8.0, 1.8 + 0.34 * len(peers))
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), _PASSES.items(), strict=True):
         ratios = [peer[key]["times_limit"] for peer in peers]
         medians = np.array([ratio["median"] for ratio in ratios])
@@ -141,6 +152,7 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
         axes.set_xlabel("time / matmul limit [1]")
         axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.set_inverted(True)
+    figure.supxlabel("bars: median of the turns; lines: 25 to 75 %; dashed: the limit", fontsize="small")
     machine = results["machine"]
     figure.suptitle(
         f"{results['workload']['name']}, on {machine['cpu'] if machine['backend'] == 'cpu' else machine['device']}"
@@ -151,6 +163,9 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
 def formats() -> tuple[str, ...]:
     """The formats, as file names end in them, that a figure can be saved in.
 
+    >>> "png" in formats() and "svg" in formats()
+    True
+
     Raises:
       ModuleNotFoundError: if matplotlib is not installed.
     """
@@ -158,10 +173,23 @@ def formats() -> tuple[str, ...]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
-    return import_extra("matplotlib.figure", "plot", "plots").Figure(
+    """An empty figure of a size in inches, which notebooks show."""
+    figure = import_extra("matplotlib.figure", "plot", "plots").Figure(
         figsize=(width, height), layout="constrained", dpi=150
     )
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure
+
+
+def _png(figure: Figure) -> tuple[bytes, dict[str, int]]:
+    """A figure as IPython shows it: two pixels to each of the page's, and the size to show it at.
+
+    IPython asks for it where pyplot has not registered its own way to show figures, which comes first.
+    """
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=2 * _PAGE_DPI)
+    width, height = figure.get_size_inches() * _PAGE_DPI
+    return written.getvalue(), {"width": round(width), "height": round(height)}
 
 
 def _draw_spans(axes: Any, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, color: str, label: str) -> None:

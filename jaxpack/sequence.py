@@ -22,6 +22,8 @@ import numpy as np
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
+from jaxpack.captions import caption, filled_slots, type_of, types_of
+from jaxpack.pictures import html_picture, text_picture
 from jaxpack.plan import BucketPlan, check_lengths_type
 
 PyTree = Any
@@ -35,6 +37,12 @@ PyTree = Any
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PackedSequence:
     """A batch of B sequences under a static plan. Made by `pack_padded_sequence` or `pack_sequence`.
+
+    >>> packed = jaxpack.pack_sequence([jnp.array([1.0]), jnp.array([2.0, 3.0])])
+    >>> packed
+    PackedSequence(data=float32[3], lengths=int32[2], plan=BucketPlan(boundaries=(1, 2), rows=(2, 1)))
+    >>> packed.data.tolist()  # step by step, the longest first
+    [2.0, 1.0, 3.0]
 
     A pytree whose plan is static: one plan is one compiled program, whatever the lengths. Nothing is validated here,
     since JAX puts tracers and placeholders into pytrees; the functions that take one check it. Differentiate with
@@ -72,7 +80,11 @@ class PackedSequence:
 
     @property
     def mask(self) -> jax.Array:
-        """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real."""
+        """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real.
+
+        >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).mask.tolist()
+        [True, True, True, False]
+        """
         return jnp.asarray(slot_spans(self)[self.plan.cell_slots] > self.plan.cell_steps)
 
     @property
@@ -81,11 +93,20 @@ class PackedSequence:
         return slot_fits(self)[self.unsorted_indices]
 
     def replace(self, **changes: Any) -> PackedSequence:
-        """A copy with other fields, such as `packed.replace(data=...)`."""
+        """A copy with other fields, which are taken as they are; for functions of each step see `map`.
+
+        >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
+        >>> packed.replace(data=2 * packed.data).data.tolist()
+        [2.0, 2.0, 2.0]
+        """
         return dataclasses.replace(self, **changes)
 
     def map(self, fn: Callable[[PyTree], PyTree]) -> PackedSequence:
         """Applies a token-wise function to the data: `packed.map(embedding)`, `packed.map(jax.nn.relu)`.
+
+        >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2))
+        >>> packed.map(lambda x: 2 * x).data.tolist()  # 0 in slack
+        [2.0, 2.0, 2.0, 0.0]
 
         `fn` is called once, on all cells: data [S, *F] to [S, *G], or a pytree of such arrays. In slack it is given
         real cells, so that neither its values nor its gradients meet anything that is not data; what it makes of them
@@ -105,9 +126,33 @@ class PackedSequence:
         return packed.replace(data=seal(packed, data))
 
     def astype(self, dtype: Any) -> PackedSequence:
-        """A copy whose data has another dtype."""
+        """A copy whose data has another dtype.
+
+        >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)]).astype(jnp.bfloat16)
+        PackedSequence(data=bfloat16[3], lengths=int32[2], plan=BucketPlan(boundaries=(1, 2), rows=(2, 1)))
+        """
         packed = check_packed(self, "astype")
         return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: leaf.astype(dtype), packed.data)))
+
+    def picture(self, *, columns: int = 64, lines: int = 16) -> str:
+        """The plan in text with the sequences in it: █ and ▓ are real cells, ░ is slack, ! the room of a misfit.
+
+        Where the lengths have no values, as under jit, it is the plan alone.
+
+        >>> print(jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).picture())
+        ██
+        █░
+
+        Args:
+          columns, lines: the largest picture in characters; a larger plan is sampled.
+        """
+        filled = filled_slots(self.plan, self.lengths)
+        return text_picture(self.plan, self.plan.room if filled is None else filled, columns, lines)
+
+    def _repr_html_(self) -> str:
+        """The same picture for notebooks, below what the leaves are and which sequences do not fit."""
+        filled = filled_slots(self.plan, self.lengths)
+        return html_picture(self.plan, filled, caption(self.plan, self.data, self.lengths, filled))
 
     def _only_leaf(self, what: str) -> jax.Array:
         leaves = jax.tree.leaves(self.data)
@@ -116,14 +161,17 @@ class PackedSequence:
         return leaves[0]
 
     def __repr__(self) -> str:
-        data = jax.tree.map(lambda leaf: _Brief(_describe(leaf)), self.data)
-        return f"PackedSequence(data={data!r}, lengths={_describe(self.lengths)}, plan={self.plan!r})"
+        return f"PackedSequence(data={types_of(self.data)}, lengths={type_of(self.lengths)}, plan={self.plan!r})"
 
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function without the checks that it holds for `checkify`, so that jax.export can serialise it.
 
     jax.export.export(jax.jit(jaxpack.unchecked(serve)))(packed).serialize()
+
+    >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
+    >>> jax.jit(unchecked(jaxpack.segment_sum))(packed).tolist()
+    [1.0, 2.0]
 
     Under plain jit those checks do nothing, but their trace keeps an export from being written to a file. Sequences
     that do not fit are NaN as ever.
@@ -314,17 +362,3 @@ jax.export.register_pytree_node_serialization(
     serialize_auxdata=_serialize_plan,
     deserialize_auxdata=_deserialize_plan,
 )
-
-
-class _Brief(str):
-    """A string whose repr is itself."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _describe(leaf: Any) -> str:
-    """An array as JAX writes its type: float32[45,12]."""
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        return repr(leaf)
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"

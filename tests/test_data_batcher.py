@@ -2,6 +2,7 @@
 
 import json
 import sys
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -196,6 +197,17 @@ def test_what_is_too_long_is_cut_as_chosen_and_counted(as_source, too_long, span
     counts = {"truncate": statistics.truncated, "drop": statistics.dropped, "split": statistics.split}
     assert counts == dict.fromkeys(counts, 0) | {too_long: 1}
     assert f"1 {'dropped' if too_long == 'drop' else too_long}" in str(statistics)
+
+
+def test_notebooks_show_statistics_as_a_table():
+    statistics = SlotFilling(examples_of([4, 2, 4, 9]), plan_padded(2, 4), too_long="drop").statistics()
+    figure = ElementTree.fromstring(statistics._repr_html_())
+    titles, values = ([cell.text for cell in figure.iter(tag)] for tag in ("th", "td"))
+    counts = {"batches": "2", "programs": "1", "rows": "3", "tokens": "10", "cells": "16"}
+    cut = {"truncated": "0", "dropped": "1", "split": "0"}
+    quality = {"efficiency": "62.5%", "rank correlation": f"{statistics.rank_correlation:+.3f}"}
+    assert dict(zip(titles, values, strict=True)) == counts | cut | quality
+    assert [text.text for text in figure.iter("text")] == ["10 real", "6 slack"]
 
 
 def test_a_source_that_raises_loses_nothing():

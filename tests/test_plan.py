@@ -1,5 +1,6 @@
 import itertools
 import pickle
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -271,18 +272,22 @@ def test_picture_of_a_large_plan_is_sampled():
     assert [len(line) for line in lines] == [40, 40, 20, 20, 20, 20, 20, 20]
 
 
-def test_html_picture_draws_every_bucket():
-    html = STAIRS._repr_html_()
-    assert html.count("<rect") == 2
-    assert "8 cells (padded: 12)" in html
+def test_picture_of_a_huge_plan_makes_no_vector_of_its_cells():
+    plan = BucketPlan((10_000,), (4096,))
+    lines = plan.picture([10_000, *[5000] * 4095], columns=10, lines=4).splitlines()
+    assert lines == ["█████░░░░░"] * 4
+    assert "_cells" not in vars(plan)
 
 
-def test_html_picture_draws_a_line_where_a_slot_starts_within_a_row():
-    html = BucketPlan((9,), (3,), ((0,), (0, 5), (0, 3, 6)))._repr_html_()
-    assert html.count("<rect") == 1
-    assert html.count("<path") == 3
-    assert "3 rows of 9 steps, 6 sequences of at most 9 steps, 27 cells (padded: 54)" in html
-
-
-def test_html_picture_speaks_of_one_bucket():
-    assert "<figcaption>1 bucket, 2 sequences" in BucketPlan((4,), (2,))._repr_html_()
+@pytest.mark.parametrize(
+    ("plan", "caption"),
+    [
+        (STAIRS, "BucketPlan: 2 buckets, 3 sequences of at most 4 steps, 8 cells (padded: 12)"),
+        (ROWS, "BucketPlan: 2 rows of 4 steps, 3 sequences of at most 4 steps, 8 cells (padded: 12)"),
+        (BucketPlan((1,), (1,)), "BucketPlan: 1 bucket, 1 sequence of at most 1 step, 1 cell (padded: 1)"),
+    ],
+)
+def test_notebooks_show_a_picture_and_say_what_it_is_of(plan, caption):
+    figure = ElementTree.fromstring(plan._repr_html_())
+    assert [line.text for line in figure.find("figcaption")] == [caption]
+    assert len(figure.findall("svg")) == 1

@@ -1,6 +1,9 @@
 """Plots: what is drawn is what was counted or measured, and a missing matplotlib is named with the way out."""
 
+import pickle
+import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -146,6 +149,43 @@ def test_bench_bars_are_the_ratios_with_their_spread(matplotlib):
         assert axes.get_xlabel() == "time / matmul limit [1]"
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["jaxpack", "flax.nnx"]
     assert figure.get_suptitle() == "lognormal, on a processor"
+
+
+def test_bench_plot_says_what_its_lines_are(matplotlib):
+    assert (
+        plot.plot_bench(results()).get_supxlabel() == "bars: median of the turns; lines: 25 to 75 %; dashed: the limit"
+    )
+
+
+def size_of_png(data):
+    """Width and height, from the header."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", data[16:24])
+
+
+def test_figures_show_themselves_at_two_pixels_to_one_of_the_page(matplotlib):
+    figure = plot.plot_plan(jaxpack.plan_padded(3, 4), [4, 1])
+    data, shown_at = figure._repr_png_()
+    assert shown_at == {"width": 614, "height": 384}
+    assert size_of_png(data) == pytest.approx((2 * 614, 2 * 384), abs=1)
+    copy = pickle.loads(pickle.dumps(figure))
+    assert copy._repr_png_()[0] == data
+    copy.axes[0].set_title("another")
+    assert copy._repr_png_()[0] != data
+
+
+def test_notebooks_show_a_figure_once_with_pyplot_and_without(matplotlib):
+    formatters = pytest.importorskip("IPython.core.formatters", reason="IPython is not installed")
+    pylabtools = pytest.importorskip("IPython.core.pylabtools")
+    figure = plot.plot_plan(jaxpack.plan_padded(3, 4), [4, 1])
+    notebook = formatters.DisplayFormatter()
+    shown, metadata = notebook.format(figure)
+    assert shown.keys() == {"text/plain", "image/png"}
+    assert metadata["image/png"]["width"] == 614
+    pylabtools.select_figure_formats(types.SimpleNamespace(display_formatter=notebook), {"png"})  # as pyplot does
+    shown, metadata = notebook.format(figure)
+    assert shown.keys() == {"text/plain", "image/png"}
+    assert "image/png" not in metadata  # pyplot's way comes first
 
 
 def test_figures_can_be_saved_in_the_formats_that_are_named(matplotlib, tmp_path):

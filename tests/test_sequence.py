@@ -1,9 +1,13 @@
+from xml.etree import ElementTree
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from hypothesis import given
 from jax.experimental import checkify
+from strategies import lengths_and_plan
 
 import jaxpack
 from jaxpack import BucketPlan, PackedSequence, pack_padded_sequence, plan_buckets, segment_sum
@@ -216,3 +220,103 @@ def test_checkify_names_a_length_beyond_the_array():
         checkify.JaxRuntimeError, match=r"lengths\[1\] = -5 does not fit .* longer than its padded batch"
     ):
         error.throw()
+
+
+def by_hand(lengths, plan, data=None):
+    """A batch of lengths alone, without packing anything."""
+    return PackedSequence(data, lengths, None, None, plan)
+
+
+def captions_of(packed):
+    figure = ElementTree.fromstring(packed._repr_html_())
+    assert len(figure.findall("svg")) == 1
+    return [line.text for line in figure.find("figcaption")]
+
+
+@given(lengths_and_plan())
+def test_picture_is_that_of_the_plan_and_the_lengths(drawn):
+    lengths, plan = drawn
+    for array in (np.array(lengths, np.int32), np.array(lengths, np.uint8)):
+        assert by_hand(array, plan).picture() == plan.picture(lengths)
+    assert f"{sum(lengths) / plan.size:.1%} real" in captions_of(by_hand(array, plan))[1]
+
+
+def test_picture_takes_the_size_of_the_plans(packed):
+    assert packed.picture() == "████░\n██░\n█░░"
+    assert packed.picture(columns=3, lines=1) == LOOSE.picture(LENGTHS, columns=3, lines=1) == "█░"
+
+
+def test_picture_marks_the_room_of_misfits():
+    assert by_hand(np.array([9, -1, 2]), LOOSE).picture() == "!!!!!\n██░\n!!!"
+    assert by_hand(np.array([-(2**31), 4, 4], np.int32), LOOSE).picture() == "████░\n!!!\n!!!"
+
+
+def test_notebooks_show_what_a_batch_holds(packed):
+    assert captions_of(packed) == [
+        "PackedSequence: data float32[11,2]",
+        "3 sequences, 7 tokens in 11 cells (63.6% real), 2 buckets",
+    ]
+    several = packed.replace(data={"x": packed.data, "<gaps>": packed.data[:, 0]})
+    assert captions_of(several)[0] == "PackedSequence: data['<gaps>'] float32[11], data['x'] float32[11,2]"
+    many = packed.replace(data=[packed.data] * 10)
+    assert captions_of(many)[0].endswith("data[7] float32[11,2] and 2 more")
+
+
+def test_notebooks_name_misfits_and_count_none_of_their_cells(packed):
+    lines = captions_of(packed.replace(lengths=jnp.array([1, -4, 6])))
+    assert lines[1:] == [
+        "3 sequences, 1 token in 11 cells (9.1% real), 2 buckets",
+        "Do not fit the plan: lengths[2] = 6 (room 5), lengths[1] = -4 (room 3)",
+    ]
+
+
+def test_pictures_of_traced_batches_are_those_of_the_plan(packed):
+    seen = []
+
+    def look(packed):
+        seen.append((packed.picture(), captions_of(packed)[1]))
+        return packed.data.sum()
+
+    jax.jit(look)(packed)
+    jax.jit(jax.grad(look, allow_int=True))(packed)
+    jax.vmap(look)(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), packed))
+    assert {picture for picture, _ in seen} == {LOOSE.picture()}
+    assert {line for _, line in seen} == {"3 sequences, 11 cells, 2 buckets; lengths int32[3], without values here"}
+    assert len(seen) == 3
+
+
+def deleted_lengths():
+    lengths = jnp.array([3, 2, 1])
+    lengths.delete()
+    return lengths
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: None,
+        lambda: 0,
+        lambda: "<script>" * 100,
+        lambda: [1, 2, 3],
+        object,
+        lambda: np.float32,
+        lambda: np.array([1.0, 2.0, 3.0]),
+        lambda: np.array([True, False, True]),
+        lambda: np.array(["<a>", "b", "c"]),
+        lambda: np.ones((2, 3), int),
+        lambda: np.array(3),
+        lambda: jax.ShapeDtypeStruct((3,), jnp.int32),
+        lambda: jax.sharding.PartitionSpec("<batch>"),
+        lambda: jax.random.split(jax.random.key(0), 3),
+        deleted_lengths,
+    ],
+)
+def test_pictures_take_whatever_a_pytree_holds(make):
+    leaf = make()
+    strange = PackedSequence({"<a>": leaf}, leaf, leaf, leaf, LOOSE)
+    assert strange.picture() == LOOSE.picture()
+    named, known = captions_of(strange)
+    assert known.endswith("without values here")
+    assert len(named) < 150
+    assert "<script" not in strange._repr_html_()
+    assert repr(strange).startswith("PackedSequence(data={'<a>': ")

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxpack.pictures import html_counts
 from jaxpack.plan import BucketPlan
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What a batcher made of an epoch, or of a part of it.
+    """What a batcher made of an epoch, or of a part of it. Notebooks show it as a table.
+
+    >>> print(jaxpack.data.SlotFilling([np.ones(length) for length in (4, 2, 4, 2)], batch_size=2).statistics())
+    4 rows in 2 batches; 1 program; efficiency 75.0%; rank correlation +0.000
 
     Attributes:
       batches: how many.
@@ -37,7 +41,7 @@ class Statistics:
 
     @property
     def efficiency(self) -> float:
-        """The share of cells that are tokens."""
+        """The share of cells that are tokens; 0 where there are none."""
         return self.tokens / self.cells if self.cells else 0.0
 
     def __str__(self) -> str:
@@ -51,6 +55,13 @@ class Statistics:
             f"{self.rows:,} rows in {self.batches:,} batches{cut}; {programs}; efficiency {self.efficiency:.1%}; "
             f"rank correlation {self.rank_correlation:+.3f}"
         )
+
+    def _repr_html_(self) -> str:
+        """A table of the counts and a bar of the efficiency, for notebooks."""
+        counts = {name: value for name, value in dataclasses.asdict(self).items() if name != "rank_correlation"}
+        texts = {name: f"{count:,}" for name, count in counts.items()}
+        texts |= {"efficiency": f"{self.efficiency:.1%}", "rank correlation": f"{self.rank_correlation:+.3f}"}
+        return html_counts(texts, self.tokens, self.cells)
 
 
 class Tally:
