@@ -1,45 +1,90 @@
+import importlib
+import inspect
 import pathlib
 import re
 import subprocess
 import sys
 
+import pytest
+
 import jaxpack
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / ".docs").glob("**/*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def test_every_python_block_runs_and_prints_what_it_says(capsys):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page.read_text(), "python")], ids=lambda page: page.name
+)
+def test_every_python_block_of_a_page_runs_and_prints_what_it_says(page, capsys):
     # Output stands in a comment after print, or in a block of its own right after the code.
-    pairs = re.findall(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", README, re.MULTILINE | re.DOTALL)
+    text = page.read_text()
+    pairs = re.findall(r"^```python\n(.*?)^```\n(?:\n```\n(.*?)^```\n)?", text, re.MULTILINE | re.DOTALL)
     promised = []
     for code, output in pairs:
         promised += re.findall(r"^print\(.*#\s*(.+)$", code, re.MULTILINE) + output.splitlines()
-    exec(compile("".join(code for code, _ in pairs), "README.md", "exec"), {})
-    assert len(pairs) == len(blocks("python"))
+    exec(compile("".join(code for code, _ in pairs), page.name, "exec"), {})
+    assert len(pairs) == len(blocks(text, "python"))
     assert capsys.readouterr().out.splitlines() == promised
 
 
-def test_opens_with_the_two_commands():
-    commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 2
+def test_the_readme_opens_with_the_two_commands():
+    commands = [line for block in blocks(README, "bash") for line in block.splitlines()]
     assert commands[0].endswith("'.[demo]' && .venv/bin/jaxpack demo")
     assert commands[1].endswith("'.[test]' && .venv/bin/pytest")
 
 
-def test_names_everything_public():
+def test_ci_runs_the_other_commands_of_the_readme():
+    commands = [line for block in blocks(README, "bash") for line in block.splitlines()]
+    assert len(commands) == 3
+    patterns = re.findall(r"grep -m1 -E '([^']*)' README.md", (ROOT / ".ci" / "run").read_text())
+    assert [sum(bool(re.search(pattern, command)) for command in commands) for pattern in patterns] == [1, 1]
+
+
+def test_a_packed_model_is_trained_on_ones_own_data_in_under_20_lines():
+    section = README[README.index("## On your own data") :]
+    code = blocks(section, "python")[0]
+    lines = [line for line in code.splitlines() if line and not line.startswith(("rng =", "examples ="))]
+    assert len(lines) < 20
+
+
+def test_the_readme_names_everything_public():
     missing = [name for name in jaxpack.__all__ if not re.search(rf"\b{name}\b", README)]
     assert missing == []
 
 
-def test_relative_links_lead_somewhere():
-    root = pathlib.Path(__file__).parent.parent
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert links
-    assert all((root / link).exists() for link in links)
+def test_the_reference_has_everything_public():
+    documented = set()
+    for page in (ROOT / ".docs" / "reference").glob("*.rst"):
+        module = None
+        for directive, name in re.findall(
+            r"^\.\. (currentmodule|autofunction|autoclass):: (\S+)", page.read_text(), re.M
+        ):
+            if directive == "currentmodule":
+                module = importlib.import_module(name)
+            else:
+                documented.add(f"{module.__name__}.{name}")
+                assert inspect.isclass(getattr(module, name)) == (directive == "autoclass")
+    packages = ["", ".data", ".datasets", ".interop", ".linen", ".losses", ".metrics", ".nnx", ".plot", ".serving"]
+    public = {
+        f"jaxpack{package}.{name}"
+        for package in packages
+        for name in importlib.import_module(f"jaxpack{package}").__all__
+    }
+    assert public - documented == set()
+
+
+def test_the_tests_that_pages_name_exist():
+    text = (ROOT / ".docs" / "how-it-works.md").read_text()
+    named = re.findall(r"(tests/test_\w+\.py)(?:::(test_\w+))?", text)
+    assert len(named) > 20
+    missing = [(path, name) for path, name in named if f"def {name}" not in (ROOT / path).read_text()]
+    assert missing == []
 
 
 def test_importing_the_core_needs_no_extra():
