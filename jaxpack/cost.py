@@ -12,11 +12,14 @@ from jaxpack.plan import BucketPlan
 class CostModel:
     """The estimated cost of a plan: so much a cell, a step and a bucket, and the compilation of each bucket's loop.
 
-    CostModel(cell=1, step=10, bucket=0, compilation=0).run_time(BucketPlan((2, 4), (3, 1))) = 8*1 + 4*10 = 48
-
     The defaults were measured when training an LSTM (B=64, F=128, H=256, float32) on 2 CPU cores. A planner needs their
     ratios, not their size. On an accelerator a step costs far more cells than here; for a model that is trained for
     long, raise `runs`.
+
+    Examples:
+      >>> model = jaxpack.CostModel(cell=1, step=10, bucket=0, compilation=0)
+      >>> model.run_time(jaxpack.BucketPlan(boundaries=(2, 4), rows=(3, 1)))  # 8 cells, 4 steps
+      48.0
 
     Args:
       cell: seconds per cell of the plan, above 0.

@@ -197,7 +197,8 @@ def recognise(
 
     Args:
       kinds: from Flax's classes to ours. A subclass may do something else.
-      hidden_size, params: of such a cell.
+      hidden_size: of such a cell.
+      params: of such a cell.
       dtype: of the inputs.
     """
     kind = kinds.get(type(cell))

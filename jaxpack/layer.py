@@ -120,9 +120,14 @@ class RecurrentLayer(abc.ABC):
 
         An initialiser is a function of (key, shape, dtype), as in jax.nn.initializers and Flax. It is called for each
         gate, with that gate's shape, so orthogonal() is orthogonal gate by gate. A mapping gives some gates their own
-        and leaves the others at the default; gates are i, f, g, o (LSTM) and r, z, n (GRU), and RNN's has no name:
+        and leaves the others at the default; gates are i, f, g, o (LSTM) and r, z, n (GRU), and RNN's has no name.
 
-            lstm.init(key, recurrent_kernel_init=orthogonal(), bias_init={"f": ones})
+        Examples:
+          >>> from jax.nn.initializers import ones, orthogonal
+          >>> lstm = jaxpack.LSTM(2, 4)
+          >>> params = lstm.init(jax.random.key(0), recurrent_kernel_init=orthogonal(), bias_init={"f": ones})
+          >>> params["l0"]["bias_ih"][4:8].tolist()  # of the gates i, f, g, o the second
+          [1.0, 1.0, 1.0, 1.0]
 
         Args:
           key: a JAX random key.
@@ -152,6 +157,13 @@ class RecurrentLayer(abc.ABC):
         forward_mode: bool = False,
     ) -> tuple[Any, Any]:
         """Runs the layer.
+
+        Examples:
+          >>> rnn = jaxpack.RNN(2, 4)
+          >>> params = rnn.init(jax.random.key(0))
+          >>> output, h_n = rnn.apply(params, np.ones((2, 3, 2)), lengths=[3, 1], plan=jaxpack.plan_rows([3, 1]))
+          >>> output.shape, h_n.shape  # padded as the inputs are; [num_layers * directions, B, hidden_size]
+          ((2, 3, 4), (1, 2, 4))
 
         Args:
           params: as `init` or `from_torch` gives.
@@ -211,6 +223,17 @@ class RecurrentLayer(abc.ABC):
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
         """Parameters from the state dict of the torch.nn module of the same options. Exact.
 
+        Examples:
+          >>> gru = jaxpack.GRU(2, 4)
+          >>> state_dict = {
+          ...     "weight_ih_l0": np.ones((12, 2)),
+          ...     "weight_hh_l0": np.ones((12, 4)),
+          ...     "bias_ih_l0": np.ones(12),
+          ...     "bias_hh_l0": np.ones(12),
+          ... }
+          >>> gru.from_torch(state_dict)["l0"]["weight_ih"].shape
+          (2, 12)
+
         Args:
           state_dict: tensors or NumPy arrays under PyTorch's names (weight_ih_l0, bias_hh_l1_reverse, ...).
 
@@ -223,7 +246,13 @@ class RecurrentLayer(abc.ABC):
     def to_torch(self, params: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, np.ndarray]:
         """The state dict of the torch.nn module of the same options, as NumPy arrays. Exact; also for gradients.
 
-        torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})
+        `torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})` takes it.
+
+        Examples:
+          >>> lstm = jaxpack.LSTM(2, 4)
+          >>> state_dict = lstm.to_torch(lstm.init(jax.random.key(0)))
+          >>> {name: array.shape for name, array in state_dict.items()}
+          {'bias_hh_l0': (16,), 'bias_ih_l0': (16,), 'weight_hh_l0': (16, 4), 'weight_ih_l0': (16, 2)}
         """
         check_params(params, self.shapes, self)
         return state_dicts.to_state_dict(params)

@@ -13,19 +13,26 @@ from jaxpack.plan import as_int
 class RNN(RecurrentLayer):
     """A stack of simple (Elman) recurrent layers. Returns (output, h_n).
 
-    rnn = jaxpack.RNN(input_size=12, hidden_size=64, nonlinearity="relu")
-    params = rnn.init(jax.random.key(0))
-    output, h_n = rnn.apply(params, packed)
+    Examples:
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> rnn = jaxpack.RNN(input_size=2, hidden_size=4, nonlinearity="relu")
+      >>> params = rnn.init(jax.random.key(0))
+      >>> output, h_n = rnn.apply(params, packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
 
     Args:
-      input_size, hidden_size, num_layers: sizes, at least 1.
+      input_size: features of each step, at least 1.
+      hidden_size: the width of h, at least 1.
+      num_layers: how many layers are stacked, at least 1.
       nonlinearity: "tanh" or "relu".
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
       bidirectional: whether a second direction reads each sequence backwards.
 
     Raises:
-      ValueError, TypeError: naming the argument that is out of range or of another type.
+      TypeError: naming an argument of another type.
+      ValueError: naming an argument that is out of range.
     Source: torch.nn.RNN.
     """
 
@@ -51,19 +58,26 @@ class RNN(RecurrentLayer):
 class LSTM(RecurrentLayer):
     """A stack of long short-term memory layers. Returns (output, (h_n, c_n)).
 
-    lstm = jaxpack.LSTM(input_size=12, hidden_size=64, bidirectional=True)
-    params = lstm.init(jax.random.key(0))
-    output, (h_n, c_n) = lstm.apply(params, packed)
+    Examples:
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> lstm = jaxpack.LSTM(input_size=2, hidden_size=4, bidirectional=True)
+      >>> params = lstm.init(jax.random.key(0))
+      >>> output, (h_n, c_n) = lstm.apply(params, packed)
+      >>> output.shape, h_n.shape  # both directions side by side, and one after the other
+      ((4, 8), (2, 2, 4))
 
     Args:
-      input_size, hidden_size, num_layers: sizes, at least 1.
+      input_size: features of each step, at least 1.
+      hidden_size: the width of h, at least 1.
+      num_layers: how many layers are stacked, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
       bidirectional: whether a second direction reads each sequence backwards.
       proj_size: if above 0, h is projected to that width, which must be below hidden_size.
 
     Raises:
-      ValueError, TypeError: naming the argument that is out of range or of another type.
+      TypeError: naming an argument of another type.
+      ValueError: naming an argument that is out of range.
     Source: torch.nn.LSTM.
     """
 
@@ -92,18 +106,25 @@ class LSTM(RecurrentLayer):
 class GRU(RecurrentLayer):
     """A stack of gated recurrent layers. Returns (output, h_n).
 
-    gru = jaxpack.GRU(input_size=12, hidden_size=64)
-    params = gru.init(jax.random.key(0))
-    output, h_n = gru.apply(params, packed)
+    Examples:
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> gru = jaxpack.GRU(input_size=2, hidden_size=4)
+      >>> params = gru.init(jax.random.key(0))
+      >>> output, h_n = gru.apply(params, packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
 
     Args:
-      input_size, hidden_size, num_layers: sizes, at least 1.
+      input_size: features of each step, at least 1.
+      hidden_size: the width of h, at least 1.
+      num_layers: how many layers are stacked, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
       bidirectional: whether a second direction reads each sequence backwards.
 
     Raises:
-      ValueError, TypeError: naming the argument that is out of range or of another type.
+      TypeError: naming an argument of another type.
+      ValueError: naming an argument that is out of range.
     Source: torch.nn.GRU (reset after the recurrent product; Keras calls it reset_after=True).
     """
 

@@ -112,8 +112,9 @@ def backward(
 ) -> tuple[Fused, jax.Array, Carry]:
     """The cotangents of the weights, the inputs and the initial carry.
 
+    fused, x, mask and carry are as given to `forward`, y and kept as it returned them.
+
     Args:
-      fused, x, mask, carry: as given to `forward`; y, kept: as it returned them.
       dy: [S, P], anything in slack.
       dcarry: of the final carry.
     """

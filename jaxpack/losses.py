@@ -35,27 +35,38 @@ Score = Callable[[jax.Array, jax.Array], jax.Array]
 class Mean:
     """A mean as a sum beside a sum of weights, so that means of parts add up to the mean of the whole.
 
-    Mean(6.0, 3) + Mean(4.0, 1) = Mean(10.0, 4), whose value is 2.5; the mean of their means would be 3
+    A pytree, so it passes through jit, scan and grad.
 
-    A pytree. For the gradient of one batch, or of one spread over devices by jax.shard_map, differentiate the value:
+    Examples:
+      >>> mean = Mean(6.0, 3) + Mean(4.0, 1)
+      >>> mean
+      Mean(total=10.0, weight=4)
+      >>> float(mean.value)  # the mean of their means would be 3
+      2.5
 
-        loss, gradient = jax.value_and_grad(lambda params: mean_loss(params, batch).value)(params)
-        loss, gradient = jax.value_and_grad(lambda params: mean_loss(params, shard).psum("data").value)(params)
+      For the gradient of one batch differentiate the value; of one spread over devices by jax.shard_map, that of
+      `mean_loss(params, shard).psum("data")`:
 
-    Over micro-batches no value is known before the last, so differentiate totals, which add up, and divide once:
+      >>> def mean_loss(params, batch):
+      ...     return Mean(jnp.sum(params * batch), batch.size)
+      >>> params, batches = 1.0, (jnp.array([1.0, 3.0]), jnp.array([4.0, 8.0]))
+      >>> loss, gradient = jax.value_and_grad(lambda params: mean_loss(params, batches[0]).value)(params)
+      >>> float(gradient)
+      2.0
 
-        def total(params, batch):
-            mean = mean_loss(params, batch)
-            return mean.total, mean
+      Over micro-batches no value is known before the last, so differentiate totals, which add up, and divide once:
 
-        def micro_step(batch):
-            gradient, mean = jax.grad(total, has_aux=True)(params, batch)
-            return Mean(gradient, mean.weight)
+      >>> def total(params, batch):
+      ...     mean = mean_loss(params, batch)
+      ...     return mean.total, mean
+      >>> def micro_step(batch):
+      ...     gradient, mean = jax.grad(total, has_aux=True)(params, batch)
+      ...     return Mean(gradient, mean.weight)
+      >>> float(sum(map(micro_step, batches)).value)
+      4.0
 
-        gradient = sum(map(micro_step, batches)).value
-
-    So too where gradients are summed over devices by hand, in jax.pmap or jax.shard_map(..., check_vma=False):
-    `micro_step(shard).psum("data").value`.
+      So too where gradients are summed over devices by hand, in jax.pmap or jax.shard_map(..., check_vma=False):
+      `micro_step(shard).psum("data").value`.
 
     Attributes:
       total: a sum; a number, or a pytree of arrays, such as the gradient of one.
@@ -92,7 +103,12 @@ class Mean:
 def token_cross_entropy(logits: PackedSequence, labels: PackedSequence, weights: ArrayLike | None = None) -> Mean:
     """Σ w_b · -log softmax(logits)[label] over all tokens, beside Σ w_b.
 
-    Logits of 0 over C classes for the labels [[1 2 3], [4]] give Mean(4 log C, 4).
+    Examples:
+      >>> labels = jaxpack.pack_sequence([[1, 2, 3], [4]])
+      >>> logits = labels.replace(data=jnp.zeros((4, 5)))  # of 4 tokens for 5 classes, all as likely
+      >>> mean = jax.jit(token_cross_entropy)(logits, labels)
+      >>> int(mean.weight), round(float(mean.value), 3)  # log 5
+      (4, 1.609)
 
     Args:
       logits: floating data [S, C].
@@ -111,6 +127,12 @@ def token_cross_entropy(logits: PackedSequence, labels: PackedSequence, weights:
 
 def sequence_cross_entropy(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> Mean:
     """Σ w_b · -log softmax(logits)[label] over sequences, beside Σ w_b.
+
+    Examples:
+      >>> logits, labels, weights = jnp.zeros((2, 5)), jnp.array([1, 4]), jnp.array([1, 0])
+      >>> mean = jax.jit(sequence_cross_entropy)(logits, labels, weights)
+      >>> int(mean.weight), round(float(mean.value), 3)  # log 5
+      (1, 1.609)
 
     Args:
       logits: [B, C], floating, such as a Dense of jaxpack.last(output).
@@ -139,9 +161,18 @@ def ctc(
 
     An alignment needs a frame for each label, and one for a blank between equal neighbours (`ctc_min_frames`). Where
     there are fewer, p is 0 and the loss inf, as PyTorch's, but with a gradient of 0, so that the others still learn.
-    Leave such sequences out by weight, or give more frames per step:
+    Leave such sequences out by weight, or give more frames per step.
 
-        weights = weights * (logits.lengths * frames_per_step >= ctc_min_frames(labels, label_lengths))
+    Examples:
+      >>> logits = jaxpack.pack_sequence([np.zeros((2, 3), np.float32)])  # 2 frames, 3 classes: 9 paths
+      >>> labels, label_lengths = jnp.array([[1]]), jnp.array([1])  # read off blank 1, 1 blank, and 1 1
+      >>> mean = jax.jit(ctc)(logits, labels, label_lengths)
+      >>> round(float(mean.value), 3)  # -log(3 / 9)
+      1.099
+      >>> labels, label_lengths = jnp.array([[1, 1]]), jnp.array([2])  # take 3 frames
+      >>> weights = logits.lengths >= ctc_min_frames(labels, label_lengths)  # lengths times frames_per_step
+      >>> weights.tolist()
+      [False]
 
     Args:
       logits: finite floating data [S, K * C], for K frames a step. A sequence of length 0 counts for nothing.
@@ -175,7 +206,9 @@ def ctc(
 def ctc_min_frames(labels: ArrayLike, label_lengths: ArrayLike) -> jax.Array:
     """How many frames an alignment with these labels takes at least: one a label, one between equal neighbours.
 
-    ctc_min_frames([[1, 2, 2], [3, 0, 0]], [3, 1]) = [4, 1]
+    Examples:
+      >>> ctc_min_frames([[1, 2, 2], [3, 0, 0]], [3, 1]).tolist()
+      [4, 1]
 
     Args:
       labels: [B, N]; past its length a row may hold anything.

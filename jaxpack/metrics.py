@@ -21,7 +21,12 @@ __all__ = ["accuracy", "best_error_rate", "ctc_greedy_decode", "edit_distance", 
 
 
 def perplexity(mean: Mean) -> jax.Array:
-    """exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C."""
+    """exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C.
+
+    Examples:
+      >>> round(float(perplexity(Mean(2 * np.log(8), 2))), 3)
+      8.0
+    """
     return jnp.exp(mean.value)
 
 
@@ -30,13 +35,21 @@ def accuracy(
 ) -> Mean:
     """The share of tokens, or of sequences, whose largest logit is the label's; of equal logits the first is taken.
 
+    Examples:
+      >>> labels = jaxpack.pack_sequence([[1, 2, 3], [4]])
+      >>> logits = labels.replace(data=np.eye(5)[[1, 4, 2, 0]])  # labels.data is [1, 4, 2, 3]
+      >>> mean = jax.jit(accuracy)(logits, labels)
+      >>> float(mean.total), float(mean.weight)
+      (3.0, 4.0)
+
     Args:
       logits: packed data [S, C] for tokens; an array [B, C] for sequences. NaN in what counts makes the result NaN.
       labels: whole numbers in [0, C): packed alike, data [S]; or [B].
       weights: [B], in the caller's order, the weight of a sequence or of each of its tokens. Default: 1.
 
     Raises:
-      As jaxpack.losses.token_cross_entropy and sequence_cross_entropy.
+      TypeError: as jaxpack.losses.token_cross_entropy and sequence_cross_entropy.
+      ValueError: as those.
     """
     over = over_tokens if isinstance(logits, PackedSequence) else over_sequences
     return over(_hits, logits, labels, weights, "accuracy")
@@ -47,7 +60,11 @@ def ctc_greedy_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """The labels of each sequence's best path: the likeliest class of each frame, repeats merged, blanks removed.
 
-    Frames whose likeliest classes are a a _ a b b, where _ is the blank, give a a b.
+    Examples:
+      >>> frames = np.eye(3)[[1, 1, 0, 1, 2, 2]]  # a a _ a b b, where _ is the blank
+      >>> labels, lengths = jax.jit(ctc_greedy_decode)(jaxpack.pack_sequence([frames]))
+      >>> labels.tolist(), lengths.tolist()
+      ([[1, 1, 2, 0, 0, 0]], [3])
 
     Args:
       logits: floating data [S, K * C], for K frames a step, as for jaxpack.losses.ctc.
@@ -77,7 +94,9 @@ def ctc_greedy_decode(
 def edit_distance(hypothesis: Sequence[Any] | ArrayLike, reference: Sequence[Any] | ArrayLike) -> int:
     """The fewest insertions, deletions and substitutions that turn one sequence into the other.
 
-    edit_distance("kitten", "sitting") = 3
+    Examples:
+      >>> edit_distance("kitten", "sitting")
+      3
 
     Args:
       hypothesis: a string, or a list or vector of integers or tokens.
@@ -95,7 +114,9 @@ def edit_distance(hypothesis: Sequence[Any] | ArrayLike, reference: Sequence[Any
 def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
     """Edits over all sequences, beside the tokens of all references: a rate per token (phoneme, character, word).
 
-    error_rate(["ab", "c"], ["abc", "c"]) = Mean(1, 4)
+    Examples:
+      >>> error_rate(["ab", "c"], ["abc", "c"])
+      Mean(total=1, weight=4)
 
     Args:
       hypotheses: sequences as `edit_distance` takes them.
@@ -112,7 +133,9 @@ def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
 def best_error_rate(hypotheses: Sequence[Any], references: Sequence[Sequence[Any]]) -> Mean:
     """As `error_rate`, where each hypothesis is held against the closest of several references.
 
-    best_error_rate(["aab"], [["ab", "aabb"]]) = Mean(1, 4)
+    Examples:
+      >>> best_error_rate(["aab"], [["ab", "aabb"]])
+      Mean(total=1, weight=4)
 
     Args:
       hypotheses: sequences as `edit_distance` takes them.
@@ -120,7 +143,9 @@ def best_error_rate(hypotheses: Sequence[Any], references: Sequence[Sequence[Any
         edits counts, of several such the longest.
 
     Raises:
-      As `error_rate`; and ValueError if a hypothesis has no reference.
+      ImportError: if rapidfuzz is not installed.
+      ValueError: if there are not as many references as hypotheses, or a hypothesis has none.
+      TypeError: if one is a bare string.
     """
     _check_list("hypotheses", hypotheses)
     if len(hypotheses) != len(_check_list("references", references)):

@@ -49,7 +49,10 @@ def pack_padded_sequence(
 ) -> PackedSequence:
     """Packs a padded batch.
 
-    pack_padded_sequence([[1, 2, 3], [3, 4, 0]], [3, 2], batch_first=True).data = [1, 3, 2, 4, 3]
+    Examples:
+      >>> packed = jaxpack.pack_padded_sequence([[1, 2, 3], [3, 4, 0]], [3, 2], batch_first=True)
+      >>> packed.data.tolist()
+      [1, 3, 2, 4, 3]
 
     Args:
       input: [T, B, *F] or, if batch_first, [B, T, *F]; or a pytree of such arrays. What lies past a length, NaN
@@ -86,6 +89,11 @@ def pad_packed_sequence(
 ) -> tuple[PyTree, jax.Array]:
     """Pads a packed batch: the inverse of `pack_padded_sequence`.
 
+    Examples:
+      >>> padded, lengths = jaxpack.pad_packed_sequence(jaxpack.pack_sequence([[1, 2, 3], [4]]), batch_first=True)
+      >>> padded.tolist(), lengths.tolist()
+      ([[1, 2, 3], [4, 0, 0]], [3, 1])
+
     Args:
       sequence: data [S, *F].
       batch_first: whether the batch axis comes before time in the result.
@@ -121,7 +129,9 @@ def pack_sequence(
 ) -> PackedSequence:
     """Packs a list of sequences [L_i, *F] of different lengths (or pytrees of such arrays).
 
-    pack_sequence([[1, 2, 3], [4]]).data = [1, 4, 2, 3]
+    Examples:
+      >>> jaxpack.pack_sequence([[1, 2, 3], [4]]).data.tolist()
+      [1, 4, 2, 3]
 
     Raises and differs as `pack_padded_sequence`.
     Source: torch.nn.utils.rnn.pack_sequence, whose enforce_sorted defaults to True.
@@ -134,6 +144,11 @@ def pack_sequence(
 
 def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
     """The list of sequences [L_i, *F], in the caller's order: the inverse of `pack_sequence`.
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([[1, 2, 3], [4]])
+      >>> [sequence.tolist() for sequence in jaxpack.unpack_sequence(packed)]
+      [[1, 2, 3], [4]]
 
     Raises:
       TypeError: if given no PackedSequence, or if lengths are traced: they are the result's shapes.
@@ -155,7 +170,9 @@ def pad_sequence(
 ) -> PyTree:
     """Pads a list of sequences [L_i, *F] to the longest.
 
-    pad_sequence([[1, 2], [3]], batch_first=True) = [[1, 2], [3, 0]]
+    Examples:
+      >>> jaxpack.pad_sequence([[1, 2], [3]], batch_first=True).tolist()
+      [[1, 2], [3, 0]]
 
     Args:
       sequences: arrays (or pytrees of arrays) that agree in all but their first axis.
@@ -180,7 +197,9 @@ def unpad_sequence(
 ) -> list[PyTree]:
     """The list of sequences [L_i, *F] in a padded batch: the inverse of `pad_sequence`.
 
-    unpad_sequence([[1, 2], [3, 0]], [2, 1], batch_first=True) = [[1, 2], [3]]
+    Examples:
+      >>> [sequence.tolist() for sequence in jaxpack.unpad_sequence([[1, 2], [3, 0]], [2, 1], batch_first=True)]
+      [[1, 2], [3]]
 
     Raises:
       ValueError: if shapes disagree or a length is negative or above T.
@@ -198,7 +217,10 @@ def unpad_sequence(
 def reverse_sequences(packed: PackedSequence) -> PackedSequence:
     """Reverses each sequence's valid span in place; slack stays where it is. Applied twice it is the identity.
 
-    Of the sequences abc and de it makes cba and ed.
+    Examples:
+      >>> reverse = jaxpack.reverse_sequences(jaxpack.pack_sequence([[1, 2, 3], [4]]))
+      >>> [sequence.tolist() for sequence in jaxpack.unpack_sequence(reverse)]
+      [[3, 2, 1], [4]]
 
     Raises:
       TypeError: if given a padded array (pass it through pack_padded_sequence first).

@@ -38,7 +38,8 @@ def text_picture(plan: BucketPlan, filled: np.ndarray, columns: int, lines: int)
     Args:
       plan: what to draw.
       filled: [B] the steps of each slot that are real, or a negative number where its sequence does not fit.
-      columns, lines: the largest picture in characters; a larger plan is sampled.
+      columns: the widest picture in characters; a longer plan is sampled.
+      lines: the highest; a plan of more rows is sampled.
     """
     marks = _CHARACTERS[_sampled(plan, filled, columns, lines)]
     return "\n".join("".join(line).rstrip() for line in marks)
@@ -75,7 +76,8 @@ def html_counts(texts: Mapping[str, str], real: int, cells: int) -> str:
 
     Args:
       texts: under each column's title, in plain text, what stands in it.
-      real, cells: how many of how many.
+      real: how many cells are.
+      cells: how many there are.
     """
     style = "padding:2px 8px;text-align:right"
     titles, values = (

@@ -62,10 +62,11 @@ class BucketPlan:
 
     Bucket k spans steps [boundaries[k-1], boundaries[k]) for rows [0, rows[k]).
 
-    >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).size  # 2 * 3 + 2 * 1
-    8
-    >>> BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2))).room.tolist()
-    [4, 2, 2]
+    Examples:
+      >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).size  # 2 * 3 + 2 * 1
+      8
+      >>> BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2))).room.tolist()
+      [4, 2, 2]
 
     Args:
       boundaries: the end step of each bucket, strictly increasing.
@@ -222,9 +223,10 @@ class BucketPlan:
     def fits(self, lengths: npt.ArrayLike) -> bool:
         """Whether a batch of these lengths, in any order, fits: the i-th longest into the i-th largest room.
 
-        >>> plan = BucketPlan(boundaries=(2, 4), rows=(3, 1))  # rooms 4, 2, 2
-        >>> plan.fits([2, 4, 1]), plan.fits([3, 3, 1])
-        (True, False)
+        Examples:
+          >>> plan = BucketPlan(boundaries=(2, 4), rows=(3, 1))  # rooms 4, 2, 2
+          >>> plan.fits([2, 4, 1]), plan.fits([3, 3, 1])
+          (True, False)
 
         Args:
           lengths: [N] concrete whole numbers; a vector shorter than num_sequences counts as followed by zeros.
@@ -252,8 +254,9 @@ class BucketPlan:
     def filled(self, lengths: npt.ArrayLike) -> np.ndarray:
         """Steps of each slot that these lengths fill, [B]; raises ValueError if they do not fit.
 
-        >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).filled([1, 3]).tolist()
-        [3, 1, 0]
+        Examples:
+          >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).filled([1, 3]).tolist()
+          [3, 1, 0]
         """
         self.check(lengths)
         longest_first = -np.sort(-concrete_lengths(lengths))
@@ -262,8 +265,9 @@ class BucketPlan:
     def slack(self, lengths: npt.ArrayLike) -> int:
         """Cells of the plan that these lengths leave empty; raises ValueError if they do not fit.
 
-        >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).slack([2, 4, 1])
-        1
+        Examples:
+          >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).slack([2, 4, 1])
+          1
         """
         self.check(lengths)
         return self.size - int(concrete_lengths(lengths).sum())
@@ -271,22 +275,25 @@ class BucketPlan:
     def efficiency(self, lengths: npt.ArrayLike) -> float:
         """The share of the plan's cells that these lengths fill, in [0, 1]; raises ValueError if they do not fit.
 
-        >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).efficiency([2, 4, 1])
-        0.875
+        Examples:
+          >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).efficiency([2, 4, 1])
+          0.875
         """
         return 1 - self.slack(lengths) / self.size
 
     def picture(self, lengths: npt.ArrayLike | None = None, *, columns: int = 64, lines: int = 16) -> str:
         """The plan in text: time runs right, rows run down, longest first; slots that share a row alternate in shade.
 
-        >>> print(BucketPlan(boundaries=(2, 4), rows=(3, 1)).picture([1, 3, 2]))
-        ███░
-        ██
-        █░
+        Examples:
+          >>> print(BucketPlan(boundaries=(2, 4), rows=(3, 1)).picture([1, 3, 2]))
+          ███░
+          ██
+          █░
 
         Args:
           lengths: [N], if given real cells are drawn full and slack is drawn light; ValueError if they do not fit.
-          columns, lines: the largest picture in characters; a larger plan is sampled.
+          columns: the widest picture in characters; a longer plan is sampled.
+          lines: the highest; a plan of more rows is sampled.
         """
         filled = self.room if lengths is None else self.filled(lengths)
         return text_picture(self, filled, columns, lines)

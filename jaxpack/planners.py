@@ -23,13 +23,16 @@ _CLOSE = 0.99  # until no width could save more than 1 %
 def plan_exact(lengths: npt.ArrayLike) -> BucketPlan:
     """The tightest plan: PyTorch's packed layout, no slack, one bucket per distinct length.
 
-    plan_exact([4, 2, 1]) = BucketPlan(boundaries=(1, 2, 4), rows=(3, 2, 1))
+    Examples:
+      >>> jaxpack.plan_exact([4, 2, 1])
+      BucketPlan(boundaries=(1, 2, 4), rows=(3, 2, 1))
 
     Args:
       lengths: [B] whole numbers >= 0, concrete.
 
     Raises:
-      TypeError: if lengths are traced or no numbers. ValueError: if they are empty, negative or not whole.
+      TypeError: if lengths are traced or no numbers.
+      ValueError: if they are empty, negative or not whole.
     """
     boundaries, rows = _stairs(lengths)
     return BucketPlan(tuple(boundaries.tolist()), tuple(rows.tolist()))
@@ -38,10 +41,13 @@ def plan_exact(lengths: npt.ArrayLike) -> BucketPlan:
 def plan_padded(batch_size: int, max_length: int) -> BucketPlan:
     """The loosest plan: one bucket, the padded batch.
 
-    plan_padded(3, 4) = BucketPlan(boundaries=(4,), rows=(3,))
+    Examples:
+      >>> jaxpack.plan_padded(3, 4)
+      BucketPlan(boundaries=(4,), rows=(3,))
 
     Raises:
-      TypeError: if an argument is no int. ValueError: if an argument is below 1.
+      TypeError: if an argument is no int.
+      ValueError: if an argument is below 1.
     """
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if as_int(name, value) < 1:
@@ -58,8 +64,6 @@ def plan_buckets(
 ) -> BucketPlan:
     """The staircase of fewest cells with at most `num_buckets` buckets, or with as many as pay for themselves.
 
-    plan_buckets([4, 2, 1], 2) = BucketPlan(boundaries=(2, 4), rows=(3, 1))
-
     An exact dynamic programme over the distinct lengths. With e_0 = 0 < e_1 < ... the places where a row may end and
     n_i the rows alive after e_i, the least number of cells before e_j in k buckets is
 
@@ -67,6 +71,10 @@ def plan_buckets(
 
     The cost (e_j - e_i) n_i is a Monge array, so the best i grows with j: each f_k takes U log U operations for U
     distinct lengths, all of a level at once in NumPy; and f_k is convex in k, so the search over k may stop early.
+
+    Examples:
+      >>> jaxpack.plan_buckets([4, 2, 1], 2)
+      BucketPlan(boundaries=(2, 4), rows=(3, 1))
 
     Args:
       lengths: [B] whole numbers >= 0, concrete.
@@ -103,10 +111,12 @@ def plan_rows(
 ) -> BucketPlan:
     """A rectangle whose rows hold several sequences each, end to end: one loop, and hardly any slack.
 
-    plan_rows([4, 2, 1], 2) = BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))
-
     Sequences are packed best fit first: the longest first, each into the fullest row that has room for it. What is left
     of a row is room for its last, shortest sequence.
+
+    Examples:
+      >>> jaxpack.plan_rows([4, 2, 1], 2)
+      BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))
 
     Args:
       lengths: [B] whole numbers >= 0, concrete.
@@ -135,14 +145,17 @@ def plan_rows(
 def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) -> BucketPlan:
     """The cheaper of `plan_buckets(lengths)` and `plan_rows(lengths)`: for whoever would rather not choose.
 
-    plan_best([5, 5, 5]) = plan_padded(3, 5)
+    Examples:
+      >>> jaxpack.plan_best([5, 5, 5])  # nothing to pack
+      BucketPlan(boundaries=(5,), rows=(3,))
 
     Args:
       lengths: [B] whole numbers >= 0, concrete.
       cost_model: what costs how much. Default: CostModel().
 
     Raises:
-      TypeError: if lengths are traced or no numbers. ValueError: if they are empty, negative or not whole.
+      TypeError: if lengths are traced or no numbers.
+      ValueError: if they are empty, negative or not whole.
     """
     cost_model = cost_model or CostModel()
     plans = [planner(lengths, cost_model=cost_model) for planner in (plan_buckets, plan_rows)]

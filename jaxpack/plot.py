@@ -35,9 +35,10 @@ _PASSES = {"forward": "Forward", "training": "Forward and backward"}
 def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
     """The rows of a plan: time runs right, sequences run down, longest first; lines mark where slots start in a row.
 
-    >>> figure = plot_plan(jaxpack.plan_padded(2, 3), [3, 1])
-    >>> figure.axes[0].get_title()
-    '1 bucket, 6 cells, 67% of them real'
+    Examples:
+      >>> figure = plot_plan(jaxpack.plan_padded(2, 3), [3, 1])
+      >>> figure.axes[0].get_title()
+      '1 bucket, 6 cells, 67% of them real'
 
     Args:
       plan: what to draw.
@@ -48,7 +49,8 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
 
     Raises:
       ModuleNotFoundError: if matplotlib is not installed.
-      ValueError, TypeError: if the lengths do not fit the plan, or are none.
+      TypeError: if the lengths are no lengths.
+      ValueError: if they do not fit the plan.
     """
     cells = f"{plan.size:,} cells"
     if lengths is None:
@@ -82,9 +84,10 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
 def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
     """A corpus beside the plan that its batches fill: how long sequences are, and how far they fill the slots.
 
-    >>> figure = plot_corpus([1, 2, 3, 4], jaxpack.plan_padded(2, 4))
-    >>> [axes.get_title() for axes in figure.axes]
-    ['4 sequences of 1 to 4 steps', '62.5% of cells real, 83.3% at best']
+    Examples:
+      >>> figure = plot_corpus([1, 2, 3, 4], jaxpack.plan_padded(2, 4))
+      >>> [axes.get_title() for axes in figure.axes]
+      ['4 sequences of 1 to 4 steps', '62.5% of cells real, 83.3% at best']
 
     Args:
       lengths: [N] whole numbers >= 0: the corpus's.
@@ -163,8 +166,9 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
 def formats() -> tuple[str, ...]:
     """The formats, as file names end in them, that a figure can be saved in.
 
-    >>> "png" in formats() and "svg" in formats()
-    True
+    Examples:
+      >>> "png" in formats() and "svg" in formats()
+      True
 
     Raises:
       ModuleNotFoundError: if matplotlib is not installed.

@@ -62,8 +62,9 @@ def recur(
     """Runs one cell per direction over a plan.
 
     Args:
-      params, inputs, carries: per direction its parameters, its inputs [S, F] (anything in slack) and its initial
-        carry, leaves [B, ...] per slot.
+      params: of each direction.
+      inputs: of each direction, [S, F], anything in slack.
+      carries: the initial one of each direction, leaves [B, ...] per slot.
       mask: bool [S], True at real cells.
       spans: int32 [B], the real steps of each slot, to run without a plan over the cells of a padded one; or None.
       forward_mode: whether to run the plain scan, which can be differentiated in forward mode too.

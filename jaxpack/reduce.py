@@ -32,7 +32,9 @@ from jaxpack.sequence import (
 def first(packed: PackedSequence) -> PyTree:
     """The value at each sequence's first step.
 
-    first([[a b c], [d]]) = [a, d]
+    Examples:
+      >>> jaxpack.first(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
+      [1, 4]
 
     Args:
       packed: data [S, *F].
@@ -50,7 +52,9 @@ def first(packed: PackedSequence) -> PyTree:
 def last(packed: PackedSequence) -> PyTree:
     """The value at each sequence's own last step.
 
-    last([[a b c], [d]]) = [c, d]
+    Examples:
+      >>> jaxpack.last(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
+      [3, 4]
 
     Args:
       packed: data [S, *F].
@@ -68,7 +72,9 @@ def last(packed: PackedSequence) -> PyTree:
 def segment_sum(packed: PackedSequence) -> PyTree:
     """The sum over each sequence's steps.
 
-    segment_sum([[1 2 3], [4]]) = [6, 4]
+    Examples:
+      >>> jaxpack.segment_sum(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
+      [6, 4]
 
     Args:
       packed: data [S, *F].
@@ -85,7 +91,12 @@ def segment_sum(packed: PackedSequence) -> PyTree:
 
 
 def segment_mean(packed: PackedSequence) -> PyTree:
-    """The mean over each sequence's own steps; 0 for a sequence of length 0. As `segment_sum`; integers give floats."""
+    """The mean over each sequence's own steps; 0 for a sequence of length 0. As `segment_sum`; integers give floats.
+
+    Examples:
+      >>> jaxpack.segment_mean(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
+      [2.0, 4.0]
+    """
     packed = check_packed(packed, "segment_mean")
     counts = jnp.maximum(slot_lengths(packed), 1)
 
@@ -101,13 +112,23 @@ def segment_max(packed: PackedSequence) -> PyTree:
     """The maximum over each sequence's steps; -inf (the least integer) for a sequence of length 0. As `segment_sum`.
 
     Steps that share a maximum share its gradient, as in jnp.max.
+
+    Examples:
+      >>> jaxpack.segment_max(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
+      [3, 4]
     """
     packed = check_packed(packed, "segment_max")
     return seal_states(packed, jax.tree.map(lambda leaf: _max(packed, leaf), packed.data))
 
 
 def segment_logsumexp(packed: PackedSequence) -> PyTree:
-    """log(sum(exp)) over each sequence's steps, without overflow; -inf for a sequence of length 0. As `segment_sum`."""
+    """log(sum(exp)) over each sequence's steps, without overflow; -inf for a sequence of length 0. As `segment_sum`.
+
+    Examples:
+      >>> result = jaxpack.segment_logsumexp(jaxpack.pack_sequence([[0, 0, -1000], [1000]]))
+      >>> [round(each, 3) for each in result.tolist()]  # log 2, and 1000
+      [0.693, 1000.0]
+    """
     packed = check_packed(packed, "segment_logsumexp")
 
     def logsumexp(leaf: jax.Array) -> jax.Array:
@@ -123,7 +144,10 @@ def segment_logsumexp(packed: PackedSequence) -> PyTree:
 def softmax(packed: PackedSequence) -> PackedSequence:
     """Softmax over each sequence's own steps, feature by feature: attention weights from scores.
 
-    softmax([[0 0], [7]]) = [[.5 .5], [1]]
+    Examples:
+      >>> weights = jaxpack.softmax(jaxpack.pack_sequence([[0, 0, -1000], [7]]))
+      >>> [each.tolist() for each in jaxpack.unpack_sequence(weights)]
+      [[0.5, 0.5, 0.0], [1.0]]
 
     Args:
       packed: floating data [S, *F].
@@ -144,6 +168,12 @@ def softmax(packed: PackedSequence) -> PackedSequence:
 
 def concatenate(packed: Sequence[PackedSequence]) -> PackedSequence:
     """Joins the features of packed batches of the same sequences: arrays [S, ..., F_i] to [S, ..., sum F_i].
+
+    Examples:
+      >>> letters = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> both = jaxpack.concatenate([letters, letters.map(lambda x: 10 * x)])
+      >>> both.data[0].tolist()
+      [1.0, 1.0, 10.0, 10.0]
 
     Raises:
       TypeError: if an entry is no PackedSequence.

@@ -39,9 +39,13 @@ Scan = Callable[[Body, PyTree, PyTree], tuple[PyTree, PyTree]]
 def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PackedSequence]:
     """Runs any recurrence over each sequence's own steps.
 
-    A running sum, with one program for every batch that fits the plan:
+    Examples:
+      A running sum, with one program for every batch that fits the plan:
 
-        total, sums = packed_scan(lambda s, x: (s + x, s + x), jnp.zeros(B), packed)
+      >>> packed = jaxpack.pack_sequence([[1, 2, 3], [4]])
+      >>> total, sums = jaxpack.packed_scan(lambda s, x: (s + x, s + x), jnp.zeros(2, int), packed)
+      >>> total.tolist(), [each.tolist() for each in jaxpack.unpack_sequence(sums)]
+      ([6, 4], [[1, 3, 6], [4]])
 
     Args:
       step: step(carry, x) -> (carry, y) for all rows alive at once: in bucket k, x is the data at one step,

@@ -38,11 +38,12 @@ PyTree = Any
 class PackedSequence:
     """A batch of B sequences under a static plan. Made by `pack_padded_sequence` or `pack_sequence`.
 
-    >>> packed = jaxpack.pack_sequence([jnp.array([1.0]), jnp.array([2.0, 3.0])])
-    >>> packed
-    PackedSequence(data=float32[3], lengths=int32[2], plan=BucketPlan(boundaries=(1, 2), rows=(2, 1)))
-    >>> packed.data.tolist()  # step by step, the longest first
-    [2.0, 1.0, 3.0]
+    Examples:
+      >>> packed = jaxpack.pack_sequence([jnp.array([1.0]), jnp.array([2.0, 3.0])])
+      >>> packed
+      PackedSequence(data=float32[3], lengths=int32[2], plan=BucketPlan(boundaries=(1, 2), rows=(2, 1)))
+      >>> packed.data.tolist()  # step by step, the longest first
+      [2.0, 1.0, 3.0]
 
     A pytree whose plan is static: one plan is one compiled program, whatever the lengths. Nothing is validated here,
     since JAX puts tracers and placeholders into pytrees; the functions that take one check it. Differentiate with
@@ -82,8 +83,9 @@ class PackedSequence:
     def mask(self) -> jax.Array:
         """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real.
 
-        >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).mask.tolist()
-        [True, True, True, False]
+        Examples:
+          >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).mask.tolist()
+          [True, True, True, False]
         """
         return jnp.asarray(slot_spans(self)[self.plan.cell_slots] > self.plan.cell_steps)
 
@@ -95,18 +97,20 @@ class PackedSequence:
     def replace(self, **changes: Any) -> PackedSequence:
         """A copy with other fields, which are taken as they are; for functions of each step see `map`.
 
-        >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
-        >>> packed.replace(data=2 * packed.data).data.tolist()
-        [2.0, 2.0, 2.0]
+        Examples:
+          >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
+          >>> packed.replace(data=2 * packed.data).data.tolist()
+          [2.0, 2.0, 2.0]
         """
         return dataclasses.replace(self, **changes)
 
     def map(self, fn: Callable[[PyTree], PyTree]) -> PackedSequence:
         """Applies a token-wise function to the data: `packed.map(embedding)`, `packed.map(jax.nn.relu)`.
 
-        >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2))
-        >>> packed.map(lambda x: 2 * x).data.tolist()  # 0 in slack
-        [2.0, 2.0, 2.0, 0.0]
+        Examples:
+          >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2))
+          >>> packed.map(lambda x: 2 * x).data.tolist()  # 0 in slack
+          [2.0, 2.0, 2.0, 0.0]
 
         `fn` is called once, on all cells: data [S, *F] to [S, *G], or a pytree of such arrays. In slack it is given
         real cells, so that neither its values nor its gradients meet anything that is not data; what it makes of them
@@ -128,8 +132,9 @@ class PackedSequence:
     def astype(self, dtype: Any) -> PackedSequence:
         """A copy whose data has another dtype.
 
-        >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)]).astype(jnp.bfloat16)
-        PackedSequence(data=bfloat16[3], lengths=int32[2], plan=BucketPlan(boundaries=(1, 2), rows=(2, 1)))
+        Examples:
+          >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)]).astype(jnp.bfloat16)
+          PackedSequence(data=bfloat16[3], lengths=int32[2], plan=BucketPlan(boundaries=(1, 2), rows=(2, 1)))
         """
         packed = check_packed(self, "astype")
         return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: leaf.astype(dtype), packed.data)))
@@ -139,12 +144,14 @@ class PackedSequence:
 
         Where the lengths have no values, as under jit, it is the plan alone.
 
-        >>> print(jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).picture())
-        ██
-        █░
+        Examples:
+          >>> print(jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).picture())
+          ██
+          █░
 
         Args:
-          columns, lines: the largest picture in characters; a larger plan is sampled.
+          columns: the widest picture in characters; a longer plan is sampled.
+          lines: the highest; a plan of more rows is sampled.
         """
         filled = filled_slots(self.plan, self.lengths)
         return text_picture(self.plan, self.plan.room if filled is None else filled, columns, lines)
@@ -169,9 +176,10 @@ def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     jax.export.export(jax.jit(jaxpack.unchecked(serve)))(packed).serialize()
 
-    >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
-    >>> jax.jit(unchecked(jaxpack.segment_sum))(packed).tolist()
-    [1.0, 2.0]
+    Examples:
+      >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
+      >>> jax.jit(unchecked(jaxpack.segment_sum))(packed).tolist()
+      [1.0, 2.0]
 
     Under plain jit those checks do nothing, but their trace keeps an export from being written to a file. Sequences
     that do not fit are NaN as ever.

@@ -1,6 +1,6 @@
 """Layer parameters from and to PyTorch's state dicts: names joined, weights transposed, nothing rounded.
 
-params["l0_reverse"]["weight_ih"] [in, gates*H] is PyTorch's weight_ih_l0_reverse [gates*H, in].
+`params["l0_reverse"]["weight_ih"]` [in, gates*H] is PyTorch's `weight_ih_l0_reverse` [gates*H, in].
 """
 
 from __future__ import annotations

@@ -70,6 +70,12 @@ class GRUCell(Cell):
 def gru_cell(params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One step of a gated recurrent unit, for step-by-step decoding.
 
+    Examples:
+      >>> params = {"weight_ih": jnp.zeros((1, 6)), "weight_hh": jnp.zeros((2, 6))}  # z is 1/2, n is 0
+      >>> carry, output = jax.jit(jaxpack.gru_cell)(params, jnp.array([8.0, 4.0]), jnp.array([1.0]))
+      >>> output.tolist()
+      [4.0, 2.0]
+
     Args:
       params: of one layer and direction, such as `gru.init(key)["l0"]`.
       carry: h [..., H].

@@ -109,6 +109,13 @@ def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState
 
     `functools.partial(lstm_cell, params)` is a step for packed_scan and for lax.scan.
 
+    Examples:
+      >>> params = {"weight_ih": jnp.zeros((1, 8)), "weight_hh": jnp.zeros((2, 8))}  # f is 1/2, g is 0
+      >>> carry = jnp.zeros(2), jnp.array([8.0, 4.0])
+      >>> (h, c), output = jax.jit(jaxpack.lstm_cell)(params, carry, jnp.array([1.0]))
+      >>> c.tolist()
+      [4.0, 2.0]
+
     Args:
       params: of one layer and direction, such as `lstm.init(key)["l0"]`.
       carry: (h [..., H], c [..., H]); with a projection h is [..., P].

@@ -71,6 +71,12 @@ def check_nonlinearity(nonlinearity: object) -> None:
 def rnn_cell(params: Params, carry: jax.Array, x: jax.Array, nonlinearity: str = "tanh") -> tuple[jax.Array, jax.Array]:
     """One step of a simple recurrent cell, for step-by-step decoding.
 
+    Examples:
+      >>> params = {"weight_ih": jnp.eye(2), "weight_hh": jnp.eye(2)}  # relu(x + h)
+      >>> carry, output = jaxpack.rnn_cell(params, jnp.array([1.0, 2.0]), jnp.array([3.0, -7.0]), "relu")
+      >>> output.tolist()
+      [4.0, 0.0]
+
     Args:
       params: of one layer and direction, such as `layer.init(key)["l0"]`.
       carry: h [..., H].

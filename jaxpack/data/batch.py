@@ -20,6 +20,12 @@ from jaxpack.sequence import PyTree
 class Batch:
     """A batch of examples under a plan: a pytree, to be handed to a jitted step as it is.
 
+    Examples:
+      >>> from jaxpack.data import SlotFilling
+      >>> (batch,) = SlotFilling([[1, 2, 3], [4]], jaxpack.plan_padded(3, 3), seed=None)  # 2 examples for 3 rows
+      >>> batch.inputs.lengths.tolist(), batch.indices.tolist(), batch.weights.tolist()
+      ([3, 1, 0], [0, 1, -1], [1.0, 1.0, 0.0])
+
     Attributes:
       inputs: the example's pytree, with a PackedSequence in place of each leaf that varies in time, and an array
         [B, ...] in place of each that does not. Where an example is a bare array, a bare PackedSequence.

@@ -48,6 +48,14 @@ class Batcher(abc.ABC):
 
     Subclasses decide what goes together, in `_rounds`.
 
+    Examples:
+      >>> from jaxpack.data import SlotFilling
+      >>> batches = SlotFilling([[1, 2, 3], [4], [5, 6], [7]], batch_size=2, seed=0)
+      >>> for epoch in range(2):
+      ...     print(sorted(int(index) for batch in batches for index in batch.indices))
+      [0, 1, 2, 3]
+      [0, 1, 2, 3]
+
     Args:
       source: examples, each an array [L, *F] or a pytree of arrays. With a length and an index (a list, an array, a
         grain.MapDataset) they are read by number; else the source is iterated over, anew each epoch.
@@ -58,7 +66,8 @@ class Batcher(abc.ABC):
       buffer_size: how many examples of a source without an index are held to draw from at random.
       too_long: what is done about an example that no plan has room for: "error", or by choice "truncate", "drop" or
         "split" (several rows then have its index). Statistics say how many there were.
-      shard_index, shard_count: which of the epoch's shards this is, one a host. All have the same number of batches.
+      shard_index: which of the epoch's shards this is, from 0.
+      shard_count: how many there are, one a host. All have the same number of batches.
 
     Raises:
       ValueError: if the source is empty, examples differ in structure or features, lengths are negative, not whole or
@@ -196,7 +205,17 @@ def in_random_order(rounds: Sequence[Round], rng: np.random.Generator | None) ->
 
 
 class BatchIterator:
-    """An epoch's batches for one shard. Made by iterating over a batcher."""
+    """An epoch's batches for one shard. Made by iterating over a batcher.
+
+    Examples:
+      >>> from jaxpack.data import SlotFilling
+      >>> batches = SlotFilling([[1, 2, 3], [4], [5, 6], [7]], batch_size=2, seed=0)
+      >>> iterator = iter(batches)
+      >>> first = next(iterator)
+      >>> batches.set_state(iterator.get_state())  # to go on with the second
+      >>> sum(1 for batch in batches)
+      1
+    """
 
     def __init__(self, batcher: Batcher, epoch: int, batch: int) -> None:
         self._batcher, self._epoch, self._batch = batcher, epoch, batch

@@ -17,9 +17,11 @@ _CAP = 4  # a batch of short sequences holds at most so many times what the budg
 def tightest_boundaries(lengths: npt.ArrayLike, count: int) -> tuple[int, ...]:
     """At most `count` lengths to pad to, the last the longest, that take the fewest cells.
 
-    tightest_boundaries([2, 2, 3, 9], 2) = (3, 9)
-
     Padding each sequence to the next boundary takes as many cells as the staircase of as many buckets has.
+
+    Examples:
+      >>> tightest_boundaries([2, 2, 3, 9], 2)
+      (3, 9)
     """
     return plan_buckets(lengths, count).boundaries
 
@@ -27,7 +29,9 @@ def tightest_boundaries(lengths: npt.ArrayLike, count: int) -> tuple[int, ...]:
 def padded_plans(boundaries: Sequence[int], batch_size: int | None, max_cells: int | None) -> tuple[BucketPlan, ...]:
     """A padded plan for each boundary, of as many sequences as the budget holds.
 
-    padded_plans([4, 8], 5, 24) = (plan_padded(5, 4), plan_padded(3, 8))
+    Examples:
+      >>> padded_plans([4, 8], 5, 24)
+      (BucketPlan(boundaries=(4,), rows=(5,)), BucketPlan(boundaries=(8,), rows=(3,)))
     """
     most = _most_sequences(boundaries, batch_size, max_cells)
     return tuple(

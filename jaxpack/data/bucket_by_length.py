@@ -23,16 +23,20 @@ _BUFFERED_EXAMPLES = 4096
 class BucketByLength(Batcher):
     """Collects sequences by length, and makes a batch of a bucket when it has enough for one.
 
-    for batch in BucketByLength(sentences, max_cells=4096):
-        state, loss = train_step(state, batch)  # a program a bucket
-
     As tf.data.Dataset.bucket_by_sequence_length, fairseq's max_tokens or lhotse's bucketing: each bucket has a plan,
     and so its own batch size. Where those pad all sequences of a bucket to its boundary, the default plan is made from
     the bucket's own lengths and filled as `SlotFilling` fills one. A source with an index is assigned as a whole, and
     its batches come in random order; another's come as they are full, and at the end those that are left.
 
+    source, seed, time_varying, lengths, too_long, shard_index and shard_count are as in `Batcher`.
+
+    Examples:
+      >>> sentences = [[0] * length for length in (2, 8, 2, 8)]
+      >>> batches = BucketByLength(sentences, num_buckets=2, batch_size=2)
+      >>> sorted(batch.inputs.lengths.tolist() for batch in batches)  # a program a bucket
+      [[2, 2], [8, 8]]
+
     Args:
-      source, seed, time_varying, lengths, too_long, shard_index, shard_count: as in `Batcher`.
       boundaries: the most steps in each bucket, increasing. Default: those that would take the fewest cells if all
         were padded to them.
       num_buckets: how many, where boundaries are not given.

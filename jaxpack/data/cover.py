@@ -39,6 +39,11 @@ _BISECTIONS = 20  # of the quantile that gives a miss probability
 class Coverage:
     """What to expect of a plan for a corpus.
 
+    Examples:
+      >>> expected = coverage([400, 400, 200, 200], jaxpack.BucketPlan(boundaries=(200, 400), rows=(2, 1)))
+      >>> round(expected.miss, 3)  # of the 6 pairs that a random batch may be, the two longest miss
+      0.167
+
     Attributes:
       efficiency: share of the plan's cells that sequences fill over an epoch of `SlotFilling`; 0 if the longest does
         not fit.
@@ -70,9 +75,11 @@ def plan_cover(
 ) -> BucketPlan:
     """One plan for the batches of a corpus.
 
-    plan_cover([4, 4, 2, 2], 2).room = [4, 2]
-
     `coverage(lengths, plan)` says what to expect of it.
+
+    Examples:
+      >>> plan_cover([400, 400, 200, 200], batch_size=2)  # one long and one short a batch
+      BucketPlan(boundaries=(200, 400), rows=(2, 1))
 
     Args:
       lengths: [N] whole numbers >= 0: the corpus's.
@@ -109,9 +116,11 @@ def plan_family(
 ) -> tuple[BucketPlan, ...]:
     """A few plans for batches drawn at random, each to run under the cheapest that it fits; every batch fits the last.
 
-    plan_family([4, 2, 2, 2], 2, 1) = (plan_padded(2, 4),)
-
     Of plans that are missed with different probabilities those are chosen whose expected number of cells is least.
+
+    Examples:
+      >>> plan_family([4, 2, 2, 2], batch_size=2, num_plans=2)
+      (BucketPlan(boundaries=(2,), rows=(2,)), BucketPlan(boundaries=(4,), rows=(2,)))
 
     Args:
       lengths: [N] whole numbers >= 0: the corpus's.
@@ -146,7 +155,11 @@ def plan_family(
 def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
     """What to expect of a plan for a corpus: with batches made to fit it, and with batches drawn at random.
 
-    coverage([4, 4, 2, 2], plan_cover([4, 4, 2, 2], 2)).efficiency = 1.0
+    Examples:
+      >>> lengths = [400, 400, 200, 200]
+      >>> print(coverage(lengths, plan_cover(lengths, batch_size=2)))
+      slot filling: efficiency 100.0%, slot bound 100.0%
+      batches drawn at random: efficiency 100.0%, 16.67% miss
 
     Args:
       lengths: [N] whole numbers >= 0: the corpus's.

@@ -48,8 +48,11 @@ def pack_fn(
 ) -> Callable[[Sequence[PyTree]], Batch]:
     """Grain's `batch_fn`: lays a list of examples out, under the plan of fewest cells that it fits.
 
-    plans = plan_family(lengths, 64)
-    dataset = grain.MapDataset.source(words).shuffle(seed=0).repeat().batch(64, batch_fn=pack_fn(plans))
+    Examples:
+      >>> words = grain.MapDataset.source([[1, 2, 3], [4], [5, 6]])
+      >>> dataset = words.batch(2, batch_fn=pack_fn(jaxpack.plan_padded(2, 3)))
+      >>> [batch.inputs.lengths.tolist() for batch in dataset]
+      [[3, 1], [2, 0]]
 
     Args:
       plans: one, or several to choose from.
@@ -80,18 +83,22 @@ def pack_fn(
 class BatcherIterDataset(grain.IterDataset):
     """A batcher's batches, epoch after epoch, as a grain.IterDataset.
 
-    dataset = BatcherIterDataset(SlotFilling(words, plan), num_epochs=None)
-    batches = iter(grain.experimental.device_put(dataset, jax.devices()[0]))
-
     An iterator's state is the batcher's. With `mp_prefetch` each of n worker processes lays out every n-th batch, so
     batches and their order are the same as without; each reads all of a source that has no index.
+
+    Examples:
+      >>> from jaxpack.data import SlotFilling
+      >>> dataset = BatcherIterDataset(SlotFilling([[1, 2, 3], [4], [5, 6]], batch_size=2), num_epochs=2)
+      >>> sum(1 for batch in dataset)
+      4
 
     Args:
       batcher: a SlotFilling, BucketByLength or SortedChunks. Every iterator starts where it stood when it was given.
       num_epochs: how many, each with its own shuffle; None goes on without end. As in grain's `repeat`.
 
     Raises:
-      TypeError: if batcher is no batcher, or num_epochs no int. ValueError: if that is below 1.
+      TypeError: if batcher is no batcher, or num_epochs no int.
+      ValueError: if that is below 1.
     """
 
     def __init__(self, batcher: Batcher, *, num_epochs: int | None = 1) -> None:
@@ -154,8 +161,6 @@ class _BatcherDatasetIterator(grain.DatasetIterator):
 class SlotFillIterDataset(grain.IterDataset):
     """Fills the slots of one plan from a stream of examples, by a shuffle buffer: every batch has one shape.
 
-    dataset = grain.IterDataset.mix([news, letters], [0.7, 0.3]).pipe(SlotFillIterDataset, plan)
-
     As `SlotFilling` with a buffer, which says how examples are drawn; and where the stream ends those that are left
     come in as few batches as they need, some rows of which may be empty. Every example comes once.
 
@@ -166,6 +171,12 @@ class SlotFillIterDataset(grain.IterDataset):
     Batches' `indices` count examples as the parent gives them. With `mp_prefetch` each worker has its own part of the
     source, its own buffer and its own count.
 
+    Examples:
+      >>> words = grain.MapDataset.source([[1, 2, 3], [4], [5, 6], [7]]).to_iter_dataset()
+      >>> dataset = words.pipe(SlotFillIterDataset, jaxpack.plan_padded(2, 3))
+      >>> sum(1 for batch in dataset)
+      2
+
     Args:
       parent: of examples, each an array [L, *F] or a pytree of arrays, all of one structure, features and dtypes.
       plan: of every batch.
@@ -175,7 +186,8 @@ class SlotFillIterDataset(grain.IterDataset):
 
     Raises:
       ValueError: if buffer_size is below 1; in iterating, naming the example, if one is longer than the plan has room
-        for, or they differ in structure or features. TypeError: if they differ in dtype.
+        for, or they differ in structure or features.
+      TypeError: in iterating, if examples differ in dtype.
     """
 
     def __init__(

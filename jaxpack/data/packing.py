@@ -19,7 +19,9 @@ from jaxpack.sequence import PackedSequence, PyTree
 def pack_on_host(sequences: Sequence[PyTree], plan: BucketPlan) -> PackedSequence:
     """Packs sequences as `jaxpack.pack_sequence` does, in NumPy.
 
-    pack_on_host([[1, 2, 3], [4]], plan_exact([3, 1])).data = [1, 4, 2, 3]
+    Examples:
+      >>> pack_on_host([[1, 2, 3], [4]], jaxpack.plan_exact([3, 1])).data.tolist()
+      [1, 4, 2, 3]
 
     Args:
       sequences: at least one and at most plan.num_sequences arrays [L_i, *F], or pytrees of such arrays; rows that are

@@ -19,8 +19,11 @@ _POLL = 0.1  # seconds after which a waiting thread looks whether it is still wa
 def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = None) -> PrefetchIterator:
     """Takes items ahead of their use, in a thread, and puts them on a device.
 
-    for batch in prefetch_to_device(batches):
-        state, loss = train_step(state, batch)
+    Examples:
+      >>> from jaxpack.data import SlotFilling
+      >>> batches = SlotFilling([[1, 2, 3], [4], [5, 6], [7]], batch_size=2)
+      >>> [isinstance(batch.weights, jax.Array) for batch in prefetch_to_device(batches)]
+      [True, True]
 
     Args:
       iterator: of pytrees of arrays, such as a batcher or its iterator.
@@ -32,7 +35,8 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
       there goes on with the next. An exception of the iterator is raised where its item would have come.
 
     Raises:
-      TypeError: if size is no int. ValueError: if it is below 1.
+      TypeError: if size is no int.
+      ValueError: if it is below 1.
     Source: mirrors flax.jax_utils.prefetch_to_device.
     """
     at_least_one("size", size)
@@ -40,7 +44,16 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
 
 
 class PrefetchIterator:
-    """Made by `prefetch_to_device`."""
+    """Made by `prefetch_to_device`.
+
+    Examples:
+      >>> from jaxpack.data import SlotFilling, prefetch_to_device
+      >>> epoch = prefetch_to_device(SlotFilling([[1, 2, 3], [4], [5, 6], [7]], batch_size=2))
+      >>> batch = next(epoch)
+      >>> epoch.get_state()["batch"]  # the item given last, whatever was taken ahead
+      1
+      >>> epoch.close()
+    """
 
     def __init__(self, iterator: Iterator[Any], size: int, device: Any) -> None:
         self._iterator, self._device = iterator, device

@@ -20,9 +20,6 @@ BUFFERED_BATCHES = 64  # how many batches of examples are held by default
 class SlotFilling(Batcher):
     """Fills the slots of one plan, so that every batch has one shape, nearly full, and none is left out.
 
-    for batch in SlotFilling(words, batch_size=64):
-        state, loss = train_step(state, batch)  # one program
-
     Sorted by length and cut into as many equal parts as the plan has slots, the source offers each slot its own part,
     out of which it takes one at random for every batch. With the plan of the corpus's own quantiles each part fits its
     slot, so there are as few batches as there can be, efficiency is the slot bound but for the plan's own slack, and
@@ -34,10 +31,18 @@ class SlotFilling(Batcher):
     Every example is used once an epoch. Where they do not fill the last batches some rows are empty, of length 0 and
     weight 0.
 
+    source, seed, time_varying, lengths, too_long, shard_index and shard_count are as in `Batcher`.
+
+    Examples:
+      >>> words = [[0] * length for length in (8, 2, 8, 2)]
+      >>> batches = SlotFilling(words, batch_size=2)
+      >>> [sorted(batch.inputs.lengths.tolist()) for batch in batches]  # one program
+      [[2, 8], [2, 8]]
+
     Args:
-      source, seed, time_varying, lengths, too_long, shard_index, shard_count: as in `Batcher`.
       plan: of every batch. Default: plan_cover(lengths, batch_size, max_cells=max_cells).
-      batch_size, max_cells: one of them, in place of a plan.
+      batch_size: how many sequences a batch holds, in place of a plan.
+      max_cells: how many cells a batch has at most, in place of a plan or a batch_size.
       buffer_size: how many examples are held. Default: all of a source with an index, else 64 batches of them.
     """
 

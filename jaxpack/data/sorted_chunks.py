@@ -20,18 +20,23 @@ from jaxpack.sequence import PyTree
 class SortedChunks(Batcher):
     """Sorts windows of several batches by length, so that sequences of one batch have like lengths.
 
-    for batch in SortedChunks(sentences, batch_size=64):
-        state, loss = train_step(state, batch)  # a program a plan
-
     Each batch comes under the plan of fewest cells for each of its sequences, of a few; the batches of a window come in
     random order. As the sorting of maxi-batches in Marian, or of torchtext's BucketIterator.
 
+    source, seed, time_varying, lengths, too_long, shard_index and shard_count are as in `Batcher`.
+
+    Examples:
+      >>> sentences = [[0] * length for length in (2, 8, 2, 8)]
+      >>> batches = SortedChunks(sentences, batch_size=2)
+      >>> sorted(batch.inputs.lengths.tolist() for batch in batches)  # a program a plan
+      [[2, 2], [8, 8]]
+
     Args:
-      source, seed, time_varying, lengths, too_long, shard_index, shard_count: as in `Batcher`.
       plans: what batches come under. One of them must have room for the longest sequence. Default: padded plans for
         those lengths that take the fewest cells.
       num_plans: how many, where they are not given.
-      batch_size, max_cells: of default plans, as in `BucketByLength`.
+      batch_size: of default plans, as in `BucketByLength`.
+      max_cells: of default plans, as in `BucketByLength`.
       window: how many batches are sorted together.
       buffer_size: how many examples of a source without an index are held to be shuffled. Default: as many as a window
         sorts.

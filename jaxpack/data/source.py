@@ -69,7 +69,9 @@ class Epoch(Protocol):
 def cut(lengths: np.ndarray, limit: int, too_long: TooLong) -> Pieces:
     """Pieces of examples of these lengths, none longer than the limit.
 
-    cut([2, 7], 3, "split").length = [2, 3, 3, 1]
+    Examples:
+      >>> cut(np.array([2, 7]), 3, "split").length.tolist()
+      [2, 3, 3, 1]
 
     Raises:
       ValueError: if one is longer and too_long is "error", or is none of the four.
@@ -78,7 +80,7 @@ def cut(lengths: np.ndarray, limit: int, too_long: TooLong) -> Pieces:
         raise ValueError(f'too_long must be "error", "truncate", "drop" or "split", got {too_long!r}.')
     longer = np.flatnonzero(lengths > limit)
     if longer.size and too_long == "error":
-        others = f" and {longer.size - 1} more are longer too" if longer.size > 1 else ""
+        others = f"; {longer.size - 1:,} more are longer too" if longer.size > 1 else ""
         raise ValueError(_too_long_message(int(longer[0]), int(lengths[longer[0]]), limit, others))
     counts = np.ones(len(lengths), int)
     if too_long == "drop":
@@ -167,7 +169,8 @@ class Streamed:
     Args:
       examples: an iterable.
       time_varying: as in the batchers.
-      limit, too_long: no piece is longer than the limit; what is done about examples that are.
+      limit: no piece is longer.
+      too_long: what is done about examples that are.
     """
 
     def __init__(self, examples: Iterable[PyTree], time_varying: PyTree, limit: int, too_long: TooLong) -> None:

@@ -15,8 +15,9 @@ from jaxpack.plan import BucketPlan
 class Statistics:
     """What a batcher made of an epoch, or of a part of it. Notebooks show it as a table.
 
-    >>> print(jaxpack.data.SlotFilling([np.ones(length) for length in (4, 2, 4, 2)], batch_size=2).statistics())
-    4 rows in 2 batches; 1 program; efficiency 75.0%; rank correlation +0.000
+    Examples:
+      >>> print(jaxpack.data.SlotFilling([np.ones(length) for length in (4, 2, 4, 2)], batch_size=2).statistics())
+      4 rows in 2 batches; 1 program; efficiency 75.0%; rank correlation +0.000
 
     Attributes:
       batches: how many.
@@ -24,7 +25,9 @@ class Statistics:
       rows: how many rows held an example, or a part of one.
       tokens: how many steps those have.
       cells: how many the plans have.
-      truncated, dropped, split: how many examples were.
+      truncated: how many examples were cut at the longest room.
+      dropped: how many were left out.
+      split: how many became several rows.
       rank_correlation: Spearman's, between how long a row's sequence is and in which batch it came: about 0 if the
         order is random, 1 if it is sorted.
     """

@@ -14,6 +14,11 @@ _STRESS = "012"  # none, primary, secondary: the digit that ends each vowel
 class Pronunciations(NamedTuple):
     """Words, with all the ways to say each.
 
+    Examples:
+      >>> words = Pronunciations(["a"], [[("AH0",), ("EY1",)]])
+      >>> words.without_stress().pronunciations
+      [[('AH',), ('EY',)]]
+
     Attributes:
       words: in lower case.
       pronunciations: of each word one or more, the usual one first.
@@ -31,10 +36,12 @@ class Pronunciations(NamedTuple):
 def cmudict() -> tuple[Pronunciations, Pronunciations, Pronunciations]:
     """The CMU Pronouncing Dictionary: how are 126,052 English words spoken?
 
-        train, valid, test = cmudict()
-        train.words[15], train.pronunciations[15] = "a", [("AH0",), ("EY1",)]
-
     Vowels end in their stress, 0, 1 or 2, which `without_stress` takes off: 39 phonemes remain.
+
+    Examples:
+      >>> train, valid, test = cmudict()
+      >>> train.pronunciations[train.words.index("either")]
+      [('IY1', 'DH', 'ER0'), ('AY1', 'DH', 'ER0')]
 
     Returns:
       Nine tenths of the words to train on, and twice a twentieth to validate and to test on, in the order of the

@@ -12,6 +12,10 @@ import numpy as np
 class LabelledSequences(NamedTuple):
     """Sequences of different lengths, with a class each.
 
+    Examples:
+      >>> LabelledSequences([np.ones((3, 2)), np.ones((1, 2))], labels=np.array([0, 1])).lengths.tolist()
+      [3, 1]
+
     Attributes:
       sequences: arrays [L_i, F], one per sequence.
       labels: int32 [N], the class of each sequence.
@@ -29,8 +33,10 @@ class LabelledSequences(NamedTuple):
 def japanese_vowels() -> tuple[LabelledSequences, LabelledSequences]:
     """The UCI Japanese Vowels data: which of 9 men says the vowels /ae/?
 
-        train, test = japanese_vowels()
-        train.sequences[0].shape = (20, 12);   train.labels[0] = 0
+    Examples:
+      >>> train, test = japanese_vowels()
+      >>> train.sequences[0].shape, int(train.labels[0])
+      ((20, 12), 0)
 
     Returns:
       The data's own split, 270 utterances to train on and 370 to test on: each float32 [L_i, 12], 7 to 29 frames of

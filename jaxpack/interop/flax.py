@@ -55,11 +55,15 @@ def from_cell(cell: Cell, tree: Mapping[str, Any]) -> Params:
 def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree]) -> LayerParams:
     """A layer's parameters from those of linen's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell. Exact.
 
-    variables = nn.RNN(nn.GRUCell(64)).init(key, x)
-    params = from_linen(jaxpack.GRU(12, 64), variables)
-
     A tree does not hold its cell's attributes, so they are not checked: gate_fn and activation_fn must be Flax's
     defaults, but a SimpleCell's activation_fn the layer's nonlinearity, and its residual False.
+
+    Examples:
+      >>> from flax import linen as nn
+      >>> variables = nn.RNN(nn.GRUCell(4)).init(jax.random.key(0), np.ones((1, 3, 2), np.float32))
+      >>> params = from_linen(jaxpack.GRU(2, 4), variables)
+      >>> params["l0"]["weight_ih"].shape
+      (2, 12)
 
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.
@@ -79,11 +83,14 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree]) -> LayerPara
 def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any], ...]:
     """A layer's parameters for linen, one tree for each layer of the stack: of an nn.RNN, or an nn.Bidirectional.
 
-    (tree,) = to_linen(jaxpack.LSTM(12, 64), params)
-    nn.RNN(nn.OptimizedLSTMCell(64)).apply({"params": tree}, x)
-
     Of two biases a tree holds the sum, which is what the layer computes with, and without biases zeros. The cells are
     LSTMCell or OptimizedLSTMCell, GRUCell, and SimpleCell with activation_fn=nn.relu for nonlinearity="relu".
+
+    Examples:
+      >>> gru = jaxpack.GRU(2, 4)
+      >>> (tree,) = to_linen(gru, gru.init(jax.random.key(0)))
+      >>> sorted(tree["cell"])  # for nn.RNN(nn.GRUCell(4)).apply({"params": tree}, x)
+      ['hn', 'hr', 'hz', 'in', 'ir', 'iz']
 
     Returns:
       NumPy arrays in nested dicts.
@@ -99,7 +106,11 @@ def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any]
 def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
     """A layer's parameters from those of nnx's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell. Exact.
 
-    params = from_nnx(jaxpack.GRU(12, 64), nnx.RNN(nnx.GRUCell(12, 64, rngs=rngs)))
+    Examples:
+      >>> from flax import nnx
+      >>> params = from_nnx(jaxpack.GRU(2, 4), nnx.RNN(nnx.GRUCell(2, 4, rngs=nnx.Rngs(0))))
+      >>> params["l0"]["weight_ih"].shape
+      (2, 12)
 
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.
@@ -119,11 +130,17 @@ def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
 def to_nnx(layer: RecurrentLayer, params: LayerParams, *, optimized: bool = True) -> tuple[dict[str, Any], ...]:
     """A layer's parameters for nnx, one pure dict for each layer of the stack: of an nnx.RNN or an nnx.Bidirectional.
 
-    (tree,) = to_nnx(jaxpack.LSTM(12, 64), params)
-    nnx.update(rnn, tree)    # of rnn = nnx.RNN(nnx.OptimizedLSTMCell(12, 64, rngs=rngs))
-
     Of two biases a tree holds the sum, which is what the layer computes with, and without biases zeros. The cells are
     OptimizedLSTMCell, GRUCell, and SimpleCell with activation_fn=nnx.relu for nonlinearity="relu".
+
+    Examples:
+      >>> from flax import nnx
+      >>> lstm = jaxpack.LSTM(2, 4)
+      >>> (tree,) = to_nnx(lstm, lstm.init(jax.random.key(0)))
+      >>> rnn = nnx.RNN(nnx.OptimizedLSTMCell(2, 4, rngs=nnx.Rngs(0)))
+      >>> nnx.update(rnn, tree)
+      >>> rnn.cell.dense_i.kernel.shape
+      (2, 16)
 
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.

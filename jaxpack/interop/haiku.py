@@ -26,9 +26,13 @@ _LSTM_GATES = ("i", "g", "f", "o")
 def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) -> LayerParams:
     """A layer's parameters from those of Haiku's LSTM or VanillaRNN. Exact.
 
-    params = from_haiku(jaxpack.LSTM(12, 64), {k: v for k, v in hk_params.items() if k.startswith("lstm/")})
-
     The 1 that Haiku adds to the forget gate goes to bias_hh, and its bias to bias_ih, so no bit is lost.
+
+    Examples:
+      >>> linear = {"w": np.zeros((2 + 4, 16), np.float32), "b": np.zeros(16, np.float32)}
+      >>> params = from_haiku(jaxpack.LSTM(2, 4), {"lstm/linear": linear})  # of hk.LSTM(4) for 2 features
+      >>> params["l0"]["bias_hh"][4:8].tolist()  # of the gates i, f, g, o the second
+      [1.0, 1.0, 1.0, 1.0]
 
     Args:
       layer: a jaxpack.LSTM, or jaxpack.RNN with nonlinearity="relu".
@@ -53,11 +57,15 @@ def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) 
 def to_haiku(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, dict[str, np.ndarray]], ...]:
     """A layer's parameters for Haiku, a dict for each layer and direction, in the order l0, l0_reverse, l1, ....
 
-    (core,) = to_haiku(jaxpack.LSTM(12, 64), params)
-    hk_params = {f"lstm/{name}": value for name, value in core.items()}
-
     Exact, but that an LSTM's b_ih + b_hh, less the 1 that Haiku adds to the forget gate, is rounded once: Haiku's own
     sum rounds as much. What `from_haiku` gave comes back to the bit. VanillaRNN is for double_bias=True, its default.
+
+    Examples:
+      >>> lstm = jaxpack.LSTM(2, 4)
+      >>> (core,) = to_haiku(lstm, lstm.init(jax.random.key(0)))
+      >>> hk_params = {f"lstm/{name}": value for name, value in core.items()}
+      >>> hk_params["lstm/linear"]["w"].shape
+      (6, 16)
 
     Raises:
       ValueError: if the layer is a GRU or has a projection or another nonlinearity.

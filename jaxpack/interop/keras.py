@@ -35,9 +35,15 @@ _WAYS_OUT = {
 def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> LayerParams:
     """A layer's parameters from those of Keras layers. Exact.
 
-    params = from_keras(jaxpack.GRU(12, 64), model.layers[0])
-
     Dropout is no weight: a Keras layer that has some gives the same outputs in inference.
+
+    Examples:
+      >>> import keras
+      >>> keras_layer = keras.layers.SimpleRNN(4)
+      >>> keras_layer.build((2, 3, 2))
+      >>> params = from_keras(jaxpack.RNN(2, 4), keras_layer)
+      >>> params["l0"]["weight_ih"].shape
+      (2, 4)
 
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.
@@ -58,11 +64,14 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
 def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarray], ...]:
     """A layer's parameters for Keras, for each layer of the stack what its `set_weights` takes.
 
-    (arrays,) = to_keras(jaxpack.GRU(12, 64), params)
-    keras_layer.set_weights(arrays)    # of a built keras.layers.GRU(64)
-
     The Keras layers are LSTM, GRU, and SimpleRNN with activation=nonlinearity; with use_bias=False if the layer has
     no biases. Of two biases LSTM and SimpleRNN hold the sum, which is what the layer computes with.
+
+    Examples:
+      >>> gru = jaxpack.GRU(2, 4)
+      >>> (arrays,) = to_keras(gru, gru.init(jax.random.key(0)))
+      >>> [array.shape for array in arrays]  # for the set_weights of a built keras.layers.GRU(4)
+      [(2, 12), (4, 12), (2, 12)]
 
     Raises:
       ValueError: if the layer has a projection, which no Keras layer has.

@@ -24,8 +24,13 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 def save_safetensors(path: str | os.PathLike[str], layer: RecurrentLayer, params: LayerParams) -> None:
     """Writes a layer's parameters to a file, as safetensors.torch.load_file reads them. Exact.
 
-    save_safetensors("gru.safetensors", gru, params)
-    torch_gru.load_state_dict(safetensors.torch.load_file("gru.safetensors"))
+    Examples:
+      >>> import os, tempfile
+      >>> gru = jaxpack.GRU(2, 4)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_safetensors(f"{folder}/gru.safetensors", gru, gru.init(jax.random.key(0)))
+      ...     os.listdir(folder)
+      ['gru.safetensors']
 
     Args:
       path: the file, by custom *.safetensors.
@@ -49,7 +54,15 @@ def save_safetensors(path: str | os.PathLike[str], layer: RecurrentLayer, params
 def load_safetensors(path: str | os.PathLike[str], layer: RecurrentLayer, *, prefix: str = "") -> LayerParams:
     """A layer's parameters from a file that holds them under PyTorch's names. Exact.
 
-    params = load_safetensors("model.safetensors", jaxpack.GRU(12, 64), prefix="encoder.rnn.")
+    Examples:
+      >>> import tempfile
+      >>> gru = jaxpack.GRU(2, 4)
+      >>> params = gru.init(jax.random.key(0))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_safetensors(f"{folder}/gru.safetensors", gru, params)
+      ...     again = load_safetensors(f"{folder}/gru.safetensors", gru)
+      >>> jax.tree.all(jax.tree.map(jnp.array_equal, again, params))
+      True
 
     Args:
       path: a safetensors file.

@@ -34,17 +34,23 @@ _KINDS: Mapping[type, type[Cell]] = MappingProxyType(
 class RNN(nn.RNN):
     """flax.linen.RNN that does the work of real steps only.
 
-    rnn = RNN(nn.LSTMCell(64), return_carry=True)
-    variables = rnn.init(key, x)
-    (c, h), outputs = rnn.apply(variables, x, seq_lengths=lengths)
-
     It takes Flax's arguments, holds Flax's variables, and returns what Flax returns, but that outputs are zero past a
     length, a sequence of length 0 keeps its initial carry, and nothing in padding reaches a gradient. Cells of Flax's
     own (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan.
 
-    Args:
-      cell, time_major, return_carry, reverse, keep_order, unroll, variable_axes, variable_broadcast, variable_carry,
-        split_rngs: as of flax.linen.RNN. Collections that variable_axes gives a time axis make it run padded.
+    cell, time_major, return_carry, reverse, keep_order, unroll, variable_axes, variable_broadcast, variable_carry and
+    split_rngs are as of flax.linen.RNN. Collections that variable_axes gives a time axis make it run padded.
+
+    Examples:
+      >>> from flax import linen as nn
+      >>> rnn = jaxpack.linen.RNN(nn.OptimizedLSTMCell(4), return_carry=True, plan=jaxpack.plan_rows([3, 1]))
+      >>> x = np.ones((2, 3, 2), np.float32)
+      >>> variables = rnn.init(jax.random.key(0), x)
+      >>> (c, h), outputs = rnn.apply(variables, x, seq_lengths=[3, 1])
+      >>> h.shape, outputs.shape, outputs[1, 1:].any().item()  # zero past a length
+      ((2, 4), (2, 3, 4), False)
+
+    Attributes:
       plan: what padded inputs run under, a jaxpack.BucketPlan. Default: no plan, one program for all lengths.
     Source: flax.linen.RNN.
     """
@@ -67,9 +73,10 @@ class RNN(nn.RNN):
     ) -> Any:
         """Runs the cell over each sequence's own steps.
 
+        initial_carry, init_key, return_carry, time_major, reverse and keep_order are as of flax.linen.RNN.
+
         Args:
           inputs: [*batch, T, *features]; [T, *batch, *features] if time_major; or packed data [S, *features].
-          initial_carry, init_key, return_carry, time_major, reverse, keep_order: as of flax.linen.RNN.
           seq_lengths: int [*batch], for padded inputs. They may be traced. Default: all T.
           plan: in place of the module's own.
           forward_mode: whether jax.jvp, jacfwd or linearize will be taken of a known cell (see jaxpack.LSTM.apply).
@@ -216,12 +223,19 @@ def _params(cell: Any) -> Mapping[str, Any]:
 class Bidirectional(nn.Bidirectional):
     """flax.linen.Bidirectional, whose directions share the packed batch and, if their cells are known, each step.
 
-    layer = Bidirectional(RNN(nn.GRUCell(32)), RNN(nn.GRUCell(32)))
-    outputs = layer.apply(layer.init(key, x), x, seq_lengths=lengths)
+    merge_fn, time_major and return_carry are as of flax.linen.Bidirectional.
 
-    Args:
-      forward_rnn, backward_rnn: jaxpack.linen.RNN; others run as Flax runs them.
-      merge_fn, time_major, return_carry: as of flax.linen.Bidirectional.
+    Examples:
+      >>> from flax import linen as nn
+      >>> rnns = [jaxpack.linen.RNN(nn.SimpleCell(4)) for _ in range(2)]
+      >>> layer = jaxpack.linen.Bidirectional(*rnns, plan=jaxpack.plan_rows([3, 1]))
+      >>> x = np.ones((2, 3, 2), np.float32)
+      >>> layer.apply(layer.init(jax.random.key(0), x), x, seq_lengths=[3, 1]).shape
+      (2, 3, 8)
+
+    Attributes:
+      forward_rnn: a jaxpack.linen.RNN; another runs as Flax runs it.
+      backward_rnn: likewise.
       plan: what padded inputs run under, in place of the RNNs' own plans. Default: theirs.
     Source: flax.linen.Bidirectional.
     """
@@ -244,17 +258,19 @@ class Bidirectional(nn.Bidirectional):
     ) -> Any:
         """Runs both directions over each sequence's own steps, and merges their outputs.
 
+        inputs, seq_lengths, plan, time_major, return_carry and forward_mode are as of RNN; reverse and keep_order are
+        not used, as in Flax.
+
         Args:
-          inputs, seq_lengths, plan, time_major, return_carry, forward_mode: as of RNN.
           initial_carry: a pair, of the forward and the backward direction.
           init_key: as of flax.linen.Bidirectional.
-          reverse, keep_order: not used, as in Flax.
 
         Returns:
           The merged outputs, laid out as the inputs are; with return_carry, ((forward, backward), outputs).
 
         Raises:
-          ValueError, TypeError: as RNN does.
+          ValueError: as RNN does.
+          TypeError: as RNN does.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major

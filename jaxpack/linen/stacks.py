@@ -98,7 +98,8 @@ class _Recurrent(nn.Module):
           The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
 
         Raises:
-          ValueError, TypeError: as `jaxpack.LSTM.apply`.
+          ValueError: as `jaxpack.LSTM.apply`.
+          TypeError: as `jaxpack.LSTM.apply`.
         """
         layer = self.layer(self._input_size(inputs))
         if self.is_initializing() and plan is None and seq_lengths is not None:
@@ -151,11 +152,21 @@ def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
 class SimpleRNN(_Recurrent):
     """A stack of simple (Elman) recurrent layers; returns (output, h_n).
 
-    Args:
-      hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional: as of jaxpack.RNN.
-      dtype, param_dtype: to compute in, and of the parameters. Default: the result type of inputs and parameters;
-        JAX's float.
-      kernel_init, recurrent_kernel_init, bias_init: as of jaxpack.RNN.init; nn.with_partitioning may wrap them.
+    hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are as of jaxpack.RNN.
+
+    Examples:
+      >>> rnn = jaxpack.linen.SimpleRNN(4, nonlinearity="relu")
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> output, h_n = rnn.apply(rnn.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Attributes:
+      dtype: to compute in. Default: the result type of inputs and parameters.
+      param_dtype: the parameters' own. Default: JAX's float.
+      kernel_init: as of jaxpack.RNN.init; nn.with_partitioning may wrap it.
+      recurrent_kernel_init: likewise.
+      bias_init: likewise.
       deterministic: whether to leave dropout between layers out, unless the call says it.
     """
 
@@ -172,14 +183,22 @@ class SimpleRNN(_Recurrent):
 class LSTM(_Recurrent):
     """A stack of long short-term memory layers; returns (output, (h_n, c_n)).
 
-    lstm = jaxpack.linen.LSTM(64, bias_init={"f": nn.initializers.ones})
+    hidden_size, num_layers, bias, dropout, bidirectional and proj_size are as of jaxpack.LSTM.
 
-    Args:
-      hidden_size, num_layers, bias, dropout, bidirectional, proj_size: as of jaxpack.LSTM.
-      dtype, param_dtype: to compute in, and of the parameters. Default: the result type of inputs and parameters;
-        JAX's float.
-      kernel_init, recurrent_kernel_init, bias_init: as of jaxpack.LSTM.init, by gate if need be; nn.with_partitioning
-        may wrap them.
+    Examples:
+      >>> from flax import linen as nn
+      >>> lstm = jaxpack.linen.LSTM(4, bias_init={"f": nn.initializers.ones})
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> output, (h_n, c_n) = lstm.apply(lstm.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Attributes:
+      dtype: to compute in. Default: the result type of inputs and parameters.
+      param_dtype: the parameters' own. Default: JAX's float.
+      kernel_init: as of jaxpack.LSTM.init, by gate if need be; nn.with_partitioning may wrap it.
+      recurrent_kernel_init: likewise.
+      bias_init: likewise.
       deterministic: whether to leave dropout between layers out, unless the call says it.
     """
 
@@ -196,12 +215,21 @@ class LSTM(_Recurrent):
 class GRU(_Recurrent):
     """A stack of gated recurrent layers; returns (output, h_n).
 
-    Args:
-      hidden_size, num_layers, bias, dropout, bidirectional: as of jaxpack.GRU.
-      dtype, param_dtype: to compute in, and of the parameters. Default: the result type of inputs and parameters;
-        JAX's float.
-      kernel_init, recurrent_kernel_init, bias_init: as of jaxpack.GRU.init, by gate if need be; nn.with_partitioning
-        may wrap them.
+    hidden_size, num_layers, bias, dropout and bidirectional are as of jaxpack.GRU.
+
+    Examples:
+      >>> gru = jaxpack.linen.GRU(4)
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> output, h_n = gru.apply(gru.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Attributes:
+      dtype: to compute in. Default: the result type of inputs and parameters.
+      param_dtype: the parameters' own. Default: JAX's float.
+      kernel_init: as of jaxpack.GRU.init, by gate if need be; nn.with_partitioning may wrap it.
+      recurrent_kernel_init: likewise.
+      bias_init: likewise.
       deterministic: whether to leave dropout between layers out, unless the call says it.
     """
 

@@ -31,16 +31,22 @@ _KINDS: Mapping[type, type[Cell]] = MappingProxyType(
 class RNN(nnx.RNN):
     """flax.nnx.RNN that does the work of real steps only.
 
-    rnn = RNN(nnx.LSTMCell(12, 64, rngs=nnx.Rngs(0)), return_carry=True)
-    (c, h), outputs = rnn(x, seq_lengths=lengths)
-
     It takes Flax's arguments, holds Flax's state, and returns what Flax returns, but that outputs are zero past a
     length, a sequence of length 0 keeps its initial carry, and nothing in padding reaches a gradient. Cells of Flax's
     own (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan.
 
+    cell, time_major, return_carry, reverse, keep_order, unroll, state_axes, broadcast_rngs and rngs are as of
+    flax.nnx.RNN. State that state_axes gives a time axis makes it run padded.
+
+    Examples:
+      >>> from flax import nnx
+      >>> plan = jaxpack.plan_rows([3, 1])
+      >>> rnn = jaxpack.nnx.RNN(nnx.OptimizedLSTMCell(2, 4, rngs=nnx.Rngs(0)), return_carry=True, plan=plan)
+      >>> (c, h), outputs = rnn(np.ones((2, 3, 2), np.float32), seq_lengths=[3, 1])
+      >>> h.shape, outputs.shape, outputs[1, 1:].any().item()  # zero past a length
+      ((2, 4), (2, 3, 4), False)
+
     Args:
-      cell, time_major, return_carry, reverse, keep_order, unroll, state_axes, broadcast_rngs, rngs: as of
-        flax.nnx.RNN. State that state_axes gives a time axis makes it run padded.
       plan: what padded inputs run under, a jaxpack.BucketPlan. Default: no plan, one program for all lengths.
     Source: flax.nnx.RNN.
     """
@@ -88,9 +94,10 @@ class RNN(nnx.RNN):
     ) -> Any:
         """Runs the cell over each sequence's own steps.
 
+        initial_carry, return_carry, time_major, reverse, keep_order and rngs are as of flax.nnx.RNN.
+
         Args:
           inputs: [*batch, T, *features]; [T, *batch, *features] if time_major; or packed data [S, *features].
-          initial_carry, return_carry, time_major, reverse, keep_order, rngs: as of flax.nnx.RNN.
           seq_lengths: int [*batch], for padded inputs. They may be traced. Default: all T.
           plan: in place of the module's own.
           forward_mode: whether jax.jvp, jacfwd or linearize will be taken of a known cell (see jaxpack.LSTM.apply).
@@ -190,12 +197,18 @@ def _hidden_features(cell: Any) -> int:
 class Bidirectional(nnx.Bidirectional):
     """flax.nnx.Bidirectional, whose directions share the packed batch and, if their cells are known, each step.
 
-    layer = Bidirectional(*(RNN(nnx.GRUCell(12, 32, rngs=rngs)) for _ in range(2)))
-    outputs = layer(x, seq_lengths=lengths)
+    merge_fn, time_major, return_carry and rngs are as of flax.nnx.Bidirectional.
+
+    Examples:
+      >>> from flax import nnx
+      >>> rnns = [jaxpack.nnx.RNN(nnx.SimpleCell(2, 4, rngs=nnx.Rngs(seed))) for seed in (0, 1)]
+      >>> layer = jaxpack.nnx.Bidirectional(*rnns, plan=jaxpack.plan_rows([3, 1]))
+      >>> layer(np.ones((2, 3, 2), np.float32), seq_lengths=[3, 1]).shape
+      (2, 3, 8)
 
     Args:
-      forward_rnn, backward_rnn: jaxpack.nnx.RNN; others run as Flax runs them.
-      merge_fn, time_major, return_carry, rngs: as of flax.nnx.Bidirectional.
+      forward_rnn: a jaxpack.nnx.RNN; another runs as Flax runs it.
+      backward_rnn: likewise.
       plan: what padded inputs run under, in place of the RNNs' own plans. Default: theirs.
     Source: flax.nnx.Bidirectional.
     """
@@ -237,17 +250,19 @@ class Bidirectional(nnx.Bidirectional):
     ) -> Any:
         """Runs both directions over each sequence's own steps, and merges their outputs.
 
+        inputs, seq_lengths, plan, time_major, return_carry and forward_mode are as of RNN; reverse and keep_order are
+        not used, as in Flax.
+
         Args:
-          inputs, seq_lengths, plan, time_major, return_carry, forward_mode: as of RNN.
           initial_carry: a pair, of the forward and the backward direction.
           rngs: as of flax.nnx.Bidirectional.
-          reverse, keep_order: not used, as in Flax.
 
         Returns:
           The merged outputs, laid out as the inputs are; with return_carry, ((forward, backward), outputs).
 
         Raises:
-          ValueError, TypeError: as RNN does.
+          ValueError: as RNN does.
+          TypeError: as RNN does.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
         time_major = self.time_major if time_major is None else time_major

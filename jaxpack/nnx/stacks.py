@@ -119,7 +119,8 @@ class _Recurrent(nnx.Module):
           The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
 
         Raises:
-          ValueError, TypeError: as `jaxpack.LSTM.apply`.
+          ValueError: as `jaxpack.LSTM.apply`.
+          TypeError: as `jaxpack.LSTM.apply`.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
         active = self.layer.has_dropout and not deterministic
@@ -152,10 +153,18 @@ class _Recurrent(nnx.Module):
 class SimpleRNN(_Recurrent):
     """A stack of simple (Elman) recurrent layers, called as `rnn(packed)`; returns (output, h_n).
 
+    input_size, hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are as of jaxpack.RNN.
+
+    Examples:
+      >>> from flax import nnx
+      >>> rnn = jaxpack.nnx.SimpleRNN(2, 4, nonlinearity="relu", rngs=nnx.Rngs(0))
+      >>> output, h_n = rnn(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
     Args:
-      input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional: as of jaxpack.RNN.
       rngs: draws the parameters from `params` and dropout from `dropout`.
-      options: dtype, param_dtype, initialisers, metadata and deterministic: see `Options` in this file.
+      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
     """
 
     def __init__(
@@ -178,12 +187,18 @@ class SimpleRNN(_Recurrent):
 class LSTM(_Recurrent):
     """A stack of long short-term memory layers, called as `lstm(packed)`; returns (output, (h_n, c_n)).
 
-    lstm = jaxpack.nnx.LSTM(12, 64, bias_init={"f": nnx.initializers.ones}, rngs=nnx.Rngs(0))
+    input_size, hidden_size, num_layers, bias, dropout, bidirectional and proj_size are as of jaxpack.LSTM.
+
+    Examples:
+      >>> from flax import nnx
+      >>> lstm = jaxpack.nnx.LSTM(2, 4, bias_init={"f": nnx.initializers.ones}, rngs=nnx.Rngs(0))
+      >>> output, (h_n, c_n) = lstm(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
 
     Args:
-      input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size: as of jaxpack.LSTM.
       rngs: draws the parameters from `params` and dropout from `dropout`.
-      options: dtype, param_dtype, initialisers, metadata and deterministic: see `Options` in this file.
+      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
     """
 
     def __init__(
@@ -206,10 +221,18 @@ class LSTM(_Recurrent):
 class GRU(_Recurrent):
     """A stack of gated recurrent layers, called as `gru(packed)`; returns (output, h_n).
 
+    input_size, hidden_size, num_layers, bias, dropout and bidirectional are as of jaxpack.GRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> gru = jaxpack.nnx.GRU(2, 4, rngs=nnx.Rngs(0))
+      >>> output, h_n = gru(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
     Args:
-      input_size, hidden_size, num_layers, bias, dropout, bidirectional: as of jaxpack.GRU.
       rngs: draws the parameters from `params` and dropout from `dropout`.
-      options: dtype, param_dtype, initialisers, metadata and deterministic: see `Options` in this file.
+      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
     """
 
     def __init__(

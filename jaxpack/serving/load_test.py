@@ -26,6 +26,12 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax.m
 class LoadReport:
     """What a load test found.
 
+    Examples:
+      >>> found = {"lost": 0, "reordered": 0, "misdelivered": 0, "wrong": 0, "compiled": 0}
+      >>> report = LoadReport(latencies=np.array([1.0, 2.0, 6.0]), seconds=9.0, **found)
+      >>> report.passed, report.percentile(50)
+      (True, 2.0)
+
     Attributes:
       latencies: float [N], seconds from the submission of each request to its answer; NaN where there was none.
       seconds: from the first submission to the last answer.
@@ -82,6 +88,16 @@ def load_test(
 
     Threads share the requests out. Each sends a burst of them, waits until all are answered, pauses, and goes on.
 
+    Examples:
+      >>> from jaxpack.serving import Queue, Server
+      >>> plans = [jaxpack.plan_padded(2, 3)]
+      >>> server = Server(lambda params, packed: jaxpack.segment_sum(packed), (), plans, example=np.zeros(1, int))
+      >>> requests = [[1, 2, 3], [4], [5, 6]]
+      >>> with Queue(server) as queue:
+      ...     report = load_test(queue.submit, requests, expected=server(requests), threads=2)
+      >>> report.passed
+      True
+
     Args:
       submit: takes a request and returns the future of its answer, as `Queue.submit`.
       requests: N sequences.
@@ -92,7 +108,8 @@ def load_test(
       pause: seconds between bursts in the mean, exponentially distributed.
       timeout: seconds after which an answer counts as lost.
       seed: of bursts and pauses.
-      rtol, atol: how far an answer may be from what was expected; batch-mates change its rounding.
+      rtol: how far an answer may be from what was expected, as a share of it; batch-mates change its rounding.
+      atol: how far besides.
 
     Raises:
       ValueError: if requests and expected differ in number, or an option is out of range.
@@ -128,9 +145,14 @@ def load_test(
 def counted_compilations() -> Iterator[list[float]]:
     """A list that gets an entry, its seconds, for each program that JAX compiles in any thread until the context ends.
 
-    with counted_compilations() as compiled:
-        server(requests)
-    assert not compiled
+    Examples:
+      >>> double = jax.jit(lambda x: 2 * x)
+      >>> with counted_compilations() as first:
+      ...     two = double(1)
+      >>> with counted_compilations() as again:
+      ...     four = double(2)
+      >>> len(first), len(again)
+      (1, 0)
     """
     compiled: list[float] = []
 

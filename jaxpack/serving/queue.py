@@ -21,7 +21,16 @@ from jaxpack.serving.server import Server
 
 
 class Tally(NamedTuple):
-    """What has run under a plan: how many batches, and the sequences and steps in them."""
+    """What has run under a plan: how many batches, and the sequences and steps in them.
+
+    Examples:
+      >>> plans = [jaxpack.plan_padded(2, 3)]
+      >>> server = Server(lambda params, packed: jaxpack.segment_sum(packed), (), plans, example=np.zeros(1, int))
+      >>> with Queue(server) as queue:
+      ...     future = queue.submit([1, 2, 3])
+      >>> [queue.tallies[plan] for plan in plans]
+      [Tally(runs=1, sequences=1, steps=3)]
+    """
 
     runs: int = 0
     sequences: int = 0
@@ -37,14 +46,19 @@ class _Waiting(NamedTuple):
 class Queue:
     """Gathers the requests of many threads into batches, and answers each through its own future.
 
-    with Queue(server, max_wait=0.005) as queue:
-        future = queue.submit(sequence)      # from any thread
-        result = future.result()             # or, under asyncio, await asyncio.wrap_future(future)
-
     One thread runs the batches, first come, first served: it starts when the oldest request has waited for max_wait
     seconds, when the server's largest batch is full, or when the queue is shut down; while it runs, requests gather. A
     request that is refused fails alone; an exception in the model fails the batch that it ran in, not those beside it.
     Callbacks of futures run in that thread too: they should be short, and must not wait for the queue.
+
+    Examples:
+      >>> plans = [jaxpack.plan_padded(2, 3)]
+      >>> server = Server(lambda params, packed: jaxpack.segment_sum(packed), (), plans, example=np.zeros(1, int))
+      >>> with Queue(server, max_wait=0.005) as queue:
+      ...     future = queue.submit([1, 2, 3])  # from any thread
+      ...     result = future.result()  # or, under asyncio, await asyncio.wrap_future(future)
+      >>> int(result)
+      6
 
     Args:
       server: a Server.

@@ -15,7 +15,14 @@ from jaxpack.plan import BucketPlan, concrete_lengths
 
 
 class Route(NamedTuple):
-    """Sequences that run together: the plan, and their places in the list that was routed, increasing."""
+    """Sequences that run together: the plan, and their places in the list that was routed, increasing.
+
+    Examples:
+      >>> plans = [jaxpack.plan_padded(2, 3)]
+      >>> router = Router.of(plans, jaxpack.CostModel())
+      >>> [route.rows for route in router.route([3, 1, 2])]
+      [(0, 2), (1,)]
+    """
 
     plan: BucketPlan
     rows: tuple[int, ...]

@@ -28,12 +28,17 @@ Program = Callable[[list[jax.Array], PackedSequence], PyTree]
 class Server:
     """Answers sequences of any lengths with programs that are all compiled when it is made.
 
-    server = Server(function, params, plans, example=np.zeros((1, 12), np.float32))
-    results = server([sequence, other])      # NumPy, one result a sequence, in order
-
     Each call lays its sequences out on the host, runs them under the cheapest plan that they fit together, in several
     batches if they fit none, and takes the results apart on the host again: nothing is left to compile. A server may be
     called from several threads; for many small calls see `jaxpack.serving.Queue`.
+
+    Examples:
+      >>> plans = [jaxpack.plan_padded(2, 3)]
+      >>> def weighted_sum(weight, packed):
+      ...     return weight * jaxpack.segment_sum(packed)
+      >>> server = Server(weighted_sum, 10, plans, example=np.zeros(1, int))
+      >>> [int(result) for result in server([[1, 2, 3], [4], [5, 6]])]  # NumPy, one result a sequence, in order
+      [60, 40, 110]
 
     Args:
       function: function(params, packed) -> results: a pytree of arrays [B, ...], a row a sequence in the order of the

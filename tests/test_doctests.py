@@ -1,0 +1,54 @@
+"""Examples in docstrings run and print what they say, and everything public has one."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpack
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # for the example that imports keras
+
+KNOWN = {"jaxpack": jaxpack, "jax": jax, "jnp": jnp, "np": np}  # to examples, beside the names of their own module
+ABSENT = re.compile(r"pip install 'jaxpack\[|No module named '(keras|orbax|typer)'")  # what is not always installed
+MODULES = ["jaxpack", *(info.name for info in pkgutil.walk_packages(jaxpack.__path__, "jaxpack."))]
+PUBLIC = ["", ".data", ".datasets", ".interop", ".linen", ".losses", ".metrics", ".nnx", ".serving"]
+
+
+def docstrings():
+    """A test for each docstring with examples, and for a module that needs what is not installed one that says so."""
+    for name in MODULES:
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not ABSENT.search(str(error)):
+                raise
+            yield pytest.param(None, id=name, marks=pytest.mark.skip(reason=str(error)))
+        else:
+            found = doctest.DocTestFinder().find(module, extraglobs=KNOWN)
+            yield from (pytest.param(test, id=test.name) for test in found if test.examples)
+
+
+@pytest.mark.parametrize("examples", list(docstrings()))
+def test_examples_print_what_they_say(examples):
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    failures = []
+    runner.run(examples, out=failures.append)
+    report = "".join(failures)
+    for line in re.findall(r"ModuleNotFoundError: .*", report):
+        if ABSENT.search(line):
+            pytest.skip(line)
+    assert not report, report
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_everything_public_has_an_example(package):
+    module = importlib.import_module("jaxpack" + package)
+    parser = doctest.DocTestParser()
+    assert [name for name in module.__all__ if not parser.get_examples(getattr(module, name).__doc__ or "")] == []
