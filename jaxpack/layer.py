@@ -226,10 +226,10 @@ class RecurrentLayer(abc.ABC):
         Examples:
           >>> gru = jaxpack.GRU(2, 4)
           >>> state_dict = {
-          ...     "weight_ih_l0": np.ones((12, 2)),
-          ...     "weight_hh_l0": np.ones((12, 4)),
-          ...     "bias_ih_l0": np.ones(12),
-          ...     "bias_hh_l0": np.ones(12),
+          ...     "weight_ih_l0": np.ones((12, 2), np.float32),
+          ...     "weight_hh_l0": np.ones((12, 4), np.float32),
+          ...     "bias_ih_l0": np.ones(12, np.float32),
+          ...     "bias_hh_l0": np.ones(12, np.float32),
           ... }
           >>> gru.from_torch(state_dict)["l0"]["weight_ih"].shape
           (2, 12)
@@ -239,7 +239,7 @@ class RecurrentLayer(abc.ABC):
 
         Raises:
           KeyError: naming the keys that are missing or not known.
-          ValueError: naming a key whose shape is wrong.
+          ValueError: naming a key whose shape is wrong, or whose values JAX would round (float64 without x64).
         """
         return state_dicts.from_state_dict(self.shapes, state_dict)
 

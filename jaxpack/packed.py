@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
@@ -315,7 +316,19 @@ def _ramps(lengths: np.ndarray) -> np.ndarray:
 
 
 def _split(joined: PyTree, lengths: np.ndarray) -> list[PyTree]:
-    """The sequences that lie one after the other in [sum(lengths), *F]."""
-    parts = [jnp.split(leaf, np.cumsum(lengths)[:-1]) for leaf in jax.tree.leaves(joined)]
+    """The sequences that lie one after the other in [sum(lengths), *F].
+
+    Of values a slice each, which compiles once a length. Of tracers one split, whose gradient is one concatenation; as
+    a program of its own it took a second to compile for 100 sequences, and 26 for 1,600.
+    """
+    ends = np.cumsum(lengths)
+
+    def parts(leaf: jax.Array) -> list[jax.Array]:
+        if is_traced(leaf):
+            return jnp.split(leaf, ends[:-1])
+        spans = zip((ends - lengths).tolist(), lengths.tolist(), strict=True)
+        return [lax.dynamic_slice_in_dim(leaf, start, length) for start, length in spans]
+
     structure = jax.tree.structure(joined)
-    return [jax.tree.unflatten(structure, part) for part in zip(*parts, strict=True)]
+    split = map(parts, jax.tree.leaves(joined))
+    return [jax.tree.unflatten(structure, part) for part in zip(*split, strict=True)]

@@ -51,7 +51,8 @@ class PackedSequence:
 
     Attributes:
       data: [S, *F] for the S = plan.size cells, in time-major bucket order, or a pytree of such arrays. With
-        plan_exact it is byte for byte PyTorch's `PackedSequence.data`.
+        plan_exact it is byte for byte PyTorch's `PackedSequence.data`, but for the order of equal lengths, which
+        its sort on CPU does not keep.
       lengths: int32 [B], in the caller's order, as given.
       sorted_indices: int32 [B], the caller's row in each slot, longest first.
       unsorted_indices: int32 [B], the slot of each of the caller's rows.

@@ -21,7 +21,7 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
 
     Raises:
       KeyError: naming the keys that are missing or not known.
-      ValueError: naming a key whose shape is wrong.
+      ValueError: naming a key whose shape is wrong, or whose values JAX would round.
     """
     names = {f"{name}_{group}": (group, name) for group, entries in shapes.items() for name in entries}
     missing, extra = [k for k in names if k not in state_dict], [k for k in state_dict if k not in names]
@@ -34,8 +34,22 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
         expected = shapes[group][name][::-1]
         if array.shape != expected:
             raise ValueError(f"state_dict[{key!r}] must have shape {expected}, got {array.shape}.")
-        params[group][name] = jnp.asarray(array.T)
+        params[group][name] = jnp.asarray(exactly(array, f"state_dict[{key!r}]").T)
     return params
+
+
+def exactly(array: np.ndarray, where: str) -> np.ndarray:
+    """The same array, which JAX can hold as it is.
+
+    Raises:
+      ValueError: if JAX would round it.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise ValueError(
+            f"{where} has dtype {array.dtype}, which JAX would round. Convert under `with jax.enable_x64(True):`, and "
+            f"round the parameters yourself if you want them so."
+        )
+    return array
 
 
 def to_state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from jaxpack import (
     unpack_sequence,
     unpad_sequence,
 )
+from jaxpack.serving import counted_compilations
 
 SEED = [4, 6, 8, 5, 4, 3, 7, 8]
 dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "bool", "complex64"])
@@ -120,6 +121,14 @@ def test_sequences_round_trip(lengths_and_plan, features):
     packed = pack_sequence(sequences, plan=plan)
     for ours, sequence in zip(unpack_sequence(packed), sequences, strict=True):
         np.testing.assert_array_equal(ours, sequence)
+
+
+def test_a_batch_is_taken_apart_by_a_program_for_each_length():
+    packed = pack_sequence([jnp.ones(n % 3 + 3) for n in range(40)])
+    with counted_compilations() as compiled:
+        sequences = unpack_sequence(packed)
+    assert [len(sequence) for sequence in sequences] == [n % 3 + 3 for n in range(40)]
+    assert len(compiled) <= 3 + 3  # a slice of each length, and the gather before them
 
 
 @settings(max_examples=10)  # each compiles its own programs

@@ -72,6 +72,8 @@ def test_wrong_keys_and_shapes_are_named():
         layer.from_torch({**good, "weight_ih_l1": good["weight_ih_l0"]})
     with pytest.raises(ValueError, match=r"state_dict\['weight_ih_l0'\] must have shape \(12, 3\), got \(3, 12\)"):
         layer.from_torch({**good, "weight_ih_l0": good["weight_ih_l0"].T})
+    with pytest.raises(ValueError, match=r"state_dict\['bias_hh_l0'\] has dtype float64, which JAX would round"):
+        layer.from_torch({**good, "bias_hh_l0": good["bias_hh_l0"].astype(np.float64)})
     with pytest.raises(KeyError, match=r"Strip the prefix: .*removeprefix\('model.rnn.'\)"):
         layer.from_torch({f"model.rnn.{k}": v for k, v in good.items()})
 

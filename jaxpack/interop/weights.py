@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,6 +17,7 @@ from jaxpack.cells import Cell, GRUCell
 from jaxpack.layer import LayerParams, RecurrentLayer
 from jaxpack.params import check_params
 from jaxpack.sequence import is_traced
+from jaxpack.state_dict import exactly
 
 Weights = dict[str, np.ndarray]
 
@@ -79,12 +79,7 @@ def from_library(value: Any, where: str) -> np.ndarray:
     array = to_numpy(value, where)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{where} must have a floating dtype, got {array.dtype}.")
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise ValueError(
-            f"{where} has dtype {array.dtype}, which JAX would round. Convert under `with jax.enable_x64(True):`, and "
-            f"round the parameters yourself if you want them so."
-        )
-    return array
+    return exactly(array, where)
 
 
 def as_params(
