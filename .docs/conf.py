@@ -31,6 +31,7 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
+autodoc_type_aliases = {name: name.split(".")[-1] for name in ("ArrayLike", "npt.ArrayLike", "DTypeLike", "PyTree")}
 autodoc_typehints_format = "short"
 default_role = "py:obj"  # `name` is a link where it names something of ours, and code elsewhere
 maximum_signature_line_length = 88
@@ -52,6 +53,12 @@ def _escape(app, what, name, obj, options, lines):
             lines[i] = re.sub(r"`[^`]*`|\*", lambda found: found[0] if found[0] != "*" else r"\*", line)
 
 
+def _short(app, what, name, obj, options, signature, returns):
+    """Type aliases by their names, where Sphinx wraps those in unions."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
+
+
 def setup(app):
     """Called by Sphinx."""
+    app.connect("autodoc-process-signature", _short)
     app.connect("autodoc-process-docstring", _escape, priority=400)  # before napoleon
