@@ -1,5 +1,6 @@
 """jit, grad, jvp, vmap, checkpoint, scan, shard_map and export over everything public that can be jitted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -85,7 +86,7 @@ def test_jacfwd_and_hessian():
     ids=["gru-stairs", "gru-rows", "gru-none", "projected-rows", "relu-stairs"],
 )
 def test_vmap_over_parameters_is_an_ensemble(name, plan):
-    layer = LAYERS[name]
+    layer = dataclasses.replace(LAYERS[name], num_layers=1)
     params = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
     gradient = jax.jit(jax.grad(lambda p, n: padded_scalar(layer, p, BATCH, n, plan)))
     together = jax.jit(jax.vmap(gradient, (0, None)))(params, LENGTHS)
@@ -96,7 +97,7 @@ def test_vmap_over_parameters_is_an_ensemble(name, plan):
 
 @on_each_plan
 def test_vmap_over_batches_of_one_plan(plan):
-    layer = LAYERS["lstm"]
+    layer = dataclasses.replace(LAYERS["lstm"], num_layers=1)
     params = layer.init(jax.random.key(0))
     batches = jnp.stack([BATCH, BATCH * 2])
     lengths = jnp.stack([LENGTHS, jnp.array([5, 5, 3, 1])])
