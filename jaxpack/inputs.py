@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxpack.plan import BucketPlan, check_lengths_type, concrete_lengths
+from jaxpack.arguments import check_lengths_type, concrete_lengths
+from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_exact
 from jaxpack.sequence import PackedSequence, PyTree, is_traced
 

@@ -25,11 +25,12 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack import state_dict as state_dicts
+from jaxpack.arguments import at_least_one
 from jaxpack.cells import Cell, Params
 from jaxpack.inputs import as_batch, batch_shape
 from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
 from jaxpack.params import InitializerByGate, check_params, check_sharding, draw, floating
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_padded
 from jaxpack.sequence import PackedSequence, PyTree, check_packed
 from jaxpack.stack import names_forward_mode, run_stack
@@ -68,9 +69,7 @@ class RecurrentLayer(abc.ABC):
 
     def __post_init__(self) -> None:
         for name in ("input_size", "hidden_size", "num_layers"):
-            size = getattr(self, name)
-            if as_int(name, size) < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+            at_least_one(name, getattr(self, name))
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
         for name in ("bias", "bidirectional"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxpack.arguments import as_int
 from jaxpack.cells import GRUCell, LSTMCell, RNNCell, check_nonlinearity
 from jaxpack.layer import RecurrentLayer
-from jaxpack.plan import as_int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
+from jaxpack.arguments import as_int
 from jaxpack.packed import pad_packed_sequence
-from jaxpack.plan import as_int
 from jaxpack.sequence import PackedSequence, PyTree, check_packed, is_traced, slot_lengths, who_fits
 
 __all__ = ["Mean", "ctc", "ctc_min_frames", "sequence_cross_entropy", "token_cross_entropy"]

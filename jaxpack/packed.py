@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
+from jaxpack.arguments import as_int
 from jaxpack.inputs import (
     as_sequences,
     check_batch_size,
@@ -24,7 +25,7 @@ from jaxpack.inputs import (
     lengths_as_shapes,
     padded_batch,
 )
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.plan import BucketPlan
 from jaxpack.sequence import (
     PackedSequence,
     PyTree,

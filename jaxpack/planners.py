@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.arguments import at_least_one, concrete_lengths
 from jaxpack.cost import CostModel
-from jaxpack.plan import BucketPlan, as_int, concrete_lengths
+from jaxpack.plan import BucketPlan
 
 _WIDER = 32  # plan_rows tries rows wider by 1/32 each time,
 _CLOSE = 0.99  # until no width could save more than 1 %
@@ -49,10 +50,8 @@ def plan_padded(batch_size: int, max_length: int) -> BucketPlan:
       TypeError: if an argument is no int.
       ValueError: if an argument is below 1.
     """
-    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-        if as_int(name, value) < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    return BucketPlan((max_length,), (batch_size,))
+    rows, steps = at_least_one("batch_size", batch_size), at_least_one("max_length", max_length)
+    return BucketPlan((steps,), (rows,))
 
 
 def plan_buckets(
@@ -88,10 +87,9 @@ def plan_buckets(
       TypeError: if lengths are traced or no numbers.
       ValueError: if lengths are empty, negative or not whole, or an option is below its least value.
     """
-    if num_buckets is not None and as_int("num_buckets", num_buckets) < 1:
-        raise ValueError(f"num_buckets must be at least 1, got {num_buckets}.")
-    if as_int("row_multiple", row_multiple) < 1:
-        raise ValueError(f"row_multiple must be at least 1, got {row_multiple}.")
+    if num_buckets is not None:
+        at_least_one("num_buckets", num_buckets)
+    at_least_one("row_multiple", row_multiple)
     if cost_model is None and num_buckets is None:
         cost_model = CostModel()
     bucket_cost = cost_model.bucket_cells if cost_model else 0
@@ -129,10 +127,9 @@ def plan_rows(
       TypeError: if lengths are traced or no numbers.
       ValueError: if lengths are empty, negative or not whole, or num_rows or num_buckets is below 1.
     """
-    if num_rows is not None and as_int("num_rows", num_rows) < 1:
-        raise ValueError(f"num_rows must be at least 1, got {num_rows}.")
-    if as_int("num_buckets", num_buckets) < 1:
-        raise ValueError(f"num_buckets must be at least 1, got {num_buckets}.")
+    if num_rows is not None:
+        at_least_one("num_rows", num_rows)
+    at_least_one("num_buckets", num_buckets)
     cost_model = cost_model or CostModel()
     longest_first = np.sort(_at_least_one(lengths))[::-1].tolist()
     if num_rows is None:

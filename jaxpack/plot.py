@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.arguments import concrete_lengths
 from jaxpack.data.cover import coverage, num_batches
 from jaxpack.extras import import_extra
-from jaxpack.plan import BucketPlan, concrete_lengths
+from jaxpack.plan import BucketPlan
 
 __all__ = ["formats", "plot_bench", "plot_corpus", "plot_plan"]
 

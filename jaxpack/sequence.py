@@ -22,9 +22,10 @@ import numpy as np
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
+from jaxpack.arguments import check_lengths_type
 from jaxpack.captions import caption, filled_slots, type_of, types_of
 from jaxpack.pictures import html_picture, text_picture
-from jaxpack.plan import BucketPlan, check_lengths_type
+from jaxpack.plan import BucketPlan
 
 PyTree = Any
 

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.arguments import as_int, at_least_one
 from jaxpack.data.batch import Batch, lay_out
-from jaxpack.data.cover import at_least_one
 from jaxpack.data.source import Epoch, Indexed, Streamed, TooLong, is_indexed, shuffled
 from jaxpack.data.statistics import Statistics, Tally
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
 
 State = dict[str, Any]

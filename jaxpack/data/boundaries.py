@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack.data.cover import Planner, at_least_one, plan_cover
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.arguments import as_int, at_least_one
+from jaxpack.data.cover import Planner, plan_cover
+from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_buckets, plan_padded
 
 _CAP = 4  # a batch of short sequences holds at most so many times what the budget holds of the mean boundary

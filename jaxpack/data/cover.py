@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln  # jax needs scipy too
 
+from jaxpack.arguments import at_least_one, concrete_lengths
 from jaxpack.cost import CostModel
-from jaxpack.plan import BucketPlan, as_int, concrete_lengths
+from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_padded, plan_rows
 
 Planner = Callable[[np.ndarray], BucketPlan]
@@ -197,14 +198,6 @@ def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
     if not corpus.size:
         raise ValueError("the corpus is empty: a plan needs at least one sequence.")
     return corpus
-
-
-def at_least_one(name: str, value: object) -> int:
-    """An int from an argument; raises TypeError if it is none, ValueError if it is below 1."""
-    number = as_int(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}.")
-    return number
 
 
 def _rooms(corpus: np.ndarray, batch_size: int) -> np.ndarray:

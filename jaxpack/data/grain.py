@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxpack.arguments import as_int, at_least_one
 from jaxpack.data.batch import Batch, lay_out
 from jaxpack.data.batcher import Batcher
-from jaxpack.data.cover import at_least_one
 from jaxpack.data.packing import Form
 from jaxpack.data.slot_buffer import SlotBuffer
 from jaxpack.data.slot_filling import BUFFERED_BATCHES
 from jaxpack.data.source import Piece
 from jaxpack.extras import import_extra
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
 
 grain: Any = import_extra("grain", "data", "batches in Grain's pipelines")

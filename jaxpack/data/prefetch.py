@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxpack.data.cover import at_least_one
+from jaxpack.arguments import at_least_one
 
 _Ready = queue.Queue[tuple[str, Any, Any]]  # "item", "end" or "error"; the item or exception; the state after it
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.arguments import at_least_one
 from jaxpack.data.batcher import Batcher, Lengths, Round, in_random_order
 from jaxpack.data.boundaries import padded_plans, tightest_boundaries
-from jaxpack.data.cover import at_least_one
 from jaxpack.data.source import TooLong
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree

@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.arguments import concrete_lengths
 from jaxpack.data.packing import Form
-from jaxpack.plan import concrete_lengths
 from jaxpack.sequence import PyTree
 
 TooLong = Literal["error", "truncate", "drop", "split"]

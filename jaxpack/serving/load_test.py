@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpack.plan import as_int
+from jaxpack.arguments import as_int
 from jaxpack.sequence import PyTree
 
 Submit = Callable[[PyTree], "Future[PyTree]"]

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxpack.plan import BucketPlan, as_int
+from jaxpack.arguments import at_least_one
+from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
 from jaxpack.serving.schema import Request
 from jaxpack.serving.server import Server
@@ -75,8 +76,7 @@ class Queue:
             raise TypeError(f"server must be a jaxpack.serving.Server, got {type(server).__name__}.")
         if not max_wait >= 0:
             raise ValueError(f"max_wait must be 0 or more seconds, got {max_wait}.")
-        if as_int("max_size", max_size) < 1:
-            raise ValueError(f"max_size must be at least 1, got {max_size}.")
+        at_least_one("max_size", max_size)
         self._server, self._max_wait, self._max_size = server, max_wait, max_size
         self._waiting: collections.deque[_Waiting] = collections.deque()
         self._changed = threading.Condition()  # guards the deque and what is set below

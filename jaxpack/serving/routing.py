@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from jaxpack.arguments import concrete_lengths
 from jaxpack.cost import CostModel
-from jaxpack.plan import BucketPlan, concrete_lengths
+from jaxpack.plan import BucketPlan
 
 
 class Route(NamedTuple):
