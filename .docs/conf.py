@@ -31,14 +31,12 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
-autodoc_type_aliases = {name: name.split(".")[-1] for name in ("ArrayLike", "npt.ArrayLike", "DTypeLike", "PyTree")}
-autodoc_typehints_format = "short"
+autodoc_type_aliases = {name: name.split(".")[-1] for name in ("ArrayLike", "npt.ArrayLike", "PyTree")}
 default_role = "py:obj"  # `name` is a link where it names something of ours, and code elsewhere
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_attr_annotations = False  # the signature has them
 napoleon_use_ivar = True  # attributes beside their class, not twice
-napoleon_custom_sections = [("Source", "notes_style")]
 
 copybutton_prompt_text = ">>> "
 myst_heading_anchors = 3

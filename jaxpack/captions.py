@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpack.pictures import counted
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import BucketPlan, longest_first
 
 _MOST, _LONGEST = 8, 80  # leaves or misfits that a caption names, and characters of each
 
@@ -65,7 +65,7 @@ def caption(plan: BucketPlan, data: Any, lengths: Any, filled: np.ndarray | None
     slots = np.flatnonzero(filled < 0)
     if len(slots):
         values = _values(lengths)
-        rows = np.argsort(-values, kind="stable")[slots]
+        rows = longest_first(values)[slots]
         misfits = [f"lengths[{b}] = {values[b]} (room {plan.room[slot]})" for b, slot in zip(rows, slots, strict=True)]
         lines.append(f"Do not fit the plan: {_some(misfits)}")
     return lines

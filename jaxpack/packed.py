@@ -25,7 +25,7 @@ from jaxpack.inputs import (
     lengths_as_shapes,
     padded_batch,
 )
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import BucketPlan, longest_first
 from jaxpack.sequence import (
     PackedSequence,
     PyTree,
@@ -159,7 +159,7 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
     packed_sequences = check_packed(packed_sequences, "unpack_sequence")
     lengths = lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
     plan = packed_sequences.plan
-    slots = np.repeat(np.argsort(np.argsort(-lengths, kind="stable")), lengths)
+    slots = np.repeat(np.argsort(longest_first(lengths)), lengths)
     cells = plan.step_offsets[plan.slot_starts[slots] + _ramps(lengths)] + plan.slot_rows[slots]
     return _split(jax.tree.map(lambda leaf: leaf[cells], packed_sequences.data), lengths)
 

@@ -188,7 +188,7 @@ class BucketPlan:
         last = np.append(np.diff(rows) > 0, True)
         room[last] = ends
         slots = np.stack([rows, steps, room - steps])
-        return _frozen(slots[:, _longest_first(slots[2])])
+        return _frozen(slots[:, longest_first(slots[2])])
 
     @property
     def _row_starts(self) -> tuple[tuple[int, ...], ...]:
@@ -246,7 +246,7 @@ class BucketPlan:
         misfits = np.flatnonzero(self._misfits(array))
         if misfits.size:
             row = misfits[0]
-            slot = int(np.flatnonzero(_longest_first(array) == row)[0])
+            slot = int(np.flatnonzero(longest_first(array) == row)[0])
             raise ValueError(
                 f"lengths[{row}] = {array[row]} does not fit the plan: its row has room for {self.room[slot]} "
                 f"steps. Use a plan that covers it (jaxpack.plan_buckets(lengths)) or truncate the sequence."
@@ -316,7 +316,7 @@ class BucketPlan:
 
     def _misfits(self, lengths: np.ndarray) -> np.ndarray:
         """[N] which sequences, in the caller's order, are longer than the room they get."""
-        order = _longest_first(lengths)
+        order = longest_first(lengths)
         misfits = np.empty(len(lengths), bool)
         misfits[order] = lengths[order] > self.room[: len(lengths)]
         return misfits
@@ -343,7 +343,7 @@ def _brief(values: tuple[Any, ...]) -> str:
     return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
 
 
-def _longest_first(lengths: np.ndarray) -> np.ndarray:
+def longest_first(lengths: np.ndarray) -> np.ndarray:
     """The stable order from longest to shortest."""
     return np.argsort(-lengths, kind="stable")
 

@@ -11,11 +11,15 @@ import jaxpack
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PACKAGES = ["", ".data", ".datasets", ".interop", ".linen", ".losses", ".metrics", ".nnx", ".plot", ".serving"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / ".docs").glob("**/*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
 
 
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks(README, "bash") for line in block.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -33,17 +37,22 @@ def test_every_python_block_of_a_page_runs_and_prints_what_it_says(page, capsys)
     assert capsys.readouterr().out.splitlines() == promised
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert links or page != ROOT / "README.md"
+
+
 def test_the_readme_opens_with_the_two_commands():
-    commands = [line for block in blocks(README, "bash") for line in block.splitlines()]
-    assert commands[0].endswith("'.[demo]' && .venv/bin/jaxpack demo")
-    assert commands[1].endswith("'.[test]' && .venv/bin/pytest")
+    assert COMMANDS[0].endswith("'.[demo]' && .venv/bin/jaxpack demo")
+    assert COMMANDS[1].endswith("'.[test]' && .venv/bin/pytest")
 
 
 def test_ci_runs_the_other_commands_of_the_readme():
-    commands = [line for block in blocks(README, "bash") for line in block.splitlines()]
-    assert len(commands) == 3
+    assert len(COMMANDS) == 3
     patterns = re.findall(r"grep -m1 -E '([^']*)' README.md", (ROOT / ".ci" / "run").read_text())
-    assert [sum(bool(re.search(pattern, command)) for command in commands) for pattern in patterns] == [1, 1]
+    assert [sum(bool(re.search(pattern, command)) for command in COMMANDS) for pattern in patterns] == [1, 1]
 
 
 def test_a_packed_model_is_trained_on_ones_own_data_in_under_20_lines():
@@ -70,10 +79,9 @@ def test_the_reference_has_everything_public():
             else:
                 documented.add(f"{module.__name__}.{name}")
                 assert inspect.isclass(getattr(module, name)) == (directive == "autoclass")
-    packages = ["", ".data", ".datasets", ".interop", ".linen", ".losses", ".metrics", ".nnx", ".plot", ".serving"]
     public = {
         f"jaxpack{package}.{name}"
-        for package in packages
+        for package in PACKAGES
         for name in importlib.import_module(f"jaxpack{package}").__all__
     }
     assert public - documented == set()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxpack.inputs import without_torch
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import BucketPlan, longest_first
 from jaxpack.sequence import PackedSequence, PyTree
 
 
@@ -146,7 +146,7 @@ class Rows:
         given = np.asarray(lengths, np.int32)
         lengths = np.zeros(plan.num_sequences, np.int32)
         lengths[: len(given)] = given
-        order = np.argsort(-lengths, kind="stable").astype(np.int32)
+        order = longest_first(lengths).astype(np.int32)
         slots = np.empty_like(order)
         slots[order] = np.arange(len(order), dtype=np.int32)
         ends = np.cumsum(lengths)

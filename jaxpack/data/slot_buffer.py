@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jaxpack.data.cover import num_batches
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import BucketPlan, longest_first
 
 Piece = tuple[int, int]  # a number and a length
 
@@ -85,7 +85,7 @@ class SlotBuffer:
         fresh = np.fromiter(itertools.chain.from_iterable(self._fresh), np.int64).reshape(-1, 2)
         numbers = np.concatenate([self._numbers, fresh[:, 0]])
         lengths = np.concatenate([self._lengths, fresh[:, 1]])
-        order = np.argsort(-lengths, kind="stable")
+        order = longest_first(lengths)
         self._numbers, self._lengths, self._fresh = numbers[order], lengths[order], []
 
     def _pieces(self, places: np.ndarray) -> list[Piece]:

@@ -183,7 +183,8 @@ class SimpleRNN(_Recurrent):
 class LSTM(_Recurrent):
     """A stack of long short-term memory layers; returns (output, (h_n, c_n)).
 
-    hidden_size, num_layers, bias, dropout, bidirectional and proj_size are as of jaxpack.LSTM.
+    hidden_size, num_layers, bias, dropout, bidirectional and proj_size are as of jaxpack.LSTM; dtype,
+    param_dtype, deterministic and initialisers, which may be given by gate, as of SimpleRNN.
 
     Examples:
       >>> from flax import linen as nn
@@ -192,14 +193,6 @@ class LSTM(_Recurrent):
       >>> output, (h_n, c_n) = lstm.apply(lstm.init(jax.random.key(0), packed), packed)
       >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
       ((4, 4), (1, 2, 4))
-
-    Attributes:
-      dtype: to compute in. Default: the result type of inputs and parameters.
-      param_dtype: the parameters' own. Default: JAX's float.
-      kernel_init: as of jaxpack.LSTM.init, by gate if need be; nn.with_partitioning may wrap it.
-      recurrent_kernel_init: likewise.
-      bias_init: likewise.
-      deterministic: whether to leave dropout between layers out, unless the call says it.
     """
 
     layer_class = layers.LSTM
@@ -215,7 +208,8 @@ class LSTM(_Recurrent):
 class GRU(_Recurrent):
     """A stack of gated recurrent layers; returns (output, h_n).
 
-    hidden_size, num_layers, bias, dropout and bidirectional are as of jaxpack.GRU.
+    hidden_size, num_layers, bias, dropout and bidirectional are as of jaxpack.GRU; dtype, param_dtype, deterministic
+    and initialisers, which may be given by gate, as of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -223,14 +217,6 @@ class GRU(_Recurrent):
       >>> output, h_n = gru.apply(gru.init(jax.random.key(0), packed), packed)
       >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
       ((4, 4), (1, 2, 4))
-
-    Attributes:
-      dtype: to compute in. Default: the result type of inputs and parameters.
-      param_dtype: the parameters' own. Default: JAX's float.
-      kernel_init: as of jaxpack.GRU.init, by gate if need be; nn.with_partitioning may wrap it.
-      recurrent_kernel_init: likewise.
-      bias_init: likewise.
-      deterministic: whether to leave dropout between layers out, unless the call says it.
     """
 
     layer_class = layers.GRU

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from jaxpack.arguments import concrete_lengths
 from jaxpack.cost import CostModel
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import BucketPlan, longest_first
 
 
 class Route(NamedTuple):
@@ -60,7 +60,7 @@ class Router:
           lengths: [N] whole numbers, at most max_length.
         """
         array = concrete_lengths(lengths)
-        order = np.argsort(-array, kind="stable")
+        order = longest_first(array)
         pieces = self._pieces(array[order])
         return [Route(self.plans[plan], tuple(sorted(order[places].tolist()))) for plan, places in pieces]
 
