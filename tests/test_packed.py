@@ -270,6 +270,19 @@ def test_misfits_are_poisoned_when_padded_and_others_are_not(plan):
     assert padded[2].tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.optimized
+def test_a_loss_of_padded_outputs_keeps_one_array_of_their_size():
+    lengths = np.arange(1, 41)
+    inputs = jnp.ones((40, 40, 16))
+    packed = pack_padded_sequence(inputs, lengths, batch_first=True)
+
+    def loss(data, packed, cotangent):
+        return jnp.sum(pad_packed_sequence(packed.replace(data=data), batch_first=True)[0] * cotangent)
+
+    program = jax.jit(jax.value_and_grad(loss)).lower(packed.data, packed.replace(data=None), inputs).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * inputs.nbytes
+
+
 def test_length_zero_is_legal_with_a_plan():
     plan = plan_buckets([3, 0, 0])
     packed = pack_padded_sequence(jnp.ones((3, 3)), [0, 3, 0], batch_first=True, plan=plan)
