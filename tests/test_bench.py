@@ -24,7 +24,7 @@ from jaxpack.cli.bench_peers import PEERS
 from jaxpack.cli.bench_workloads import Workload, named_workload, workload_names
 from jaxpack.stairs import ladder_cells
 
-LENGTHS = np.array([3, 8, 8, 3, 2, 8, 3, 2])
+LENGTHS = np.array([3, 8, 8, 2])  # few: without a plan there is a loop for each of up to eight
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
 NAMES = (
     "lognormal",
