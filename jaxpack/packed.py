@@ -264,13 +264,13 @@ def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_fi
     )
     fits = who_fits(packed)[packed.unsorted_indices] & short
     places, cells = _places(packed, length), _cells(packed, length)
-    real = (cells < plan.size) & (steps < packed.lengths[:, None]) | ~fits[:, None]
+    filled = ((cells < plan.size) & (steps < packed.lengths[:, None])) | ~fits[:, None]
 
     def gather(leaf: jax.Array) -> jax.Array:
         padding = jnp.asarray(padding_value).astype(leaf.dtype)
         padded = rearrange(leaf, cells.reshape(-1), places).reshape(*cells.shape, *leaf.shape[1:])
         # The product comes before the choice: after it, XLA may write its factor out as an array of all outputs.
-        padded = jnp.where(expand(real, padded), poison(padded, fits), padding)
+        padded = jnp.where(expand(filled, padded), poison(padded, fits), padding)
         return padded if batch_first else jnp.swapaxes(padded, 0, 1)
 
     return jax.tree.map(gather, packed.data)
