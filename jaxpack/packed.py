@@ -32,8 +32,8 @@ from jaxpack.sequence import (
     cells_of,
     check_packed,
     expand,
+    fill_up,
     is_traced,
-    poison,
     rearrange,
     reversed_cells,
     seal,
@@ -264,13 +264,12 @@ def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_fi
     )
     fits = who_fits(packed)[packed.unsorted_indices] & short
     places, cells = _places(packed, length), _cells(packed, length)
-    filled = ((cells < plan.size) & (steps < packed.lengths[:, None])) | ~fits[:, None]
+    taken = ((cells < plan.size) & (steps < packed.lengths[:, None])) | ~fits[:, None]
 
     def gather(leaf: jax.Array) -> jax.Array:
         padding = jnp.asarray(padding_value).astype(leaf.dtype)
         padded = rearrange(leaf, cells.reshape(-1), places).reshape(*cells.shape, *leaf.shape[1:])
-        # The product comes before the choice: after it, XLA may write its factor out as an array of all outputs.
-        padded = jnp.where(expand(filled, padded), poison(padded, fits), padding)
+        padded = fill_up(padded, taken, padding, fits)
         return padded if batch_first else jnp.swapaxes(padded, 0, 1)
 
     return jax.tree.map(gather, packed.data)

@@ -272,7 +272,7 @@ def stand_in_slots(packed: PackedSequence) -> jax.Array:
 def seal(packed: PackedSequence, cells: PyTree) -> PyTree:
     """Values per cell [S, ...] with slack set to zero and sequences that do not fit set to NaN."""
     mask, fits = packed.mask, who_fits(packed)[packed.plan.cell_slots]
-    return jax.tree.map(lambda leaf: poison(jnp.where(expand(mask, leaf), leaf, jnp.zeros_like(leaf)), fits), cells)
+    return jax.tree.map(lambda leaf: fill_up(leaf, mask, jnp.zeros_like(leaf), fits), cells)
 
 
 def seal_states(packed: PackedSequence, states: PyTree) -> PyTree:
@@ -345,6 +345,15 @@ def who_fits(packed: PackedSequence) -> jax.Array:
         room=jnp.asarray(packed.plan.room)[slot],
     )
     return fits
+
+
+def fill_up(leaf: jax.Array, taken: jax.Array, filling: jax.Array, fits: jax.Array) -> jax.Array:
+    """The leaf where taken, else the filling; and NaN in the rows that do not fit, which count as taken all over.
+
+    The product that makes NaN comes before the choice. After it, XLA may write its factor out as an array as large as
+    the leaf, to multiply a loss with it.
+    """
+    return jnp.where(expand(taken, leaf), poison(leaf, fits), filling)
 
 
 def poison(leaf: jax.Array, fits: jax.Array) -> jax.Array:

@@ -70,7 +70,9 @@ def toy(output=lambda x: x):
             return output(inputs[..., :1]) * params
 
         params = jnp.ones(workload.layer.output_size)
-        return jax_calls(apply, params, workload.inputs, None, workload.cotangent, 64, same_weights=True)
+        return jax_calls(
+            apply, params, workload.inputs, None, workload.cotangent, workload.padded_plan.size, same_weights=True
+        )
 
     return build
 
