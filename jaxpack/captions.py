@@ -61,7 +61,9 @@ def caption(plan: BucketPlan, data: Any, lengths: Any, filled: np.ndarray | None
     if filled is None:
         return [*lines, f"{batch}, {cells}, {plan.summary}; lengths {_some([type_of(lengths)])}, without values here"]
     tokens = int(filled[filled > 0].sum())
-    lines.append(f"{batch}, {counted(tokens, 'token')} in {cells} ({tokens / plan.size:.1%} real), {plan.summary}")
+    lines.append(
+        f"{batch}, {counted(tokens, 'token')} in {cells} ({tokens / max(plan.size, 1):.1%} real), {plan.summary}"
+    )
     slots = np.flatnonzero(filled < 0)
     if len(slots):
         values = _values(lengths)

@@ -347,9 +347,9 @@ def _recur(
     params = [each.params for each in known]
     with names_forward_mode("jaxpack's RNN", "rnn"):
         outputs, final = run_stack(cell, len(known), 0.0, params, packed, state, None, planned, forward_mode)
-    parts = jnp.split(outputs.data, len(known), axis=-1)
+    parts = jnp.split(outputs, len(known), axis=-1)
     return [
-        (_swap(jax.tree.map(lambda leaf, i=i: leaf[i], final)), outputs.replace(data=part))
+        (_swap(jax.tree.map(lambda leaf, i=i: leaf[i], final)), packed.replace(data=part))
         for i, part in enumerate(parts)
     ]
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from jaxpack.arguments import check_lengths_type, concrete_lengths
+from jaxpack.dtypes import canonical, cast, common_dtype
 from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_exact
 from jaxpack.sequence import PackedSequence, PyTree, is_traced
@@ -23,13 +26,20 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
         raise ValueError(f"{name} holds no array, got {batch!r}.")
     if any(np.ndim(leaf) == 0 for leaf in leaves):
         try:
-            return jnp.asarray(batch)
+            batch = jnp.asarray(batch) if any(isinstance(leaf, jax.Array) for leaf in leaves) else np.asarray(batch)
         except ValueError as error:
             raise ValueError(
                 f"{name} is a nested list whose rows have different lengths. Pass a list of sequences to "
                 f"jaxpack.pack_sequence, or pad it with jaxpack.pad_sequence."
             ) from error
-    return jax.tree.map(lambda leaf: jnp.asarray(without_torch(leaf)), batch)
+    return jax.tree.map(functools.partial(as_jax, name=name), batch)
+
+
+def as_jax(leaf: Any, name: str) -> jax.Array:
+    """A JAX array that holds the values of an array of any kind; raises as `jaxpack.dtypes.cast`."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    return jnp.asarray(canonical(np.asarray(without_torch(leaf)), name))
 
 
 def without_torch(tensor: Any) -> Any:
@@ -54,19 +64,42 @@ def as_sequences(sequences: Iterable[PyTree]) -> tuple[list[PyTree], np.ndarray]
     arrays = [_as_sequence(sequence) for sequence in sequences]
     if not arrays:
         raise ValueError("sequences is empty: at least one is needed.")
+    if len({(array.shape[1:], array.dtype) for array in arrays if _is_sequence(array)}) == 1 and all(
+        map(_is_sequence, arrays)
+    ):
+        arrays = [canonical(array, f"sequences[{i}]") for i, array in enumerate(arrays)]
+        return arrays, np.array([len(array) for array in arrays])
     model = next((array for array in arrays if array is not None), np.zeros(0, np.float32))
     arrays = [jax.tree.map(lambda leaf: leaf[:0], model) if array is None else array for array in arrays]
-    return arrays, np.array([_length_like(model, array, i) for i, array in enumerate(arrays)])
+    lengths = np.array([_length_like(model, array, i) for i, array in enumerate(arrays)])
+    return _of_one_dtype(arrays), lengths
 
 
 def _as_sequence(sequence: PyTree) -> PyTree:
     """A sequence's arrays; None for an empty list, which is a sequence of whatever the others hold."""
+    if _is_sequence(sequence):
+        return sequence
     leaves = jax.tree.leaves(sequence)
     if not leaves:
         return None
     if any(np.ndim(leaf) == 0 for leaf in leaves):
         return np.asarray(sequence)
     return jax.tree.map(without_torch, sequence)
+
+
+def _is_sequence(sequence: PyTree) -> bool:
+    """Whether it is one NumPy array with a time axis, of which there is nothing more to find out."""
+    return type(sequence) is np.ndarray and sequence.ndim > 0
+
+
+def _of_one_dtype(arrays: list[PyTree]) -> list[PyTree]:
+    """Sequences whose arrays have, leaf by leaf, the dtype that they have in common."""
+    dtypes = jax.tree.map(lambda *leaves: common_dtype(leaf.dtype for leaf in leaves), *arrays)
+
+    def convert(leaf: Any, dtype: np.dtype, i: int) -> Any:
+        return leaf.astype(dtype) if isinstance(leaf, jax.Array) else cast(leaf, dtype, f"sequences[{i}]")
+
+    return [jax.tree.map(functools.partial(convert, i=i), array, dtypes) for i, array in enumerate(arrays)]
 
 
 def _length_like(model: PyTree, array: PyTree, i: int) -> int:
@@ -104,8 +137,8 @@ def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
     """(B, T) of a batch-first padded pytree.
 
     Raises:
-      ValueError: if a leaf has no two leading axes, the leaves disagree in them, or the batch axis is sharded under
-        an explicit mesh.
+      ValueError: if a leaf has no two leading axes, the leaves disagree in them, one is symbolic, or the batch axis is
+        sharded under an explicit mesh.
     """
     _check_rank(batch, name)
     leaves = jax.tree.leaves(batch)
@@ -116,7 +149,18 @@ def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
                 f"{leaf.shape[:2]}."
             )
         _check_sharding(leaf, name)
+    for axis, size in zip(("batch", "time"), leaves[0].shape, strict=False):
+        if jax.export.is_symbolic_dim(size):
+            raise ValueError(
+                f"{name} has a symbolic {axis} axis, {size}, but a plan has static shapes. Export a program for each "
+                f"shape (as jaxpack.serving.Server does), or run RNN of jaxpack.nnx or jaxpack.linen without a plan."
+            )
     return leaves[0].shape[0], leaves[0].shape[1]
+
+
+def padded_plan(batch_size: int, max_length: int) -> BucketPlan:
+    """The plan of a padded batch of any shape, of which a batch of no sequences or of no steps is one."""
+    return BucketPlan((max(max_length, 1),), (batch_size,))
 
 
 def _check_sharding(leaf: jax.Array, name: str) -> None:
@@ -136,7 +180,7 @@ def _check_sharding(leaf: jax.Array, name: str) -> None:
 def lengths_and_plan(
     lengths: ArrayLike | Sequence[int], plan: BucketPlan | None, batch_size: int, max_length: int
 ) -> tuple[np.ndarray | jax.Array, BucketPlan]:
-    """Checks lengths against the batch and the plan, which is exact by default."""
+    """int32 lengths, checked against the batch and the plan, which is exact by default."""
     if plan is not None and not isinstance(plan, BucketPlan):
         raise TypeError(f"plan must be a jaxpack.BucketPlan, got {type(plan).__name__}.")
     if isinstance(lengths, jax.core.Tracer):
@@ -152,13 +196,15 @@ def lengths_and_plan(
     check_longest(concrete, max_length)
     if plan is not None:
         plan.check(concrete)
-        return concrete, plan
-    if not concrete.size or concrete.min() == 0:
+        return concrete.astype(np.int32), plan
+    if not batch_size:
+        return concrete.astype(np.int32), padded_plan(0, max_length)
+    if concrete.min() == 0:
         raise ValueError(
             "Length of all samples has to be greater than 0, but found an element in 'lengths' that is <= 0. "
             "With a plan (plan=jaxpack.plan_buckets(lengths)) empty sequences are legal."
         )
-    return concrete, plan_exact(concrete)
+    return concrete.astype(np.int32), plan_exact(concrete)
 
 
 def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> jax.Array:

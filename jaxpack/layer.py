@@ -27,12 +27,11 @@ from jax.typing import ArrayLike
 from jaxpack import state_dict as state_dicts
 from jaxpack.arguments import at_least_one
 from jaxpack.cells import Cell, Params
-from jaxpack.inputs import as_batch, batch_shape
-from jaxpack.packed import pack_padded_sequence, pad_packed_sequence
+from jaxpack.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
+from jaxpack.packed import lay_out, pad
 from jaxpack.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack.plan import BucketPlan
-from jaxpack.planners import plan_padded
-from jaxpack.sequence import PackedSequence, PyTree, check_packed
+from jaxpack.sequence import PackedSequence, PyTree, check_packed, is_traced
 from jaxpack.stack import names_forward_mode, run_stack
 
 LayerParams = dict[str, Params]
@@ -169,7 +168,7 @@ class RecurrentLayer(abc.ABC):
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), as the final state is laid out. Default: zeros.
           dropout_key: a JAX random key. Needed if dropout is between layers, unless deterministic.
-          lengths: int [B], for padded inputs. They may be traced. Default: all T.
+          lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           plan: for padded inputs, the static shape to run under. Default: none, which is one program for all lengths
             whose loops follow them as it runs (on GPUs: the padded plan).
           deterministic: whether to leave dropout out, as for evaluation.
@@ -209,15 +208,15 @@ class RecurrentLayer(abc.ABC):
                 f"inputs must be a PackedSequence, [B, T, {self.input_size}] or one sequence [T, {self.input_size}], "
                 f"got {_shapes(batch)}."
             )
+        self._check_features(batch)
         if batch.ndim == 2:
             return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
         batch_size, max_length = batch_shape(batch, "inputs")
-        self._check_features(batch)
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
-        plan = plan_padded(batch_size, max(max_length, 1)) if plan is None else plan
-        packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+        plan = padded_plan(batch_size, max_length) if plan is None else plan
+        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length))
         output, state = self._apply_packed(params, packed, initial_state, call)
-        return pad_packed_sequence(output, batch_first=True, total_length=max_length)[0], state
+        return pad(output, 0, max_length), state
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
         """Parameters from the state dict of the torch.nn module of the same options. Exact.
@@ -265,10 +264,12 @@ class RecurrentLayer(abc.ABC):
         self._check_features(data, packed=True)
         dtype = call.dtype_with(data)
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
+        if not packed.plan.size:  # a batch of no sequences
+            return packed.replace(data=lax.full_like(data, 0, dtype, (0, self.output_size))), state
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
         with names_forward_mode(f"{type(self).__name__}.apply", "apply"):
-            return run_stack(
+            outputs, final = run_stack(
                 self.cell,
                 self.num_directions,
                 float(self.dropout),
@@ -279,6 +280,7 @@ class RecurrentLayer(abc.ABC):
                 call.planned,
                 call.forward_mode,
             )
+        return packed.replace(data=outputs), final
 
     def _apply_unbatched(
         self,
@@ -289,21 +291,21 @@ class RecurrentLayer(abc.ABC):
         lengths: ArrayLike | None,
         plan: BucketPlan | None,
     ) -> tuple[jax.Array, Any]:
-        """One sequence [T, F], as a batch of one."""
-        self._check_features(sequence)
-        if lengths is not None or plan is not None:
+        """One sequence [T, F], as a batch of one. It runs under a plan, whose loops jax.vmap keeps static."""
+        if plan is not None or np.ndim(0 if lengths is None else lengths):
             raise ValueError(
-                f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no lengths= or "
-                f"plan=. A batch is [B, T, {self.input_size}]."
+                f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
+                f"number as lengths=. A batch is [B, T, {self.input_size}]."
             )
+        max_length = len(sequence)
         state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
         batched = jax.tree.map(lambda leaf: leaf[:, None], state)
-        packed = pack_padded_sequence(
-            sequence[None], [len(sequence)], batch_first=True, plan=plan_padded(1, max(len(sequence), 1))
-        )
-        output, final = self._apply_packed(params, packed, batched, call)
-        padded = pad_packed_sequence(output, batch_first=True, total_length=len(sequence))[0]
-        return padded[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
+        lengths = max_length if lengths is None else lengths
+        lengths = jnp.reshape(lengths, 1) if is_traced(lengths) else np.reshape(lengths, 1)
+        lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
+        packed = lay_out(sequence[None], lengths, plan)
+        output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))
+        return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
 
     def _check_features(self, array: jax.Array, packed: bool = False) -> None:
         if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:

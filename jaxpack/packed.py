@@ -1,11 +1,13 @@
 """PyTorch's six functions between padded batches, lists of sequences and packed batches; and reverse_sequences.
 
-Names, argument order, defaults, results and errors are PyTorch's (torch.nn.utils.rnn), but for `plan=` and for
-`enforce_sorted`, which is off by default. Every one is a gather along the index maps of jaxpack.sequence.
+Names, argument order, results and the meaning of errors are PyTorch's (torch.nn.utils.rnn), but for `plan=`, for
+`enforce_sorted`, which is off by default, and for `sorted_indices`, which are always there. Every one is a gather along
+the index maps of jaxpack.sequence.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -29,11 +31,13 @@ from jaxpack.plan import BucketPlan, longest_first
 from jaxpack.sequence import (
     PackedSequence,
     PyTree,
+    Unsorted,
     cells_of,
     check_packed,
     expand,
     fill_up,
     is_traced,
+    known,
     rearrange,
     reversed_cells,
     seal,
@@ -75,12 +79,8 @@ def pack_padded_sequence(
     """
     batch, batch_size, max_length = padded_batch(input, batch_first, "input")
     lengths, plan = lengths_and_plan(lengths, plan, batch_size, max_length)
-    if enforce_sorted and isinstance(lengths, np.ndarray) and (np.diff(lengths) > 0).any():
-        raise ValueError(
-            "`lengths` array must be sorted in decreasing order when `enforce_sorted` is True. You can pass "
-            "`enforce_sorted=False` to pack_padded_sequence and/or pack_sequence to sidestep this requirement."
-        )
-    return lay_out(batch, jnp.asarray(lengths, jnp.int32), plan)
+    _check_sorted(lengths, enforce_sorted)
+    return lay_out(batch, lengths, plan)
 
 
 def pad_packed_sequence(
@@ -107,23 +107,23 @@ def pad_packed_sequence(
 
     Raises:
       TypeError: if given no PackedSequence.
-      ValueError: if a concrete length is above total_length (traced: that sequence is NaN).
+      ValueError: if a concrete length is above total_length (traced: that sequence is NaN), or the data's dtype cannot
+        hold padding_value (NaN among integers).
     Source: torch.nn.utils.rnn.pad_packed_sequence.
     """
     sequence = check_packed(sequence, "pad_packed_sequence")
-    if np.ndim(padding_value) != 0:
-        raise ValueError(f"padding_value must be one number, got shape {np.shape(padding_value)}.")
     length = sequence.plan.max_length if total_length is None else as_int("total_length", total_length)
-    if not is_traced(sequence.lengths):
-        longest = int(np.asarray(sequence.lengths).max())
+    if total_length is not None and length < sequence.plan.max_length and known(sequence.lengths):
+        longest = int(np.asarray(sequence.lengths).max(initial=0))
         if longest > length:
             raise ValueError(
                 f"Expected total_length to be at least the length of the longest sequence in input, but got "
                 f"total_length={length} and max sequence length being {longest}."
             )
-    elif length < 0:
+    if length < 0:
         raise ValueError(f"total_length must be 0 or more, got {length}.")
-    return _pad(sequence, padding_value, length, batch_first), sequence.lengths
+    padding = jax.tree.map(lambda leaf: padding_like(leaf, padding_value), sequence.data)
+    return pad(sequence, padding, length, batch_first), sequence.lengths
 
 
 def pack_sequence(
@@ -140,8 +140,11 @@ def pack_sequence(
     """
     arrays, lengths = as_sequences(sequences)
     steps = lengths.max() if plan is None else max(lengths.max(), plan.max_length)  # a shape, and so a program, a plan
-    batch = _pad_arrays(arrays, lengths, int(steps), 0, "right")
-    return pack_padded_sequence(batch, lengths, True, enforce_sorted, plan=plan)
+    checked, plan = lengths_and_plan(lengths, plan, len(lengths), int(steps))
+    _check_sorted(checked, enforce_sorted)
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(arrays)):
+        return jax.device_put(lay_out_on_host(arrays, lengths, plan))
+    return lay_out(_pad_arrays(arrays, lengths, int(steps), 0, "right"), checked, plan)
 
 
 def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
@@ -159,8 +162,7 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
     packed_sequences = check_packed(packed_sequences, "unpack_sequence")
     lengths = lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
     plan = packed_sequences.plan
-    slots = np.repeat(np.argsort(longest_first(lengths)), lengths)
-    cells = plan.step_offsets[plan.slot_starts[slots] + _ramps(lengths)] + plan.slot_rows[slots]
+    cells = _cells_by_row(plan, lengths, np.argsort(longest_first(lengths)))
     return _split(jax.tree.map(lambda leaf: leaf[cells], packed_sequences.data), lengths)
 
 
@@ -229,8 +231,43 @@ def reverse_sequences(packed: PackedSequence) -> PackedSequence:
     Source: tf.reverse_sequence, flax.linen.recurrent.flip_sequences.
     """
     packed = check_packed(packed, "reverse_sequences")
+    return packed.replace(data=reverse(packed))
+
+
+@jax.jit
+def reverse(packed: PackedSequence) -> PyTree:
+    """The data of `reverse_sequences`, without checks."""
     cells = reversed_cells(packed)
-    return packed.replace(data=seal(packed, jax.tree.map(lambda leaf: rearrange(leaf, cells, cells), packed.data)))
+    return seal(packed, jax.tree.map(lambda leaf: rearrange(leaf, cells, cells), packed.data))
+
+
+def lay_out_on_host(arrays: Sequence[PyTree], lengths: np.ndarray, plan: BucketPlan) -> PackedSequence:
+    """Packs NumPy sequences [L_i, *F] whose lengths fit the plan, in NumPy: no program is compiled or run."""
+    order = longest_first(lengths).astype(np.int32)
+    slots = np.argsort(order).astype(np.int32)
+    cells = _cells_by_row(plan, lengths, slots)
+
+    def pack(*leaves: np.ndarray) -> np.ndarray:
+        joined = np.concatenate(leaves)
+        data = np.zeros((plan.size, *joined.shape[1:]), joined.dtype)
+        data[cells] = joined
+        return data
+
+    return PackedSequence(jax.tree.map(pack, *arrays), lengths.astype(np.int32), order, slots, plan)  # type: ignore[arg-type]
+
+
+def _cells_by_row(plan: BucketPlan, lengths: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """int [sum(lengths)]: the cell of each step, sequence after sequence, given the slot of each."""
+    slots = np.repeat(slots, lengths)
+    return plan.step_offsets[plan.slot_starts[slots] + _ramps(lengths)] + plan.slot_rows[slots]
+
+
+def _check_sorted(lengths: np.ndarray | jax.Array, enforce_sorted: bool) -> None:
+    if enforce_sorted and isinstance(lengths, np.ndarray) and (np.diff(lengths) > 0).any():
+        raise ValueError(
+            "`lengths` array must be sorted in decreasing order when `enforce_sorted` is True. You can pass "
+            "`enforce_sorted=False` to pack_padded_sequence and/or pack_sequence to sidestep this requirement."
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "sort"))
@@ -241,7 +278,8 @@ def lay_out(batch: PyTree, lengths: jax.Array, plan: BucketPlan, sort: bool = Tr
     """
     order = jnp.argsort(~lengths, stable=True) if sort else jnp.arange(len(lengths))
     order = order.astype(jnp.int32)
-    packed = PackedSequence(None, lengths, order, jnp.argsort(order).astype(jnp.int32), plan)
+    kind = PackedSequence if sort else Unsorted
+    packed = kind(None, lengths, order, jnp.argsort(order).astype(jnp.int32), plan)
     length = jax.tree.leaves(batch)[0].shape[1]
     places, cells = _places(packed, length), _cells(packed, length).reshape(-1)
 
@@ -251,28 +289,71 @@ def lay_out(batch: PyTree, lengths: jax.Array, plan: BucketPlan, sort: bool = Tr
     return packed.replace(data=seal(packed, jax.tree.map(gather, batch)))
 
 
-@functools.partial(jax.jit, static_argnames=("length", "batch_first"))
-def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_first: bool) -> PyTree:
-    plan = packed.plan
-    steps = jnp.arange(length, dtype=jnp.int32)
-    short = packed.lengths <= length
-    checkify.debug_check(
-        jnp.all(short),
-        f"lengths[{{row}}] = {{length}} is above total_length = {length}.",
-        row=jnp.argmin(short),
-        length=packed.lengths[jnp.argmin(short)],
+def padding_like(leaf: jax.Array | np.ndarray, padding_value: ArrayLike) -> ArrayLike:
+    """The padding value in the dtype of the data.
+
+    Raises:
+      ValueError: if it is no one number, or the dtype cannot hold it: NaN or a fraction among integers, for instance.
+    """
+    if np.ndim(padding_value) != 0:
+        raise ValueError(f"padding_value must be one number, got shape {np.shape(padding_value)}.")
+    dtype = leaf.dtype
+    if is_traced(padding_value):
+        given = jnp.result_type(padding_value)
+        if jnp.issubdtype(dtype, jnp.inexact) or jnp.promote_types(given, dtype) == dtype:
+            return lax.convert_element_type(padding_value, dtype)
+        held = f"of dtype {given}"
+    else:
+        value, held = np.asarray(padding_value), f"{padding_value}"
+        if np.iscomplexobj(value) and not value.imag:
+            value = value.real
+        if jnp.issubdtype(dtype, jnp.complexfloating) or not np.iscomplexobj(value):
+            with np.errstate(all="ignore"), contextlib.suppress(OverflowError):
+                padding = value.astype(dtype)
+                if _same_value(padding, value):
+                    return padding
+    raise ValueError(
+        f"padding_value {held} cannot be held by data of dtype {dtype}. Choose a value of that dtype, or cast the data "
+        f"(packed.astype)."
     )
+
+
+def _same_value(held: np.ndarray, value: np.ndarray) -> bool:
+    """Whether a number is what it was: as a float it may be rounded, but not made infinite."""
+    a, b = complex(held), complex(value)
+    return bool(np.isfinite(a) == np.isfinite(b)) if jnp.issubdtype(held.dtype, jnp.inexact) else a == b
+
+
+@functools.partial(jax.jit, static_argnames=("length", "batch_first"))
+def pad(packed: PackedSequence, padding: PyTree, length: int, batch_first: bool = True) -> PyTree:
+    """The padded batch of `pad_packed_sequence`, without checks.
+
+    Args:
+      padding: a number of its dtype for each array of the data.
+
+    Returns:
+      [B, length, *F], or [length, B, *F] unless batch_first.
+    """
+    plan = packed.plan
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
+    short = packed.lengths <= length
+    if plan.num_sequences:
+        checkify.debug_check(
+            jnp.all(short),
+            f"lengths[{{row}}] = {{length}} is above total_length = {length}.",
+            row=jnp.argmin(short),
+            length=packed.lengths[jnp.argmin(short)],
+        )
     fits = who_fits(packed)[packed.unsorted_indices] & short
     places, cells = _places(packed, length), _cells(packed, length)
     taken = ((cells < plan.size) & (steps < packed.lengths[:, None])) | ~fits[:, None]
 
-    def gather(leaf: jax.Array) -> jax.Array:
-        padding = jnp.asarray(padding_value).astype(leaf.dtype)
+    def gather(leaf: jax.Array, padding: jax.Array) -> jax.Array:
         padded = rearrange(leaf, cells.reshape(-1), places).reshape(*cells.shape, *leaf.shape[1:])
         padded = fill_up(padded, taken, padding, fits)
         return padded if batch_first else jnp.swapaxes(padded, 0, 1)
 
-    return jax.tree.map(gather, packed.data)
+    return jax.tree.map(gather, packed.data, padding)
 
 
 def _places(packed: PackedSequence, length: int) -> jax.Array:
@@ -285,7 +366,7 @@ def _places(packed: PackedSequence, length: int) -> jax.Array:
 def _cells(packed: PackedSequence, length: int) -> jax.Array:
     """int32 [B, length]: the cell that each step of a padded batch lies in; S if its slot has no room for it."""
     plan, slots = packed.plan, packed.unsorted_indices[:, None]
-    steps = jnp.arange(length, dtype=jnp.int32)
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
     held = steps < jnp.asarray(plan.room)[slots]
     return jnp.where(held, cells_of(plan, slots, jnp.where(held, steps, 0)), plan.size)
 
@@ -305,7 +386,8 @@ def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, num_steps: int, paddi
         if not joined.shape[0]:  # only empty sequences
             return jnp.zeros((*source.shape, *joined.shape[1:]), joined.dtype)
         padded = joined[source]
-        padded = xp.where(expand(real, padded), padded, xp.asarray(padding_value, joined.dtype))
+        padding = padding_like(joined, padding_value)
+        padded = xp.where(expand(real, padded), padded, padding)
         return jnp.asarray(padded)
 
     return jax.tree.map(pad, *arrays)

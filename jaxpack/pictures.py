@@ -54,6 +54,10 @@ def html_picture(plan: BucketPlan, filled: np.ndarray | None, caption: Iterable[
       caption: its lines, in plain text.
     """
     caption = list(caption)
+    if not plan.rows[0]:  # a batch of none
+        return _figure(
+            "<figcaption>" + "".join(f"<div>{html.escape(line)}</div>" for line in caption) + "</figcaption>"
+        )
     marks = _small_enough(plan, plan.room if filled is None else filled)
     width, height = min(_WIDTH, _CELL_WIDTH * plan.num_steps), min(_HEIGHT, _CELL_HEIGHT * plan.rows[0])
     if len(marks) < plan.rows[0]:
@@ -67,8 +71,11 @@ def html_picture(plan: BucketPlan, filled: np.ndarray | None, caption: Iterable[
         f'<g transform="translate({left} {top + height + 18})">{legend}</g>'
     )
     svg = _svg(left + max(width + right, legend_width), top + height + 24, "; ".join(caption), drawing)
-    lines = "".join(f"<div>{html.escape(line)}</div>" for line in caption)
-    return _figure(f"<figcaption>{lines}</figcaption>{svg}")
+    return _figure(_caption(caption) + svg)
+
+
+def _caption(lines: Iterable[str]) -> str:
+    return f"<figcaption>{''.join(f'<div>{html.escape(line)}</div>' for line in lines)}</figcaption>"
 
 
 def html_counts(texts: Mapping[str, str], real: int, cells: int) -> str:
@@ -103,6 +110,8 @@ def _sampled(plan: BucketPlan, filled: np.ndarray, columns: int, lines: int) -> 
     It looks cells up slot by slot, and so takes no more memory than the plan has slots and the picture has cells.
     """
     steps, rows = _samples(plan.num_steps, columns), _samples(plan.rows[0], lines)[:, None]
+    if not rows.size:
+        return np.zeros((0, len(steps)), int)
     by_row = np.lexsort((plan.slot_starts, plan.slot_rows))
     first = plan.slot_starts[by_row] == 0  # in its row
     order = np.arange(len(by_row))

@@ -71,7 +71,7 @@ class BucketPlan:
 
     Args:
       boundaries: the end step of each bucket, strictly increasing.
-      rows: how many rows are alive in each bucket, non-increasing and at least 1.
+      rows: how many rows are alive in each bucket, non-increasing and at least 1; or (0,), for a batch of none.
       starts: for each row the steps at which its slots start, from 0. A slot ends where the next one starts, or with
         its row. Default: one slot a row.
 
@@ -94,7 +94,7 @@ class BucketPlan:
             )
         if any(stop <= start for start, stop in itertools.pairwise((0, *boundaries))):
             raise ValueError(f"boundaries must increase strictly from above 0, got {boundaries}.")
-        if any(later > earlier for earlier, later in itertools.pairwise(rows)) or rows[-1] < 1:
+        if any(later > earlier for earlier, later in itertools.pairwise(rows)) or (rows[-1] < 1 and rows != (0,)):
             raise ValueError(f"rows must not increase and must be at least 1, got {rows}.")
         object.__setattr__(self, "boundaries", boundaries)
         object.__setattr__(self, "rows", rows)
@@ -115,7 +115,7 @@ class BucketPlan:
     @property
     def max_length(self) -> int:
         """The largest room: no longer sequence fits."""
-        return int(self.room[0])
+        return int(self.room[0]) if self.num_sequences else self.num_steps
 
     @property
     def num_steps(self) -> int:
@@ -181,6 +181,8 @@ class BucketPlan:
     @functools.cached_property
     def _slots(self) -> np.ndarray:
         """Row, start and room of each slot, [3, B], the largest room first."""
+        if not self.rows[0]:
+            return _frozen(np.zeros((3, 0)))
         ends = self._row_ends
         rows = np.repeat(np.arange(len(ends)), [len(row) for row in self._row_starts])
         steps = np.array([step for row in self._row_starts for step in row])
@@ -280,7 +282,7 @@ class BucketPlan:
           >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).efficiency([2, 4, 1])
           0.875
         """
-        return 1 - self.slack(lengths) / self.size
+        return 1 - self.slack(lengths) / max(self.size, 1)
 
     def picture(self, lengths: npt.ArrayLike | None = None, *, columns: int = 64, lines: int = 16) -> str:
         """The plan in text: time runs right, rows run down, longest first; slots that share a row alternate in shade.

@@ -1,31 +1,37 @@
 """What one computes on packed data: per sequence (first, last, segment_*), over its steps (softmax), along features.
 
-Sequences of length 0 give the identity of each reduction: 0 for sums, means, first and last, -inf for maxima and
-logsumexp.
+`mean`, `var` and `std` are over all real steps of a batch; `broadcast_to_steps` is the way back from a value for each
+sequence to one for each step.
+
+Sequences of length 0 give the identity of each reduction: 0 for sums, means, variances, first and last, -inf for maxima
+and logsumexp, inf for minima, -1 for the place of an extremum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import checkify
 
+from jaxpack.inputs import as_jax
 from jaxpack.sequence import (
     PackedSequence,
     PyTree,
     cells_of,
     check_packed,
     expand,
-    is_traced,
     poison,
+    real_cells,
+    same_sequences,
     seal,
     seal_states,
     slot_lengths,
+    slot_spans,
+    who_fits,
 )
 
 
@@ -45,12 +51,19 @@ def first(packed: PackedSequence) -> PyTree:
     Raises:
       TypeError: if given a padded array (pass it through pack_padded_sequence first).
     """
-    packed = check_packed(packed, "first")
+    return _first(check_packed(packed, "first"))
+
+
+@jax.jit
+def _first(packed: PackedSequence) -> PyTree:
     return _at_step(packed, jnp.zeros_like(packed.lengths))
 
 
 def last(packed: PackedSequence) -> PyTree:
     """The value at each sequence's own last step.
+
+    Of a bidirectional layer's output the backward half has seen but one step there: its summary of a whole sequence is
+    in the final state, `layer.final_output(state)`.
 
     Examples:
       >>> jaxpack.last(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
@@ -65,7 +78,11 @@ def last(packed: PackedSequence) -> PyTree:
     Raises:
       TypeError: if given a padded array (pass it through pack_padded_sequence first).
     """
-    packed = check_packed(packed, "last")
+    return _last(check_packed(packed, "last"))
+
+
+@jax.jit
+def _last(packed: PackedSequence) -> PyTree:
     return _at_step(packed, slot_lengths(packed) - 1)
 
 
@@ -86,7 +103,11 @@ def segment_sum(packed: PackedSequence) -> PyTree:
       TypeError: if given a padded array (pass it through pack_padded_sequence first).
     Source: jax.ops.segment_sum, with sequences as segments.
     """
-    packed = check_packed(packed, "segment_sum")
+    return _segment_sum(check_packed(packed, "segment_sum"))
+
+
+@jax.jit
+def _segment_sum(packed: PackedSequence) -> PyTree:
     return seal_states(packed, jax.tree.map(lambda leaf: _sum(packed, leaf).astype(_sum_dtype(leaf)), packed.data))
 
 
@@ -97,15 +118,53 @@ def segment_mean(packed: PackedSequence) -> PyTree:
       >>> jaxpack.segment_mean(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
       [2.0, 4.0]
     """
-    packed = check_packed(packed, "segment_mean")
-    counts = jnp.maximum(slot_lengths(packed), 1)
+    return _segment_mean(check_packed(packed, "segment_mean"))
 
+
+@jax.jit
+def _segment_mean(packed: PackedSequence) -> PyTree:
     def mean(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.astype(jnp.result_type(leaf, float))
-        total = _sum(packed, leaf)
-        return (total / expand(counts, total).astype(total.dtype)).astype(leaf.dtype)
+        leaf = _as_inexact(leaf)
+        return _mean(packed, leaf).astype(leaf.dtype)
 
     return seal_states(packed, jax.tree.map(mean, packed.data))
+
+
+def segment_var(packed: PackedSequence) -> PyTree:
+    """The variance over each sequence's own steps, of the population as in jnp.var. As `segment_mean`.
+
+    Examples:
+      >>> jaxpack.segment_var(jaxpack.pack_sequence([[1, 3], [4]])).tolist()
+      [1.0, 0.0]
+    """
+    return _segment_var(check_packed(packed, "segment_var"))
+
+
+@jax.jit
+def _segment_var(packed: PackedSequence) -> PyTree:
+    return seal_states(packed, jax.tree.map(lambda leaf: _var(packed, leaf), packed.data))
+
+
+def segment_std(packed: PackedSequence) -> PyTree:
+    """The standard deviation over each sequence's own steps. As `segment_var`; where it is 0 its gradient is 0.
+
+    Examples:
+      >>> jaxpack.segment_std(jaxpack.pack_sequence([[1, 3], [4]])).tolist()
+      [1.0, 0.0]
+
+      Each sequence normalised by its own statistics:
+
+      >>> packed = jaxpack.pack_sequence([[1.0, 3.0], [4.0]])
+      >>> mean, std = (jaxpack.broadcast_to_steps(f(packed), packed) for f in (jaxpack.segment_mean, segment_std))
+      >>> [each.tolist() for each in jaxpack.unpack_sequence((packed - mean) / (std + 1e-6))]
+      [[-0.99999..., 0.99999...], [0.0]]
+    """
+    return _segment_std(check_packed(packed, "segment_std"))
+
+
+@jax.jit
+def _segment_std(packed: PackedSequence) -> PyTree:
+    return seal_states(packed, jax.tree.map(lambda leaf: _root(_var(packed, leaf)), packed.data))
 
 
 def segment_max(packed: PackedSequence) -> PyTree:
@@ -117,8 +176,66 @@ def segment_max(packed: PackedSequence) -> PyTree:
       >>> jaxpack.segment_max(jaxpack.pack_sequence([[1, 2, 3], [4]])).tolist()
       [3, 4]
     """
-    packed = check_packed(packed, "segment_max")
+    return _segment_max(check_packed(packed, "segment_max"))
+
+
+@jax.jit
+def _segment_max(packed: PackedSequence) -> PyTree:
     return seal_states(packed, jax.tree.map(lambda leaf: _max(packed, leaf), packed.data))
+
+
+def segment_min(packed: PackedSequence) -> PyTree:
+    """The minimum over each sequence's steps; inf (the largest integer) for a sequence of length 0. As `segment_max`.
+
+    Examples:
+      >>> jaxpack.segment_min(jaxpack.pack_sequence([[3, 1, 2], [4]])).tolist()
+      [1, 4]
+    """
+    return _segment_min(check_packed(packed, "segment_min"))
+
+
+@jax.jit
+def _segment_min(packed: PackedSequence) -> PyTree:
+    return seal_states(packed, jax.tree.map(lambda leaf: _min(packed, leaf), packed.data))
+
+
+def segment_argmax(packed: PackedSequence) -> PyTree:
+    """The step of each sequence, counted from 0, at which its maximum is; of several the first, as in jnp.argmax.
+
+    Examples:
+      >>> jaxpack.segment_argmax(jaxpack.pack_sequence([[1, 3, 2], [4]])).tolist()
+      [1, 0]
+
+    Args:
+      packed: data [S, *F].
+
+    Returns:
+      int32 [B, *F], in the caller's row order; -1 for a sequence of length 0, and for one that does not fit its plan.
+
+    Raises:
+      TypeError: if given a padded array (pass it through pack_padded_sequence first).
+    """
+    return _segment_argmax(check_packed(packed, "segment_argmax"))
+
+
+@jax.jit
+def _segment_argmax(packed: PackedSequence) -> PyTree:
+    return jax.tree.map(lambda leaf: _place(packed, leaf, _max(packed, leaf)), packed.data)
+
+
+def segment_argmin(packed: PackedSequence) -> PyTree:
+    """The step of each sequence at which its minimum is. As `segment_argmax`.
+
+    Examples:
+      >>> jaxpack.segment_argmin(jaxpack.pack_sequence([[3, 1, 2], [4]])).tolist()
+      [1, 0]
+    """
+    return _segment_argmin(check_packed(packed, "segment_argmin"))
+
+
+@jax.jit
+def _segment_argmin(packed: PackedSequence) -> PyTree:
+    return jax.tree.map(lambda leaf: _place(packed, leaf, _min(packed, leaf)), packed.data)
 
 
 def segment_logsumexp(packed: PackedSequence) -> PyTree:
@@ -129,10 +246,13 @@ def segment_logsumexp(packed: PackedSequence) -> PyTree:
       >>> [round(each, 3) for each in result.tolist()]  # log 2, and 1000
       [0.693, 1000.0]
     """
-    packed = check_packed(packed, "segment_logsumexp")
+    return _segment_logsumexp(check_packed(packed, "segment_logsumexp"))
 
+
+@jax.jit
+def _segment_logsumexp(packed: PackedSequence) -> PyTree:
     def logsumexp(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.astype(jnp.result_type(leaf, float))
+        leaf = _as_inexact(leaf)
         powers, largest = _powers(packed, leaf)
         total = _sum(packed, powers)
         empty = total == 0
@@ -156,14 +276,114 @@ def softmax(packed: PackedSequence) -> PackedSequence:
       TypeError: if given a padded array (pass it through pack_padded_sequence first).
     """
     packed = check_packed(packed, "softmax")
+    return packed.replace(data=_softmax(packed))
 
+
+@jax.jit
+def _softmax(packed: PackedSequence) -> PyTree:
     def normalise(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.astype(jnp.result_type(leaf, float))
+        leaf = _as_inexact(leaf)
         powers, _ = _powers(packed, leaf)
         total = _sum(packed, powers)
         return (powers / jnp.where(total == 0, 1, total)[packed.plan.cell_slots]).astype(leaf.dtype)
 
-    return packed.replace(data=seal(packed, jax.tree.map(normalise, packed.data)))
+    return seal(packed, jax.tree.map(normalise, packed.data))
+
+
+def mean(packed: PackedSequence) -> PyTree:
+    """The mean over all real steps of all sequences, feature by feature; 0 where there are none.
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([[1, 2, 3], [6]], plan=jaxpack.plan_padded(2, 3))
+      >>> float(jaxpack.mean(packed))  # jnp.mean(packed.data) would count the slack
+      3.0
+
+    Args:
+      packed: data [S, *F].
+
+    Returns:
+      [*F], the same under every plan; NaN if a sequence does not fit. Integers give floats.
+
+    Raises:
+      TypeError: if given a padded array (pass it through pack_padded_sequence first).
+    """
+    return _batch_mean(check_packed(packed, "mean"))
+
+
+@jax.jit
+def _batch_mean(packed: PackedSequence) -> PyTree:
+    return _of_batch(packed, lambda leaf: _total_mean(packed, leaf))
+
+
+def var(packed: PackedSequence) -> PyTree:
+    """The variance over all real steps of all sequences, of the population as in jnp.var. As `mean`.
+
+    Examples:
+      >>> float(jaxpack.var(jaxpack.pack_sequence([[1, 2, 3], [6]], plan=jaxpack.plan_padded(2, 3))))
+      3.5
+    """
+    return _batch_var(check_packed(packed, "var"))
+
+
+@jax.jit
+def _batch_var(packed: PackedSequence) -> PyTree:
+    return _of_batch(packed, lambda leaf: _total_var(packed, leaf))
+
+
+def std(packed: PackedSequence) -> PyTree:
+    """The standard deviation over all real steps of all sequences. As `var`; where it is 0 its gradient is 0.
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([[1.0, 3.0, 3.0], [1.0]])
+      >>> float(jaxpack.std(packed))
+      1.0
+      >>> ((packed - jaxpack.mean(packed)) / jaxpack.std(packed)).data.tolist()  # standardised, step by step
+      [-1.0, -1.0, 1.0, 1.0]
+    """
+    return _batch_std(check_packed(packed, "std"))
+
+
+@jax.jit
+def _batch_std(packed: PackedSequence) -> PyTree:
+    return _of_batch(packed, lambda leaf: _root(_total_var(packed, leaf)))
+
+
+def broadcast_to_steps(values: PyTree, packed: PackedSequence) -> PackedSequence:
+    """A value for each sequence, at each of its steps: a speaker's vector, a dropout mask, statistics to normalise by.
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([[1, 2, 3], [4]])
+      >>> jaxpack.broadcast_to_steps(jnp.array([10, 20]), packed).data.tolist()
+      [10, 20, 10, 10]
+      >>> (packed - jaxpack.broadcast_to_steps(jaxpack.segment_max(packed), packed)).data.tolist()
+      [-2, 0, -1, 0]
+
+    Args:
+      values: [B, *F], or a pytree of such arrays, in the caller's row order.
+      packed: a batch of the sequences; its data is not read.
+
+    Returns:
+      data [S, *F], packed as the batch is, zero in slack.
+
+    Raises:
+      TypeError: if packed is no PackedSequence.
+      ValueError: if an array has another leading axis than B.
+    Source: the gather that is the transpose of jax.ops.segment_sum.
+    """
+    packed = check_packed(packed, "broadcast_to_steps")
+    values, size = jax.tree.map(lambda leaf: as_jax(leaf, "values"), values), packed.plan.num_sequences
+    for leaf in jax.tree.leaves(values):
+        if leaf.ndim < 1 or leaf.shape[0] != size:
+            raise ValueError(
+                f"broadcast_to_steps: values must have a leading axis of {size} sequences, got shape {leaf.shape}."
+            )
+    return packed.replace(data=_broadcast_to_steps(values, packed.replace(data=None)))
+
+
+@jax.jit
+def _broadcast_to_steps(values: PyTree, packed: PackedSequence) -> PyTree:
+    rows = packed.sorted_indices[packed.plan.cell_slots]
+    return seal(packed, jax.tree.map(lambda leaf: leaf[rows], values))
 
 
 def concatenate(packed: Sequence[PackedSequence]) -> PackedSequence:
@@ -185,26 +405,25 @@ def concatenate(packed: Sequence[PackedSequence]) -> PackedSequence:
     if not packed:
         raise ValueError("concatenate needs at least one PackedSequence.")
     packed = [check_packed(other, "concatenate") for other in packed]
-    head = packed[0]
+    same = None
     for i, other in enumerate(packed):
-        if other.plan != head.plan:
-            raise ValueError(f"concatenate: packed[{i}] has the plan {other.plan}, packed[0] has {head.plan}.")
-        known = not (is_traced(other.lengths) or is_traced(head.lengths))
-        if known and (np.asarray(other.lengths) != np.asarray(head.lengths)).any():
-            raise ValueError(f"concatenate: packed[{i}] has the lengths {other.lengths}, packed[0] {head.lengths}.")
+        same = same_sequences(packed[0], other, "concatenate", ("packed[0]", f"packed[{i}]"), same)
         if any(leaf.ndim < 2 for leaf in jax.tree.leaves(other.data)):
             raise ValueError(f"concatenate joins the last axis, but packed[{i}] has data without a feature axis.")
-    data = seal(head, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, -1), *(p.data for p in packed)))
-    for other in packed[1:]:
-        same = (other.sorted_indices == head.sorted_indices) & (slot_lengths(other) == slot_lengths(head))
-        checkify.debug_check(jnp.all(same), "concatenate: the sequences have different lengths.")
-        data = jax.tree.map(lambda leaf, same=same: poison(leaf, same[head.plan.cell_slots]), data)
-    return head.replace(data=data)
+    return packed[0].replace(data=_concatenate(packed, same))
+
+
+@jax.jit
+def _concatenate(packed: Sequence[PackedSequence], same: jax.Array | None) -> PyTree:
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, -1), *(other.data for other in packed))
+    return seal(packed[0], joined, same)
 
 
 def _at_step(packed: PackedSequence, steps: jax.Array) -> PyTree:
     """The value at one step of each slot, in the caller's order; zeros for slots without steps."""
     plan = packed.plan
+    if not plan.num_sequences:
+        return packed.data
     cells = cells_of(plan, np.arange(plan.num_sequences), jnp.clip(steps, 0, plan.room - 1))
     any_step = slot_lengths(packed) > 0
 
@@ -217,9 +436,55 @@ def _at_step(packed: PackedSequence, steps: jax.Array) -> PyTree:
 
 def _sum(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
     """Sums over the real cells of each slot, in float32 or wider, and in the integers that jnp.sum gives."""
-    real = jnp.where(expand(packed.mask, leaf), leaf, jnp.zeros_like(leaf))
-    real = real.astype(jnp.promote_types(_sum_dtype(leaf), jnp.float32) if _is_inexact(leaf) else _sum_dtype(leaf))
-    return jax.ops.segment_sum(real, packed.plan.cell_slots, packed.plan.num_sequences)
+    return jax.ops.segment_sum(_real(packed, leaf), packed.plan.cell_slots, packed.plan.num_sequences)
+
+
+def _real(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
+    """The leaf, 0 in slack, in the dtype in which it is summed."""
+    real = jnp.where(expand(real_cells(packed), leaf), leaf, jnp.zeros_like(leaf))
+    return real.astype(jnp.promote_types(_sum_dtype(leaf), jnp.float32) if _is_inexact(leaf) else _sum_dtype(leaf))
+
+
+def _mean(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
+    """Means over the real cells of each slot, of an inexact leaf, in float32 or wider."""
+    total, counts = _sum(packed, leaf), jnp.maximum(slot_lengths(packed), 1)
+    return total / expand(counts, total).astype(total.dtype)
+
+
+def _var(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
+    """Variances over the real cells of each slot."""
+    leaf = _as_inexact(leaf)
+    apart = _real(packed, leaf) - _mean(packed, leaf)[packed.plan.cell_slots]
+    return _mean(packed, _power(apart)).astype(_power(leaf).dtype)
+
+
+def _of_batch(packed: PackedSequence, reduce: Callable[[jax.Array], jax.Array]) -> PyTree:
+    """A reduction over all real cells, NaN if a sequence does not fit."""
+    fits = jnp.all(who_fits(packed))
+    return jax.tree.map(lambda leaf: poison(reduce(_as_inexact(leaf)), fits), packed.data)
+
+
+def _total_mean(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
+    """The mean over all real cells of an inexact leaf."""
+    total = _real(packed, leaf).sum(0)
+    return (total / jnp.maximum(slot_spans(packed).sum(), 1).astype(total.dtype)).astype(leaf.dtype)
+
+
+def _total_var(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
+    """The variance over all real cells of an inexact leaf."""
+    wide = _real(packed, leaf)
+    apart = wide - _total_mean(packed, wide)[None]
+    return _total_mean(packed, _power(apart)).astype(_power(leaf).dtype)
+
+
+def _power(x: jax.Array) -> jax.Array:
+    """|x|^2."""
+    return x.real**2 + x.imag**2 if jnp.issubdtype(x.dtype, jnp.complexfloating) else x**2
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """The square root, whose derivative at 0 is taken to be 0."""
+    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def _sum_dtype(leaf: jax.Array) -> Any:
@@ -229,11 +494,38 @@ def _sum_dtype(leaf: jax.Array) -> Any:
 
 def _max(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
     """Maxima over the real cells of each slot; of bools, whether any is True."""
+    return _extremum(packed, leaf, jax.ops.segment_max, -jnp.inf, lambda info: info.min)
+
+
+def _min(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
+    """Minima over the real cells of each slot; of bools, whether all are True."""
+    return _extremum(packed, leaf, jax.ops.segment_min, jnp.inf, lambda info: info.max)
+
+
+def _extremum(
+    packed: PackedSequence,
+    leaf: jax.Array,
+    reduce: Callable[..., jax.Array],
+    infinity: float,
+    bound: Callable[[Any], int],
+) -> jax.Array:
+    """segment_max or segment_min, with what gives way to every value in slack."""
     if leaf.dtype == bool:
-        return _max(packed, leaf.astype(jnp.int8)) > 0
-    least = -jnp.inf if _is_inexact(leaf) else jnp.iinfo(leaf.dtype).min
-    real = jnp.where(expand(packed.mask, leaf), leaf, jnp.full_like(leaf, least))
-    return jax.ops.segment_max(real, packed.plan.cell_slots, packed.plan.num_sequences)
+        return _extremum(packed, leaf.astype(jnp.int8), reduce, infinity, bound) > 0
+    filling = infinity if _is_inexact(leaf) else bound(jnp.iinfo(leaf.dtype))
+    real = jnp.where(expand(real_cells(packed), leaf), leaf, jnp.full_like(leaf, filling))
+    return reduce(real, packed.plan.cell_slots, packed.plan.num_sequences)
+
+
+def _place(packed: PackedSequence, leaf: jax.Array, extremum: jax.Array) -> jax.Array:
+    """int32 [B, *F]: the first step at which each sequence has its extremum, -1 if it has none or does not fit."""
+    plan = packed.plan
+    here = extremum[plan.cell_slots]
+    found = expand(real_cells(packed), leaf) & ((leaf == here) | ((leaf != leaf) & (here != here)))
+    steps = jnp.where(found, expand(jnp.asarray(plan.cell_steps), leaf), jnp.iinfo(jnp.int32).max)
+    steps = jax.ops.segment_min(steps, plan.cell_slots, plan.num_sequences)
+    held = who_fits(packed) & (slot_lengths(packed) > 0)
+    return jnp.where(expand(held, steps), steps, -1)[packed.unsorted_indices]
 
 
 def _powers(packed: PackedSequence, leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -242,8 +534,13 @@ def _powers(packed: PackedSequence, leaf: jax.Array) -> tuple[jax.Array, jax.Arr
     largest = lax.stop_gradient(_max(packed, leaf))
     largest = jnp.where(jnp.isfinite(largest), largest, jnp.zeros_like(largest))
     shifted = leaf - largest[packed.plan.cell_slots]
-    mask = expand(packed.mask, leaf)
+    mask = expand(real_cells(packed), leaf)
     return jnp.where(mask, jnp.exp(jnp.where(mask, shifted, 0)), 0), largest
+
+
+def _as_inexact(leaf: jax.Array) -> jax.Array:
+    """Floats from integers."""
+    return leaf.astype(jnp.result_type(leaf, float))
 
 
 def _is_inexact(leaf: jax.Array) -> bool:

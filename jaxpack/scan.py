@@ -23,10 +23,12 @@ from jaxpack.sequence import (
     PyTree,
     check_packed,
     expand,
+    real_cells,
     sanitise,
     seal,
     seal_states,
     stand_in_slots,
+    vary_like,
 )
 
 Step = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -36,7 +38,9 @@ Body = Callable[[Step, PyTree, PyTree], tuple[PyTree, PyTree]]
 Scan = Callable[[Body, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PackedSequence]:
+def packed_scan(
+    step: Callable[..., tuple[PyTree, PyTree]], carry: PyTree, packed: PackedSequence, *, pass_mask: bool = False
+) -> tuple[PyTree, PackedSequence]:
     """Runs any recurrence over each sequence's own steps.
 
     Examples:
@@ -49,10 +53,15 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
 
     Args:
       step: step(carry, x) -> (carry, y) for all rows alive at once: in bucket k, x is the data at one step,
-        [rows[k], *F], and leaves of the carry are [rows[k], ...]. Called once per bucket while tracing. In slack it
-        is given a first step again (a sequence's initial carry and first data), and what it returns is dropped.
+        [rows[k], *F], and leaves of the carry are [rows[k], ...]. Called once per bucket while tracing. It must treat
+        rows independently of each other: which rows are there depends on the plan, and in slack it is given a first
+        step again (a sequence's initial carry and first data), and what it returns is dropped.
       carry: the initial carry, a pytree of arrays [B, ...] in the caller's row order.
       packed: data [S, *F], or a pytree of such arrays.
+      pass_mask: whether to call step(carry, x, mask=mask), for statistics over the rows of one step. For each array in
+        x the mask is bool and broadcasts against it, [rows[k], 1, ...]: True where a sequence has this step. Rows of
+        length beyond a step are then counted alike under every staircase; a plan of rows that hold several sequences
+        has different steps of them side by side, and is refused.
 
     Returns:
       The carry of each sequence after its own last step (the initial one if it has none), in the caller's order; and
@@ -60,7 +69,8 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
 
     Raises:
       TypeError: if packed is no PackedSequence, or step changes the carry's structure, a shape or a dtype.
-      ValueError: if a leaf of the carry or of y has another leading axis.
+      ValueError: if a leaf of the carry or of y has another leading axis, or pass_mask is set and several sequences
+        share a row of the plan.
     Source: jax.lax.scan.
     """
     packed = check_packed(packed, "packed_scan")
@@ -72,16 +82,58 @@ def packed_scan(step: Step, carry: PyTree, packed: PackedSequence) -> tuple[PyTr
                 f"got shape {leaf.shape}."
             )
     carry = jax.tree.map(lambda leaf: lax.convert_element_type(leaf, leaf.dtype), carry)  # no longer weakly typed
-    _check_step(step, carry, packed)
-    return scan_packed(scan_of(step), carry, packed)
+    if not pass_mask:
+        _check_step(step, carry, packed.data, packed.plan.num_sequences)
+        return scan_packed(scan_of(step), carry, packed)
+    if packed.plan.starts:
+        raise ValueError(
+            "packed_scan: pass_mask is for statistics over the sequences that have a step, but in this plan different "
+            "steps of sequences that share a row are side by side. Use a staircase (jaxpack.plan_buckets)."
+        )
+
+    def masked(carry: PyTree, cell: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
+        x, real = cell
+        return step(carry, x, mask=jax.tree.map(lambda leaf: expand(real, leaf), x))
+
+    # The mask itself is data without slack: the stand-in for what is not real is not real either.
+    _check_step(masked, carry, (packed.data, packed.mask), packed.plan.num_sequences)
+    return scan_packed(scan_of(masked), carry, packed, pass_mask=True)
 
 
-def scan_packed(scan: Scan, carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PackedSequence]:
-    """`packed_scan` with another scan in lax.scan's place, and no checks."""
-    carry = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], carry)
+def scan_packed(
+    scan: Scan, carry: PyTree, packed: PackedSequence, pass_mask: bool = False
+) -> tuple[PyTree, PackedSequence]:
+    """`packed_scan` with another scan in lax.scan's place, and no checks. With pass_mask, x is (x, mask)."""
+    if not packed.plan.num_sequences:
+        return carry, packed.replace(data=_no_outputs(scan, carry, packed))
+    carry, first, inputs, mask = _enter(carry, packed)
+    carry, outputs = scan_slots(scan, carry, first, (inputs, mask) if pass_mask else inputs, mask, packed.plan)
+    carry, outputs = _leave(carry, outputs, packed.replace(data=None))
+    return carry, packed.replace(data=outputs)
+
+
+@jax.jit
+def _enter(carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PyTree, PyTree, jax.Array]:
+    """What `scan_slots` takes: by slot the carry and its stand-in, the data fit for a step, and the mask."""
+    carry = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], vary_like(carry, packed.data))
     first = jax.tree.map(lambda leaf: lax.stop_gradient(leaf[stand_in_slots(packed)]), carry)
-    carry, outputs = scan_slots(scan, carry, first, sanitise(packed), packed.mask, packed.plan)
-    return seal_states(packed, carry), packed.replace(data=seal(packed, outputs))
+    return carry, first, sanitise(packed), real_cells(packed)
+
+
+@jax.jit
+def _leave(carry: PyTree, outputs: PyTree, packed: PackedSequence) -> tuple[PyTree, PyTree]:
+    """What a user gets of the results of `scan_slots`."""
+    return seal_states(packed, carry), seal(packed, outputs)
+
+
+def _no_outputs(scan: Scan, carry: PyTree, packed: PackedSequence) -> PyTree:
+    """The outputs of a batch of no sequences: what one step makes of no rows, without its axis of time."""
+
+    def one(step: Step, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
+        return carry, step(carry, x)[1]
+
+    _, outputs = scan(one, carry, jax.tree.map(lambda leaf: leaf[None], packed.data))
+    return jax.tree.map(lambda leaf: leaf[0], outputs)
 
 
 def scan_of(step: Step) -> Scan:
@@ -162,10 +214,9 @@ def _block(bucket: Bucket, cells: PyTree) -> PyTree:
     return jax.tree.map(take, cells)
 
 
-def _check_step(step: Step, carry: PyTree, packed: PackedSequence) -> None:
+def _check_step(step: Step, carry: PyTree, data: PyTree, rows: int) -> None:
     """Raises unless step keeps the carry's type and returns one output per row."""
-    rows = packed.plan.num_sequences
-    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), packed.data)
+    x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), data)
     stepped, y = jax.eval_shape(step, carry, x)
     before: Any = jax.tree.structure(carry)
     after: Any = jax.tree.structure(stepped)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxpack.cells import Cell, Params
 from jaxpack.recurrence import recur
-from jaxpack.sequence import PackedSequence, poison, rearrange, reversed_cells, slot_spans, who_fits
+from jaxpack.sequence import PackedSequence, poison, real_cells, rearrange, reversed_cells, slot_spans, who_fits
 
 
 @functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout", "planned", "forward_mode"))
@@ -26,8 +26,8 @@ def run_stack(
     dropout_key: jax.Array | None,
     planned: bool,
     forward_mode: bool,
-) -> tuple[PackedSequence, Any]:
-    """The outputs of the last layer, and the final states of all. Jitted, so one compilation a plan outside jit too.
+) -> tuple[jax.Array, Any]:
+    """The outputs of the last layer [S, D*H], and the final states of all. Jitted, so one compilation a plan.
 
     Args:
       params: of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
@@ -37,7 +37,7 @@ def run_stack(
       planned: whether the plan is a choice, or no more than the padded batch's shape.
       forward_mode: whether to run the plain scan.
     """
-    plan, mask, reverse = packed.plan, packed.mask, reversed_cells(packed)
+    plan, mask, reverse = packed.plan, real_cells(packed), reversed_cells(packed)
     spans = None if planned else slot_spans(packed)
     # A sequence that does not fit starts from NaN in every layer: all that comes of it is NaN, gradients included.
     fits = who_fits(packed)
@@ -63,7 +63,7 @@ def run_stack(
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
-    return packed.replace(data=data), final_state
+    return data, final_state
 
 
 @contextlib.contextmanager

@@ -203,9 +203,19 @@ def test_lists_of_any_lengths_under_a_plan_are_one_program():
     plan = plan_padded(2, 17)
     before = lay_out._cache_size()
     for lengths in ([3, 1], [17, 2], [5, 5]):
-        packed = pack_sequence([np.ones((n, 19), np.float32) for n in lengths], plan=plan)
+        packed = pack_sequence([jnp.ones((n, 19), np.float32) for n in lengths], plan=plan)
         assert packed.mask.sum() == sum(lengths)
     assert lay_out._cache_size() == before + 1
+
+
+def test_lists_of_numpy_arrays_are_packed_without_a_program():
+    plan = plan_padded(2, 23)
+    for lengths in ([3, 1], [23, 2], [5, 5]):
+        sequences = [np.ones((n, 29), np.float32) for n in lengths]
+        with counted_compilations() as compiled:
+            packed = pack_sequence(sequences, plan=plan)
+        assert not compiled
+        assert packed.mask.sum() == sum(lengths)
 
 
 def test_pytrees_are_packed_leaf_by_leaf():
@@ -453,3 +463,70 @@ def test_an_empty_list_is_a_sequence_of_what_the_others_hold():
     packed = pack_sequence([[], [[1, 2]], []], plan=BucketPlan((2,), (3,)))
     assert packed.dtype == jnp.int32
     assert [s.shape for s in unpack_sequence(packed)] == [(0, 2), (1, 2), (0, 2)]
+
+
+# Values reach a batch as they were given.
+
+
+@pytest.mark.parametrize(
+    "pad",
+    [
+        lambda value, dtype: pad_packed_sequence(pack_sequence([np.ones(2, dtype), np.ones(1, dtype)]), True, value)[0],
+        lambda value, dtype: pad_sequence([np.ones(2, dtype), np.ones(1, dtype)], True, value),
+        lambda value, dtype: pad_sequence([jnp.ones(2, dtype), jnp.ones(1, dtype)], True, value),
+    ],
+)
+def test_padding_is_the_value_given_or_an_error(pad):
+    held = [(-1, "int32"), (-1.0, "int8"), (np.inf, "float32"), (np.nan, "bfloat16"), (0.1, "float16"), (True, "bool")]
+    for value, dtype in (*held, (2j, "complex64"), (np.int64(7), "uint8")):
+        padded = pad(value, dtype)
+        assert padded.dtype == dtype
+        np.testing.assert_array_equal(complex(padded[1, 1]), complex(np.asarray(value).astype(dtype)))
+    for value, dtype in [(np.nan, "int32"), (-np.inf, "int8"), (0.5, "int32"), (-1, "uint8"), (300, "uint8"),
+                         (2**31, "int32"), (10**30, "int32"), (2, "bool"), (1e300, "float32"), (70000, "float16"),
+                         (1j, "float32")]:  # fmt: skip
+        with pytest.raises(ValueError, match=rf"padding_value .* cannot be held by data of dtype {dtype}"):
+            pad(value, dtype)
+
+
+def test_traced_padding_of_another_kind_is_an_error():
+    packed = pack_sequence([np.ones(2, int), np.ones(1, int)])
+    run = jax.jit(lambda value: pad_packed_sequence(packed, True, value)[0])
+    assert run(7)[1, 1] == 7
+    with pytest.raises(ValueError, match="of dtype float32 cannot be held by data of dtype int32"):
+        run(0.5)
+
+
+DOORS = [
+    lambda a, b: pack_sequence([a, b]).data,
+    lambda a, b: pack_sequence([{"x": a}, {"x": b}]).data["x"],
+    lambda a, b: pad_sequence([a, b]),
+]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_dtypes_are_promoted_as_by_jax_and_values_kept(door):
+    wide = [(np.int16, np.int32), (np.uint8, np.int8), (np.int32, np.float32), (bool, np.float32)]
+    for first, second in wide:
+        for a, b in ((first, second), (second, first)):
+            result = door(np.array([1, 0], a), np.array([40000 if b == np.int32 else 1], b))
+            assert result.dtype == jnp.promote_types(jnp.ones(1, a).dtype, jnp.ones(1, b).dtype)
+            assert sorted(np.asarray(result, float).ravel().tolist())[-1] == (40000 if b == np.int32 else 1)
+
+
+@pytest.mark.parametrize("door", [*DOORS, lambda a, b: pack_padded_sequence(np.stack([a[:1], b[:1]]), [1, 1], True)])
+def test_integers_that_jax_would_wrap_are_named(door):
+    with pytest.raises(ValueError, match=r"holds 1099511627776 at .*, which int32 cannot hold"):
+        door(np.array([1, 0]), np.array([2**40]))
+
+
+def test_host_leaves_that_jax_would_wrap_are_named():
+    packed = pack_sequence([np.ones(2, int)])
+    with pytest.raises(ValueError, match="holds 1099511627776"):
+        packed.replace(data=np.array([1, 2**40])).map(jnp.abs)
+
+
+@pytest.mark.parametrize("sequences", [[[], [1, 2, 3]], [[1, 2, 3], []], [[], np.array([1, 2, 3])]])
+def test_an_empty_list_has_no_dtype_of_its_own(sequences):
+    assert pack_sequence(sequences, plan=plan_padded(2, 3)).dtype == jnp.int32
+    assert pad_sequence(sequences).dtype == jnp.int32

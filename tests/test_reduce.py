@@ -20,6 +20,9 @@ REDUCTIONS = {
     "segment_sum": (lambda s: s.sum(0), 0.0),
     "segment_mean": (lambda s: s.mean(0), 0.0),
     "segment_max": (lambda s: s.max(0), -np.inf),
+    "segment_min": (lambda s: s.min(0), np.inf),
+    "segment_var": (lambda s: s.var(0), 0.0),
+    "segment_std": (lambda s: s.std(0), 0.0),
     "segment_logsumexp": (lambda s: scipy.special.logsumexp(s, axis=0), -np.inf),
 }
 each_reduction = pytest.mark.parametrize("name", REDUCTIONS)
@@ -55,6 +58,9 @@ def test_gradients_equal_autodiff_of_each_sequence_alone(name):
         "segment_sum": lambda s: s.sum(0),
         "segment_mean": lambda s: s.mean(0),
         "segment_max": lambda s: s.max(0),
+        "segment_min": lambda s: s.min(0),
+        "segment_var": lambda s: s.var(0),
+        "segment_std": lambda s: s.std(0) if len(s) > 1 else s.sum(0) * 0,
         "segment_logsumexp": lambda s: jax.nn.logsumexp(s, axis=0),
     }[name]
 
@@ -207,3 +213,80 @@ def test_concatenating_traced_batches_of_different_lengths_is_nan_where_they_dif
     sums = run(jnp.array([4, 3, 1]), jnp.array([4, 1, 3]))
     assert np.isnan(sums[1:]).all()
     assert sums[0].tolist() == [4, 4]
+
+
+PLANS = [PLAN, BucketPlan((4,), (4,)), BucketPlan((8,), (2,), ((0, 4), (0, 4)))]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["mean", "var", "std"])
+def test_statistics_of_a_batch_are_numpys_over_real_steps(name, plan):
+    batch, packed = packed_batch(plan=plan)
+    real = np.concatenate([row[:n] for row, n in zip(batch, LENGTHS, strict=True)])
+    for value in (0, np.nan, np.inf):
+        result = getattr(jaxpack, name)(with_slack(packed, value))
+        np.testing.assert_allclose(result, getattr(real, name)(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "std"])
+def test_statistics_of_a_batch_have_the_gradients_of_jax(name):
+    batch, packed = packed_batch(dtype=np.float64)
+    real = [jnp.asarray(row[:n]) for row, n in zip(batch, LENGTHS, strict=True)]
+    gradient = jax.grad(lambda d: jnp.sin(getattr(jaxpack, name)(packed.replace(data=d))).sum())(packed.data)
+    expected = jax.grad(lambda rows: jnp.sin(getattr(jnp, name)(jnp.concatenate(rows), 0)).sum())(real)
+    np.testing.assert_allclose(gradient, pack_sequence(expected, plan=PLAN).data, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_of_no_steps_are_zero_and_move_nothing():
+    empty = pack_padded_sequence(jnp.full((2, 3), jnp.nan), [0, 0], True, plan=BucketPlan((3,), (2,)))
+    for name in ("mean", "var", "std"):
+        value, gradient = jax.value_and_grad(lambda d, n=name: getattr(jaxpack, n)(empty.replace(data=d)))(empty.data)
+        assert value == 0
+        assert (gradient == 0).all()
+
+
+def test_a_misfit_makes_the_statistics_of_its_batch_nan():
+    def run(lengths):
+        packed = pack_padded_sequence(jnp.ones((3, 4), int), lengths, True, plan=BucketPlan((2, 4), (3, 1)))
+        return jaxpack.mean(packed), jaxpack.var(packed), jaxpack.std(packed)
+
+    assert np.isnan(jax.jit(run)(jnp.array([1, 3, 4]))).all()
+    np.testing.assert_array_equal(jax.jit(run)(jnp.array([1, 2, 4])), [1, 0, 0])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", ["argmax", "argmin"])
+def test_places_of_extrema_are_numpys_in_each_sequence(name, plan):
+    batch = np.random.default_rng(0).integers(0, 3, (4, 4, 5)).astype(np.float32)  # with ties
+    batch[1, 2, 0] = np.nan  # which jnp.argmax takes for the largest, argmin for the least
+    packed = with_slack(pack_padded_sequence(batch, LENGTHS, True, plan=plan), np.nan)
+    places = getattr(jaxpack, f"segment_{name}")(packed)
+    expected = [getattr(row[:n], name)(0) if n else np.full(5, -1) for row, n in zip(batch, LENGTHS, strict=True)]
+    assert places.dtype == jnp.int32
+    np.testing.assert_array_equal(places, expected)
+    misfit = jax.jit(lambda n: jaxpack.segment_argmax(pack_padded_sequence(batch, n, True, plan=plan)))
+    assert (misfit(jnp.array([2, 9, 0, 1]))[1] == -1).all()
+
+
+def test_minima_of_integers_and_bools():
+    assert jaxpack.segment_min(pack_sequence([np.array([3, -7], np.int8), np.array([5], np.int8)])).tolist() == [-7, 5]
+    assert jaxpack.segment_min(pack_sequence([[True, False], [True]])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_values_of_sequences_are_broadcast_to_their_steps(plan):
+    _, packed = packed_batch(plan=plan)
+    values = {"speaker": np.arange(8.0).reshape(4, 2), "row": np.arange(4)}
+    spread = jaxpack.broadcast_to_steps(values, with_slack(packed, np.nan))
+    for row, sequence in enumerate(jaxpack.unpack_sequence(spread)):
+        assert sequence["row"].tolist() == [row] * LENGTHS[row]
+        np.testing.assert_array_equal(sequence["speaker"], np.tile(values["speaker"][row], (LENGTHS[row], 1)))
+    assert (spread.data["row"][~packed.mask] == 0).all()
+    gradient = jax.grad(lambda v: (jaxpack.broadcast_to_steps(v, packed).data ** 2).sum())(jnp.arange(4.0))
+    np.testing.assert_allclose(gradient, 2 * np.arange(4.0) * LENGTHS)
+
+
+@pytest.mark.parametrize("values", [np.ones(3), np.ones((1, 4)), 1.0])
+def test_values_of_another_number_of_sequences_are_refused(values):
+    with pytest.raises(ValueError, match=r"leading axis of 4 sequences, got shape"):
+        jaxpack.broadcast_to_steps(values, packed_batch()[1])

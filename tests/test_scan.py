@@ -224,3 +224,25 @@ def test_an_empty_sequence_may_have_any_initial_carry():
         return final[1]
 
     assert jax.grad(loss)(2.0) == 2 * 2.0 + 1
+
+
+@pytest.mark.parametrize("plan", [plan_exact(LENGTHS), PLAN, LOOSE, plan_padded(4, 4)])
+def test_a_step_with_statistics_asks_for_the_mask(plan):
+    batch = oracles.random_batch(LENGTHS, 2, dtype=np.float32)
+    packed = pack_padded_sequence(batch, LENGTHS, batch_first=True, plan=plan)
+
+    def centred(carry, x, mask):
+        y = x - jnp.mean(x, 0, where=mask, keepdims=True)
+        return carry + y, y
+
+    final, outputs = packed_scan(centred, jnp.zeros((4, 2)), packed, pass_mask=True)
+    expected = batch - np.nanmean(batch, 0)
+    padded, _ = pad_packed_sequence(outputs, True, np.nan, total_length=4)
+    np.testing.assert_allclose(padded, expected, atol=1e-6)
+    np.testing.assert_allclose(final, np.nansum(expected, 1), atol=1e-5)
+
+
+def test_statistics_over_different_steps_are_refused():
+    packed = pack_padded_sequence(jnp.ones((2, 3)), [3, 1], batch_first=True, plan=plan_rows([3, 1], 1))
+    with pytest.raises(ValueError, match=r"sequences that share a row .* Use a staircase"):
+        packed_scan(lambda c, x, mask: (c, x), jnp.zeros(2), packed, pass_mask=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from flax import linen, nnx
 from hypothesis import given
 from jax.experimental import checkify
 from strategies import lengths_and_plan
@@ -320,3 +321,169 @@ def test_pictures_take_whatever_a_pytree_holds(make):
     assert len(named) < 150
     assert "<script" not in strange._repr_html_()
     assert repr(strange).startswith("PackedSequence(data={'<a>': ")
+
+
+# Index leaves that do not belong together.
+
+DOORS = {
+    "map": lambda p: p.map(jnp.exp).data,
+    "astype": lambda p: p.astype(jnp.float16).data,
+    "+": lambda p: (p + 1).data,
+    "pad_packed_sequence": lambda p: jaxpack.pad_packed_sequence(p, batch_first=True)[0],
+    "reverse_sequences": lambda p: jaxpack.reverse_sequences(p).data,
+    "first": jaxpack.first,
+    "last": jaxpack.last,
+    "segment_sum": jaxpack.segment_sum,
+    "segment_mean": jaxpack.segment_mean,
+    "segment_var": jaxpack.segment_var,
+    "segment_max": jaxpack.segment_max,
+    "mean": jaxpack.mean,
+    "softmax": lambda p: jaxpack.softmax(p).data,
+    "concatenate": lambda p: jaxpack.concatenate([p, p]).data,
+    "broadcast_to_steps": lambda p: jaxpack.broadcast_to_steps(jnp.ones((3, 2)), p).data,
+    "packed_scan": lambda p: jaxpack.packed_scan(lambda c, x: (c + x, c), jnp.zeros((3, 2)), p),
+    "layer": lambda p: jaxpack.RNN(2, 2).apply(jaxpack.RNN(2, 2).init(jax.random.key(0)), p),
+}
+BROKEN = {
+    "added to itself": lambda p: jax.tree.map(jnp.add, p, p),
+    "other lengths": lambda p: p.replace(lengths=p.lengths[::-1]),
+    "rows permuted": lambda p: p.replace(sorted_indices=jnp.roll(p.sorted_indices, 1)),
+    "slots out of range": lambda p: p.replace(unsorted_indices=p.unsorted_indices + 7),
+    "slots below 0": lambda p: p.replace(unsorted_indices=p.unsorted_indices - 3),
+}
+
+
+@pytest.mark.parametrize("plan", [jaxpack.plan_padded(3, 10), BucketPlan((20,), (2,), ((0,), (0, 10)))])
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("door", DOORS)
+def test_indices_that_do_not_belong_together_are_refused(door, how, plan):
+    packed = pack_padded_sequence(jnp.ones((3, 10, 2)), [2, 3, 1], True, plan=plan)
+    with pytest.raises(ValueError, match=r"inverse permutations|do not sort the lengths"):
+        DOORS[door](BROKEN[how](packed))
+    DOORS[door](packed)
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_traced_indices_that_do_not_belong_together_are_nan_everywhere(how):
+    packed = pack_padded_sequence(jnp.ones((3, 10, 2)), [2, 3, 1], True, plan=jaxpack.plan_padded(3, 10))
+    results = jax.jit(lambda p: [DOORS[door](BROKEN[how](p)) for door in DOORS])(packed)
+    for leaf in jax.tree.leaves(results):
+        assert jnp.issubdtype(leaf.dtype, jnp.integer) or np.isnan(leaf).all()
+    assert not jax.jit(lambda p: BROKEN[how](p).fits)(packed).any()
+
+
+def test_checkify_names_indices_that_do_not_belong_together(packed):
+    run = checkify.checkify(jax.jit(lambda p: segment_sum(jax.tree.map(jnp.add, p, p))))
+    error, _ = run(packed)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"do not belong together: .* packed \+ other"):
+        error.throw()
+
+
+def test_the_torch_idiom_says_what_to_write(packed):
+    for arguments in ((packed.data, packed.batch_sizes), (packed.data, packed.batch_sizes, packed.sorted_indices)):
+        with pytest.raises(TypeError, match=r"write packed\.map\(fn\), or packed\.replace"):
+            PackedSequence(*arguments)
+
+
+# Arithmetic and functions of several batches.
+
+
+@pytest.mark.parametrize("plan", [LOOSE, jaxpack.plan_padded(3, 4), BucketPlan((6,), (2,), ((0,), (0, 3)))])
+def test_arithmetic_is_step_by_step(plan):
+    batch = oracles.random_batch(LENGTHS, 2, dtype=np.float32)
+    packed = pack_padded_sequence(batch, LENGTHS, True, plan=plan)
+    row, scalar = np.array([2.0, -1.0], np.float32), 3.0
+    cases = {
+        "batches": (packed * packed + packed, batch * batch + batch),
+        "a row of features": (packed - row, batch - row),
+        "a row on the left": (row / packed, row / batch),
+        "a JAX array on the left": (jnp.asarray(row) * packed, row * batch),
+        "a number": (scalar - packed / 2, scalar - batch / 2),
+        "a NumPy number": (np.float32(2) * packed, 2 * batch),
+        "the negative": (-packed, -batch),
+    }
+    for name, (ours, expected) in cases.items():
+        padded, _ = jaxpack.pad_packed_sequence(ours, True, np.nan, total_length=batch.shape[1])
+        np.testing.assert_allclose(padded, expected, rtol=1e-6, err_msg=name)
+        assert (ours.data[~ours.mask] == 0).all()
+
+
+def test_a_division_by_slack_is_inert_in_gradients(packed):
+    dirty = packed.replace(data=jnp.where(packed.mask[:, None], packed.data, 0))
+    gradient = jax.grad(lambda data: (1 / dirty.replace(data=data)).data.sum())(dirty.data)
+    np.testing.assert_allclose(gradient, jnp.where(packed.mask[:, None], -1 / packed.data**2, 0), rtol=1e-5)
+
+
+def test_arithmetic_of_pytrees_is_leaf_by_leaf(packed):
+    pair = packed.replace(data={"x": packed.data, "y": 2 * packed.data})
+    np.testing.assert_array_equal((pair + pair).data["y"], 4 * packed.data)
+
+
+def test_map_takes_others(packed):
+    product = packed.map(lambda a, b, c: a * b + c, packed, 2 * packed)
+    np.testing.assert_allclose(product.data, packed.data**2 + 2 * packed.data, rtol=1e-6)
+
+
+OTHER_LENGTHS = pack_padded_sequence(jnp.ones((3, 5, 2)), [3, 4, 1], True, plan=LOOSE)
+OTHER_PLAN = pack_padded_sequence(jnp.ones((3, 5, 2)), LENGTHS, True, plan=BucketPlan((5,), (3,)))
+
+
+@pytest.mark.parametrize("combine", [lambda a, b: a + b, lambda a, b: a.map(jnp.add, b)])
+def test_batches_of_other_sequences_are_not_combined(packed, combine):
+    with pytest.raises(ValueError, match=r"has the lengths \[3, 4, 1\], .* has \[2, 4, 1\]"):
+        combine(packed, OTHER_LENGTHS)
+    with pytest.raises(ValueError, match=r"has the plan .* Pack both under one"):
+        combine(packed, OTHER_PLAN)
+    sums = jax.jit(lambda a, b: segment_sum(combine(a, b)))(packed, OTHER_LENGTHS)
+    assert np.isnan(sums).any(1).tolist() == [True, False, False]
+
+
+def test_what_is_no_step_is_not_combined(packed):
+    for array in (np.ones(3), np.ones((11, 2)), jnp.ones((1, 2))):
+        with pytest.raises(ValueError, match=r"broadcast to the shape of one step, \(2,\), .*broadcast_to_steps"):
+            packed * array
+    with pytest.raises(TypeError, match="takes a PackedSequence, got"):
+        packed.map(jnp.add, packed.data)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        packed + "a"
+
+
+# Statistics over cells.
+
+NORM_PLANS = [LOOSE, jaxpack.plan_padded(3, 9), BucketPlan((6,), (2,), ((0,), (0, 3))), jaxpack.plan_exact(LENGTHS)]
+
+
+@pytest.mark.parametrize("plan", NORM_PLANS)
+def test_flax_normalisations_see_real_cells_alone(plan):
+    batch = oracles.random_batch(LENGTHS, 2, dtype=np.float32)
+    real = np.concatenate([row[:n] for row, n in zip(batch, LENGTHS, strict=True)])
+    packed = poisoned(pack_padded_sequence(batch, LENGTHS, True, plan=plan))
+    expected = (batch - real.mean(0)) / np.sqrt(real.var(0) + 1e-5)
+
+    norm = nnx.BatchNorm(2, momentum=0.0, rngs=nnx.Rngs(0))
+    padded, _ = jaxpack.pad_packed_sequence(packed.map(norm, pass_mask=True), True, np.nan, total_length=4)
+    np.testing.assert_allclose(padded, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], real.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm.var[...], real.var(0), rtol=1e-5)
+
+    module = linen.BatchNorm(use_running_average=False, momentum=0.0)
+    variables = module.init(jax.random.key(0), batch[:, 0])
+
+    def call(x, mask):
+        return module.apply(variables, x, mask=mask, mutable="batch_stats")
+
+    statistics = []
+    result = packed.map(lambda x, mask: statistics.append(call(x, mask)) or statistics[0][0], pass_mask=True)
+    np.testing.assert_allclose(result.data, packed.map(norm, pass_mask=True).data, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics[0][1]["batch_stats"]["mean"], real.mean(0), rtol=1e-5, atol=1e-6)
+
+    layer = nnx.LayerNorm(2, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(packed.map(layer, pass_mask=True).data, packed.map(layer).data, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_are_given_array_by_array(packed):
+    several = packed.replace(data={"x": packed.data, "gaps": packed.data[:, 0]})
+    seen = []
+    several.map(lambda data, mask: seen.append(mask) or data, pass_mask=True)
+    np.testing.assert_array_equal(seen[0]["gaps"], packed.mask)
+    np.testing.assert_array_equal(seen[0]["x"], packed.mask[:, None])

@@ -192,6 +192,16 @@ FUNCTIONS = {
     "segment_mean": lambda p, x, n: jaxpack.segment_mean(p),
     "segment_max": lambda p, x, n: jaxpack.segment_max(p),
     "segment_logsumexp": lambda p, x, n: jaxpack.segment_logsumexp(p),
+    "segment_min": lambda p, x, n: jaxpack.segment_min(p),
+    "segment_var": lambda p, x, n: jaxpack.segment_var(p),
+    "segment_std": lambda p, x, n: jaxpack.segment_std(p),
+    "segment_argmax": lambda p, x, n: jaxpack.segment_argmax(p),
+    "segment_argmin": lambda p, x, n: jaxpack.segment_argmin(p),
+    "mean": lambda p, x, n: jaxpack.mean(p),
+    "var": lambda p, x, n: jaxpack.var(p),
+    "std": lambda p, x, n: jaxpack.std(p),
+    "broadcast_to_steps": lambda p, x, n: jaxpack.broadcast_to_steps(x[:, 0], p).data,
+    "arithmetic": lambda p, x, n: ((p + p) * 2 - p / 3).data,
     "softmax": lambda p, x, n: jaxpack.softmax(p).data,
     "concatenate": lambda p, x, n: jaxpack.concatenate([p, p]).data,
     "map": lambda p, x, n: p.map(jnp.exp).data,
@@ -204,6 +214,9 @@ FUNCTIONS = {
     ),
     "gru_cell": lambda p, x, n: jaxpack.gru_cell(GRU(F, H).init(jax.random.key(0))["l0"], jnp.zeros((B, H)), x[:, 0]),
 }
+
+
+WITHOUT_GRADIENT = {"mask and fits", "astype", "segment_argmax", "segment_argmin"}
 
 
 def test_every_public_jittable_function_is_lowered_below():
@@ -244,7 +257,7 @@ def test_a_training_step_lowers_for_every_platform(name, plan):
     assert exported.platforms == PLATFORMS
 
 
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in ("mask and fits", "astype")])
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in WITHOUT_GRADIENT])
 def test_is_differentiable_in_both_modes(name):
     def loss(x):
         leaves = jax.tree.leaves([FUNCTIONS[name](pack(x, plan=plan), x, LENGTHS) for plan in (PLAN, ROWS)])
@@ -267,3 +280,120 @@ def test_a_padded_plan_and_a_tight_plan_lower_to_other_programs():
     for plan in (PLAN, plan_padded(B, T), PLAN):
         run(pack_padded_sequence(BATCH, LENGTHS, True, plan=plan))
     assert run._cache_size() == 2
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_promotes_no_ranks(name):
+    with jax.numpy_rank_promotion("raise"):
+        for plan in (PLAN, ROWS):
+            jax.eval_shape(lambda x, n, plan=plan: FUNCTIONS[name](pack(x, n, plan), x, n), BATCH, LENGTHS)
+
+
+@pytest.mark.parametrize("plan", [plan_padded(2, T), BucketPlan((2 * T,), (1,), ((0, T),))], ids=["padded", "rows"])
+def test_a_scan_inside_shard_map_takes_a_constant_carry(plan):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    def run(batch, lengths):
+        carry = jnp.zeros((2, F)), jnp.zeros(2, int), jnp.zeros(2, bool)
+        packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+        (total, steps, odd), _ = packed_scan(lambda c, x: ((c[0] + x, c[1] + 1, ~c[2]), x), carry, packed)
+        return total, steps, odd
+
+    total, steps, odd = run(BATCH, LENGTHS)
+    np.testing.assert_allclose(total, jaxpack.segment_sum(pack()), rtol=1e-5)
+    assert steps.tolist() == LENGTHS.tolist()
+    assert odd.tolist() == [False, True, False, True]
+
+
+NONE = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if not n.endswith("_cell") and not n.startswith("pack_seq")])
+def test_a_batch_of_no_sequences_gives_results_for_none(name):
+    def run(packed, batch, lengths):
+        if name in ("pack_padded_sequence", "pad_sequence"):
+            return pack_padded_sequence(batch, np.zeros(0, int), batch_first=True).data
+        if name == "packed_scan":
+            return packed_scan(lambda c, x: (c + x, c), jnp.zeros((0, F)), packed)[1].data
+        return FUNCTIONS[name](packed, batch, lengths)
+
+    for function in (run, jax.jit(run)):
+        for leaf in jax.tree.leaves(function(NONE, jnp.ones((0, T, F)), jnp.zeros(0, int))):
+            assert 0 in leaf.shape or leaf.shape == (F,)
+            assert np.isfinite(leaf).all()
+
+
+@each_layer
+def test_layers_give_a_batch_of_no_sequences_states_and_gradients_of_zero(name):
+    layer = LAYERS[name]
+    params, batch = layer.init(jax.random.key(0)), jnp.ones((0, T, F))
+    for lengths in (None, np.zeros(0, int)):
+        output, state = layer.apply(params, batch, lengths=lengths)
+        assert output.shape == (0, T, layer.output_size)
+        assert first_state(state).shape[:2] == (layer.num_layers * layer.num_directions, 0)
+    traced = jax.jit(jax.grad(lambda p, n: layer.apply(p, batch, lengths=n)[0].sum()))(params, jnp.zeros(0, int))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(traced))
+    assert layer.apply(params, NONE)[0].data.shape == (0, layer.output_size)
+
+
+def test_vmap_over_sequences_and_their_lengths_is_a_batch():
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+
+    def loss(params, run):
+        output, state = run(params)
+        return (output**2).sum() + jnp.sin(state).sum(), (output, state)
+
+    def alone(params):
+        output, state = jax.vmap(lambda x, n: layer.apply(params, x, lengths=n))(BATCH, LENGTHS)
+        return output, jnp.moveaxis(state, 0, 1)
+
+    def together(params):
+        return layer.apply(params, BATCH, lengths=LENGTHS)
+
+    results = [jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(params, run) for run in (alone, together)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_one_sequence_takes_its_length():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+    output, _ = layer.apply(params, BATCH[1], lengths=3)
+    np.testing.assert_allclose(output[:3], layer.apply(params, BATCH[1, :3])[0], rtol=1e-5, atol=1e-6)
+    assert (output[3:] == 0).all()
+    assert (layer.apply(params, BATCH[1], lengths=0)[0] == 0).all()
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 6 is longer than the padded batch, which has 5 steps"):
+        layer.apply(params, BATCH[1], lengths=6)
+
+
+def test_a_symbolic_shape_is_refused_with_the_way_out():
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+    for shape in ("b, 5, 3", "4, t, 3"):
+        batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+        with pytest.raises(ValueError, match=r"symbolic (batch|time) axis, (b|t), but a plan has static shapes"):
+            jax.export.export(jax.jit(lambda x: layer.apply(params, x)))(batch)
+
+
+EAGER = [n for n in FUNCTIONS if n not in ("pack_sequence", "pad_sequence", "packed_scan") and not n.endswith("_cell")]
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_outside_jit_a_function_is_few_programs(name):
+    packed = pack()
+    jaxpr = jax.make_jaxpr(lambda p, x: FUNCTIONS[name](p, x, np.asarray(LENGTHS)))(packed, BATCH)
+    # Arithmetic makes four results, map calls exp in between, and the values to broadcast are sliced here.
+    most = {"arithmetic": 4, "mask and fits": 2, "map": 3, "broadcast_to_steps": 3}.get(name, 1)
+    assert len(jaxpr.eqns) <= most, jaxpr
+
+
+def test_no_eager_call_waits_for_what_another_computes():
+    layer = LAYERS["lstm"]
+    params, packed = layer.init(jax.random.key(0)), pack()
+    output, _ = layer.apply(params, packed)
+    for result in (output, output.map(jnp.exp), jaxpack.reverse_sequences(output), jaxpack.softmax(output) + output):
+        assert result.lengths is packed.lengths
+        assert result.sorted_indices is packed.sorted_indices
+        assert result.unsorted_indices is packed.unsorted_indices
