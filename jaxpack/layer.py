@@ -238,6 +238,7 @@ class RecurrentLayer(abc.ABC):
 
         Raises:
           KeyError: naming the keys that are missing or not known.
+          TypeError: naming a key whose values are no floating numbers.
           ValueError: naming a key whose shape is wrong, or whose values JAX would round (float64 without x64).
         """
         return state_dicts.from_state_dict(self.shapes, state_dict)
