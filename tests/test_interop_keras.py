@@ -7,7 +7,17 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, pad_packed_sequence, reverse_sequences
+from jaxpack import (
+    GRU,
+    LSTM,
+    RNN,
+    BucketPlan,
+    lstm_cell,
+    pack_padded_sequence,
+    packed_scan,
+    pad_packed_sequence,
+    reverse_sequences,
+)
 from jaxpack.interop import from_keras, to_keras
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -206,6 +216,45 @@ def test_the_final_output_is_what_keras_returns_without_sequences(kind):
     theirs = keras_bidirectional(getattr(keras.layers, kind))
     _, state = apply(layer, from_keras(layer, theirs))
     np.testing.assert_allclose(layer.final_output(state), run(theirs), atol=1e-6)
+
+
+def test_masked_outputs_are_those_of_keras_with_zero_output_for_mask():
+    layer = LSTM(F, H)
+    (theirs,) = keras_layers(layer, zero_output_for_mask=True)
+    output, _ = apply(layer, from_keras(layer, with_weights(theirs)))
+    np.testing.assert_allclose(output, run(theirs)[0], atol=1e-6)
+    theirs.zero_output_for_mask = False
+    assert np.abs(output - run(theirs)[0]).max() > 0.01  # it repeats the last output
+
+
+def test_a_stateful_layer_is_the_state_handed_on():
+    layer = GRU(F, H)
+    x = oracles.random_batch([4, 4], F, dtype=np.float32)
+    (theirs,) = keras_layers(layer, stateful=True)
+    params, state = from_keras(layer, with_weights(theirs)), None
+    for half in (x[:, :2], x[:, 2:]):
+        output, state = layer.apply(params, half, state)
+        np.testing.assert_allclose(output, theirs(half)[0], atol=1e-6)
+
+
+def test_recurrent_dropout_is_a_mask_in_the_carry():
+    layer = LSTM(F, H)
+    (theirs,) = keras_layers(layer, recurrent_dropout=0.5)
+    params = from_keras(layer, with_weights(theirs))["l0"]
+    kept = np.array([[0, 2, 2, 0], [2, 0, 2, 2], [0, 0, 2, 2]], np.float32)
+    theirs.cell._recurrent_dropout_mask = [jnp.asarray(kept)] * 4  # one for each gate
+
+    def step(carry, x):
+        h, c, kept = carry
+        (h, c), output = lstm_cell(params, (h * kept, c), x)
+        return (h, c, kept), output
+
+    packed = pack_padded_sequence(X, LENGTHS, batch_first=True)
+    (h_n, c_n, _), _ = jax.jit(functools.partial(packed_scan, step))(
+        (jnp.zeros((3, H)), jnp.zeros((3, H)), kept), packed
+    )
+    _, *states = theirs(jnp.nan_to_num(X), mask=jnp.asarray(MASK), training=True)
+    np.testing.assert_allclose((h_n, c_n), states, atol=1e-6)
 
 
 def in_order(packed_output):
