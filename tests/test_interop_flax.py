@@ -319,6 +319,16 @@ def test_traced_weights_are_refused():
     tree = to_linen(layer, params)
     traced = r"trees\[0\]\['.*'\]\['.*'\] is traced, but a conversion reads values: call it outside jit"
     refused(jax.jit(lambda tree: from_linen(layer, tree)), tree, error=TypeError, match=traced)
+    cell = nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0))
+    bidirectional = GRU(F, H, num_layers=2, bidirectional=True)
+    stack = nnx.List([nnx.Bidirectional(nnx.RNN(cell), nnx.RNN(cell)) for _ in range(2)])
+    for spec, modules in ((layer, cell), (bidirectional, stack)):
+        refused(
+            nnx.jit(lambda modules, spec=spec: from_nnx(spec, modules)),
+            modules,
+            error=TypeError,
+            match=r"modules.* is traced, but a conversion reads values: call it outside jit",
+        )
     traced = r"params\['l0'\]\['.*'\] is traced"
     for function in (to_linen, to_nnx):
         refused(jax.jit(lambda params, f=function: f(layer, params)), params, error=TypeError, match=traced)

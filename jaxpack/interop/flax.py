@@ -287,8 +287,9 @@ def _params_of(layer: RecurrentLayer, entry: Any, where: str) -> Any:
 
 def _concatenates(merge_fn: Callable[[Any, Any], Any]) -> bool:
     """Whether it puts two arrays side by side, as seen on two: such functions are many, Flax's and jaxpack's first."""
-    forward, backward = jnp.array([[-0.5, 0.25, 0.0]]), jnp.array([[0.75, -0.125, -1.0]])
-    return np.array_equal(merge_fn(forward, backward), jnp.concatenate([forward, backward], axis=-1))
+    with jax.ensure_compile_time_eval():
+        forward, backward = jnp.array([[-0.5, 0.25, 0.0]]), jnp.array([[0.75, -0.125, -1.0]])
+        return np.array_equal(merge_fn(forward, backward), jnp.concatenate([forward, backward], axis=-1))
 
 
 def _cell_params(layer: RecurrentLayer, module: Any, where: str) -> Any:
