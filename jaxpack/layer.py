@@ -237,6 +237,7 @@ class RecurrentLayer(abc.ABC):
 
         Raises:
           KeyError: naming the keys that are missing or not known.
+          TypeError: naming a key whose values are no floating numbers.
           ValueError: naming a key whose shape is wrong, or whose values JAX would round (float64 without x64).
         """
         return state_dicts.from_state_dict(self.shapes, state_dict)
@@ -254,6 +255,48 @@ class RecurrentLayer(abc.ABC):
         """
         check_params(params, self.shapes, self)
         return state_dicts.to_state_dict(params)
+
+    def final_output(self, state: Any) -> jax.Array:
+        """Returns the last layer's output after each sequence's own last step, both directions side by side.
+
+        final_output(h_n) = [h_n[-2] h_n[-1]] if bidirectional, else h_n[-1]
+
+        The last step of the backward direction is a sequence's first, where it has read everything; `last(output)`
+        would take it after one step. Without a second direction the two agree, but for sequences of length 0, whose
+        final output is their initial state.
+
+        Examples:
+          >>> lstm = jaxpack.LSTM(2, 4, num_layers=2, bidirectional=True)
+          >>> params = lstm.init(jax.random.key(0))
+          >>> output, state = lstm.apply(params, np.ones((3, 5, 2)), lengths=[5, 3, 1])
+          >>> lstm.final_output(state).shape
+          (3, 8)
+
+        Args:
+          state: the final state as `apply` returns it: h_n [num_layers*D, B, H], for LSTM (h_n, c_n). Of one sequence,
+            without the batch axis.
+
+        Returns:
+          [B, D*H], in the caller's row order; of one sequence [D*H].
+
+        Raises:
+          ValueError: if the state is not laid out as this layer's.
+        Source: Keras's Bidirectional(LSTM(n))(x), which is return_sequences=False.
+        """
+        widths, count = jax.tree.leaves(self.cell.state_sizes), self.num_layers * self.num_directions
+        structure: Any = jax.tree.structure(self.cell.state_sizes)
+        state = tuple(state) if isinstance(state, list) else state
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+        rows = shapes[0][1:-1] if shapes else ()
+        expected = [(count, *rows, width) for width in widths]
+        if jax.tree.structure(state) != structure or shapes != expected or len(rows) > 1:
+            names = ", ".join(f"{'hc'[i]}_n [{count}, B, {width}]" for i, width in enumerate(widths))
+            raise ValueError(
+                f"state must be what {self} returns beside the output, {names} (of one sequence, without B), got "
+                f"{_shapes(state)}. Under more axes, call it inside jax.vmap."
+            )
+        h_n = jax.tree.leaves(state)[0]
+        return jnp.concatenate(list(jnp.asarray(h_n)[-self.num_directions :]), axis=-1)
 
     def _apply_packed(
         self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call

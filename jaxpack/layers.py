@@ -28,7 +28,8 @@ class RNN(RecurrentLayer):
       nonlinearity: "tanh" or "relu".
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
-      bidirectional: whether a second direction reads each sequence backwards.
+      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
+        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
 
     Raises:
       TypeError: naming an argument of another type.
@@ -72,7 +73,8 @@ class LSTM(RecurrentLayer):
       num_layers: how many layers are stacked, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
-      bidirectional: whether a second direction reads each sequence backwards.
+      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
+        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
       proj_size: if above 0, h is projected to that width, which must be below hidden_size.
 
     Raises:
@@ -120,7 +122,8 @@ class GRU(RecurrentLayer):
       num_layers: how many layers are stacked, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
-      bidirectional: whether a second direction reads each sequence backwards.
+      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
+        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
 
     Raises:
       TypeError: naming an argument of another type.

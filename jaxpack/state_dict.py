@@ -21,6 +21,7 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
 
     Raises:
       KeyError: naming the keys that are missing or not known.
+      TypeError: naming a key whose values are no floating numbers.
       ValueError: naming a key whose shape is wrong, or whose values JAX would round.
     """
     names = {f"{name}_{group}": (group, name) for group, entries in shapes.items() for name in entries}
@@ -39,11 +40,14 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
 
 
 def exactly(array: np.ndarray, where: str) -> np.ndarray:
-    """The same array, which JAX can hold as it is.
+    """The same array, of floating numbers which JAX can hold as they are.
 
     Raises:
-      ValueError: if JAX would round it.
+      TypeError: if it is of other numbers.
+      ValueError: if JAX would round them.
     """
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{where} must have a floating dtype, got {array.dtype}.")
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise ValueError(
             f"{where} has dtype {array.dtype}, which JAX would round. Convert under `with jax.enable_x64(True):`, and "

@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
+import jaxpack
 from jaxpack import GRU, LSTM, RNN, BucketPlan
 from jaxpack.interop import from_linen, from_nnx, to_linen, to_nnx
 from jaxpack.interop.flax import from_cell
@@ -207,10 +208,57 @@ def test_two_directions_may_share_one_cell():
     same(params["l0"], params["l0_reverse"])
 
 
-def test_any_function_that_concatenates_is_taken():
-    rnn = nnx.RNN(nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0)))
-    mine = nnx.Bidirectional(rnn, rnn, merge_fn=lambda a, b: jnp.concatenate([a, b], axis=-1))
-    same(from_nnx(GRU(F, H, bidirectional=True), mine)["l0"], from_nnx(GRU(F, H), rnn)["l0"])
+def test_any_function_that_concatenates_may_stand_between_layers():
+    cells = [nnx.GRUCell(size, H, **QUICK, rngs=nnx.Rngs(size)) for size in (F, 2 * H)]
+    below, above = (nnx.RNN(cell) for cell in cells)
+    mine = nnx.Bidirectional(below, below, merge_fn=lambda a, b: jnp.concatenate([a, b], axis=-1))
+    params = from_nnx(GRU(F, H, num_layers=2, bidirectional=True), [mine, nnx.Bidirectional(above, above)])
+    same(params["l0"], from_nnx(GRU(F, H), below)["l0"])
+
+
+MERGES = {"sum": lambda a, b: a + b, "swapped": lambda a, b: jnp.concatenate([b, a], axis=-1)}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_what_merges_the_last_outputs_is_in_no_weights(merge):
+    layer = GRU(F, H, bidirectional=True)
+    rnns = [nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(seed))) for seed in (0, 1)]
+    theirs = nnx.Bidirectional(*rnns, merge_fn=MERGES[merge])
+    x = np.ones((2, T, F), np.float32) * np.arange(T)[:, None]
+    output, _ = layer.apply(from_nnx(layer, theirs), x)
+    np.testing.assert_allclose(MERGES[merge](output[..., :H], output[..., H:]), theirs(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_a_reversed_rnn_of_nnx_runs_on_reversed_sequences(keep_order):
+    layer, lengths = GRU(F, H), [5, 3]
+    theirs = nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(0)), reverse=True, keep_order=keep_order)
+    x = oracles.random_batch(lengths, F, dtype=np.float32)
+    packed = jaxpack.pack_padded_sequence(x, lengths, batch_first=True)
+    output, _ = layer.apply(from_nnx(layer, theirs), jaxpack.reverse_sequences(packed))
+    output = jaxpack.reverse_sequences(output) if keep_order else output
+    expected = theirs(jnp.nan_to_num(x), seq_lengths=jnp.array(lengths))
+    for ours, flax, length in zip(jaxpack.unpack_sequence(output), expected, lengths, strict=True):
+        np.testing.assert_allclose(ours, flax[:length], atol=1e-6)
+
+
+def test_both_directions_may_come_as_a_pair():
+    layer = GRU(F, H, bidirectional=True)
+    trees = [tree["cell"] for seed in (0, 1) for tree in to_linen(GRU(F, H), GRU(F, H).init(jax.random.key(seed)))]
+    expected = from_linen(layer, dict(zip(("forward_rnn", "backward_rnn"), trees, strict=True)))
+    for given in (trees, tuple(trees), [trees], [{"params": {"cell": tree}} for tree in trees]):
+        same(from_linen(layer, given), expected)
+    cells = [nnx.GRUCell(F, H, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    expected = from_nnx(layer, nnx.Bidirectional(*(nnx.RNN(cell) for cell in cells)))
+    for given in (cells, [cells], [nnx.RNN(cell) for cell in cells], [nnx.state(cell) for cell in cells]):
+        same(from_nnx(layer, given), expected)
+
+
+def test_functions_are_known_by_their_values():
+    options = {"gate_fn": lambda x: 1 / (1 + jnp.exp(-x)), "activation_fn": lambda x: jnp.tanh(x)}
+    from_nnx(LSTM(F, H), nnx.LSTMCell(F, H, **options, **QUICK, rngs=nnx.Rngs(0)))
+    almost = nnx.SimpleCell(F, H, activation_fn=nnx.relu6, **QUICK, rngs=nnx.Rngs(0))
+    refused(from_nnx, RNN(F, H, nonlinearity="relu"), almost, match="activation_fn is relu6.* has relu")
 
 
 def test_boxes_of_partitioned_parameters_are_opened():
@@ -271,6 +319,16 @@ def test_traced_weights_are_refused():
     tree = to_linen(layer, params)
     traced = r"trees\[0\]\['.*'\]\['.*'\] is traced, but a conversion reads values: call it outside jit"
     refused(jax.jit(lambda tree: from_linen(layer, tree)), tree, error=TypeError, match=traced)
+    cell = nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0))
+    bidirectional = GRU(F, H, num_layers=2, bidirectional=True)
+    stack = nnx.List([nnx.Bidirectional(nnx.RNN(cell), nnx.RNN(cell)) for _ in range(2)])
+    for spec, modules in ((layer, cell), (bidirectional, stack)):
+        refused(
+            nnx.jit(lambda modules, spec=spec: from_nnx(spec, modules)),
+            modules,
+            error=TypeError,
+            match=r"modules.* is traced, but a conversion reads values: call it outside jit",
+        )
     traced = r"params\['l0'\]\['.*'\] is traced"
     for function in (to_linen, to_nnx):
         refused(jax.jit(lambda params, f=function: f(layer, params)), params, error=TypeError, match=traced)
@@ -316,13 +374,15 @@ def test_nnx_modules_that_compute_something_else_are_refused():
     refused(from_nnx, RNN(F, H), cell, match=r"residual=True.*Add the identity to its dense_h.kernel")
     refused(from_nnx, GRU(F, H), cell, error=TypeError, match=r"must be nnx.GRUCell .*got SimpleCell" + way_out)
     rnn = nnx.RNN(nnx.GRUCell(F, H, **QUICK, rngs=rngs))
-    summed = nnx.Bidirectional(rnn, rnn, merge_fn=lambda a, b: a + b)
-    layer = GRU(F, H, bidirectional=True)
-    refused(from_nnx, layer, summed, match=r"modules.merge_fn is <lambda>.* has concatenation" + way_out)
-    swapped = nnx.Bidirectional(rnn, rnn, merge_fn=lambda a, b: jnp.concatenate([b, a], axis=-1))
-    refused(from_nnx, layer, swapped, match=r"modules.merge_fn is <lambda>.* has concatenation" + way_out)
-    backwards = nnx.RNN(nnx.GRUCell(F, H, **QUICK, rngs=rngs), reverse=True)
-    refused(from_nnx, GRU(F, H), backwards, match=r"modules has reverse=True: it reads backwards")
+    apart = "Convert each module by itself, .* num_layers=1, and "
+    layer = GRU(F, H, num_layers=2, bidirectional=True)
+    for merge_fn in (lambda a, b: a + b, lambda a, b: jnp.concatenate([b, a], axis=-1)):
+        merged = nnx.Bidirectional(rnn, rnn, merge_fn=merge_fn)
+        match = r"modules\[0\].merge_fn is <lambda>, but GRU.* side by side to the next layer. " + apart + "merge"
+        refused(from_nnx, layer, [merged, nnx.Bidirectional(rnn, rnn)], match=match)
+    backwards = nnx.RNN(nnx.GRUCell(H, H, **QUICK, rngs=rngs), reverse=True)
+    match = r"modules\[1\] has reverse=True, but GRU.* in one order. " + apart + "call jaxpack.reverse_sequences"
+    refused(from_nnx, GRU(F, H, num_layers=2), [rnn, backwards], match=match)
 
 
 def test_importing_interop_imports_no_library_but_flax():

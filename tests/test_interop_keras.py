@@ -7,7 +7,17 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxpack import GRU, LSTM, RNN, BucketPlan
+from jaxpack import (
+    GRU,
+    LSTM,
+    RNN,
+    BucketPlan,
+    lstm_cell,
+    pack_padded_sequence,
+    packed_scan,
+    pad_packed_sequence,
+    reverse_sequences,
+)
 from jaxpack.interop import from_keras, to_keras
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -110,13 +120,11 @@ REFUSED = {
     "reset_after": (GRU(F, H), r"reset_after=False, .*r multiplies h before the product.*jaxpack.packed_scan"),
     "activation": (LSTM(F, H), r"activation='relu', but LSTM.* needs activation='tanh'. .*rebuild"),
     "recurrent_activation": (LSTM(F, H), r"recurrent_activation='hard_sigmoid', .* needs .*'sigmoid'. .*rebuild"),
-    "go_backwards": (RNN(F, H), r"go_backwards=True, .*jaxpack.reverse_sequences"),
 }
 OPTIONS = {
     "reset_after": False,
     "activation": "relu",
     "recurrent_activation": "hard_sigmoid",
-    "go_backwards": True,
 }
 
 
@@ -154,11 +162,203 @@ def test_other_kinds_sizes_and_counts_are_refused():
         from_keras(LSTM(F, H), keras.layers.LSTM(H))
 
 
-def test_other_merge_modes_are_refused():
-    layer = GRU(F, H, bidirectional=True)
-    summed = keras.layers.Bidirectional(keras.layers.GRU(H, return_sequences=True), merge_mode="sum")
-    with pytest.raises(ValueError, match=r"merge_mode='sum', .*merge the halves of jaxpack's output yourself"):
-        from_keras(layer, summed)
+MERGES = {
+    "concat": lambda forward, backward: np.concatenate([forward, backward], axis=-1),
+    "sum": lambda forward, backward: forward + backward,
+    "ave": lambda forward, backward: (forward + backward) / 2,
+    "mul": lambda forward, backward: forward * backward,
+    None: lambda forward, backward: (forward, backward),
+}
+LENGTHS = [5, 3, 1]
+X = oracles.random_batch(LENGTHS, F, dtype=np.float32)
+MASK = np.arange(T) < np.array(LENGTHS)[:, None]
+
+
+def keras_bidirectional(kind=None, merge_mode="concat", **options):
+    """A built Bidirectional with drawn weights, by default of an LSTM."""
+    kind = keras.layers.LSTM if kind is None else kind
+    theirs = keras.layers.Bidirectional(kind(H, **options), merge_mode=merge_mode)
+    theirs.build((3, T, F))
+    return with_weights(theirs)
+
+
+def with_weights(theirs):
+    rng = np.random.default_rng(0)
+    theirs.set_weights([rng.uniform(-0.5, 0.5, w.shape) for w in theirs.get_weights()])
+    return theirs
+
+
+def run(theirs):
+    return theirs(jnp.nan_to_num(X), mask=jnp.asarray(MASK))
+
+
+@functools.cache
+def jitted(layer):
+    return jax.jit(functools.partial(layer.apply, plan=BucketPlan((T,), (len(LENGTHS),))))
+
+
+def apply(layer, params, x=X):
+    return jitted(layer)(params, x, lengths=np.array(LENGTHS))
+
+
+@pytest.mark.parametrize("merge_mode", MERGES)
+def test_halves_merged_are_the_outputs_of_every_merge_mode(merge_mode):
+    layer = LSTM(F, H, bidirectional=True)
+    theirs = keras_bidirectional(merge_mode=merge_mode, return_sequences=True)
+    output, _ = apply(layer, from_keras(layer, theirs))
+    merged = MERGES[merge_mode](*np.split(output, 2, axis=-1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, run(theirs))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
+def test_the_final_output_is_what_keras_returns_without_sequences(kind):
+    layer = {"LSTM": LSTM, "GRU": GRU, "SimpleRNN": RNN}[kind](F, H, bidirectional=True)
+    theirs = keras_bidirectional(getattr(keras.layers, kind))
+    _, state = apply(layer, from_keras(layer, theirs))
+    np.testing.assert_allclose(layer.final_output(state), run(theirs), atol=1e-6)
+
+
+def test_masked_outputs_are_those_of_keras_with_zero_output_for_mask():
+    layer = LSTM(F, H)
+    (theirs,) = keras_layers(layer, zero_output_for_mask=True)
+    output, _ = apply(layer, from_keras(layer, with_weights(theirs)))
+    np.testing.assert_allclose(output, run(theirs)[0], atol=1e-6)
+    theirs.zero_output_for_mask = False
+    assert np.abs(output - run(theirs)[0]).max() > 0.01  # it repeats the last output
+
+
+def test_a_stateful_layer_is_the_state_handed_on():
+    layer = GRU(F, H)
+    x = oracles.random_batch([4, 4], F, dtype=np.float32)
+    (theirs,) = keras_layers(layer, stateful=True)
+    params, state = from_keras(layer, with_weights(theirs)), None
+    for half in (x[:, :2], x[:, 2:]):
+        output, state = layer.apply(params, half, state)
+        np.testing.assert_allclose(output, theirs(half)[0], atol=1e-6)
+
+
+def test_recurrent_dropout_is_a_mask_in_the_carry():
+    layer = LSTM(F, H)
+    (theirs,) = keras_layers(layer, recurrent_dropout=0.5)
+    params = from_keras(layer, with_weights(theirs))["l0"]
+    kept = np.array([[0, 2, 2, 0], [2, 0, 2, 2], [0, 0, 2, 2]], np.float32)
+    theirs.cell._recurrent_dropout_mask = [jnp.asarray(kept)] * 4  # one for each gate
+
+    def step(carry, x):
+        h, c, kept = carry
+        (h, c), output = lstm_cell(params, (h * kept, c), x)
+        return (h, c, kept), output
+
+    packed = pack_padded_sequence(X, LENGTHS, batch_first=True)
+    (h_n, c_n, _), _ = jax.jit(functools.partial(packed_scan, step))(
+        (jnp.zeros((3, H)), jnp.zeros((3, H)), kept), packed
+    )
+    _, *states = theirs(jnp.nan_to_num(X), mask=jnp.asarray(MASK), training=True)
+    np.testing.assert_allclose((h_n, c_n), states, atol=1e-6)
+
+
+def in_order(packed_output):
+    """A padded output in the order of the inputs, as a layer that reads backwards makes it."""
+    return pad_packed_sequence(reverse_sequences(packed_output), batch_first=True)[0]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_layer_that_goes_backwards_runs_on_reversed_sequences(bidirectional):
+    # Keras's own output is in the order it read in, behind the padding that it read first.
+    layer = GRU(F, H, bidirectional=bidirectional)
+    theirs = keras.layers.GRU(H, go_backwards=True, return_sequences=True, return_state=True, zero_output_for_mask=True)
+    if bidirectional:
+        backward = keras.layers.GRU(H, return_sequences=True, return_state=True, zero_output_for_mask=True)
+        theirs = keras.layers.Bidirectional(theirs, backward_layer=backward)
+    theirs.build((3, T, F))
+    expected, *states = run(with_weights(theirs))
+    packed = pack_padded_sequence(X, LENGTHS, batch_first=True)
+    output, h_n = layer.apply(from_keras(layer, theirs), reverse_sequences(packed))
+    np.testing.assert_allclose(in_order(output), np.flip(expected, axis=1), atol=1e-6)
+    np.testing.assert_allclose(h_n, np.array(states), atol=1e-6)
+
+
+def cell_of(layer):
+    return keras.layers.LSTMCell if isinstance(layer, LSTM) else keras.layers.GRUCell
+
+
+WRAPPED = {
+    "RNN of a cell": (LSTM(F, H), lambda cell: keras.layers.RNN(cell(H))),
+    "Bidirectional of an RNN": (
+        GRU(F, H, bidirectional=True),
+        lambda cell: keras.layers.Bidirectional(keras.layers.RNN(cell(H))),
+    ),
+    "RNN of cells": (GRU(F, H, num_layers=2), lambda cell: keras.layers.RNN([cell(H), cell(H)])),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_an_rnn_of_cells_converts_both_ways_and_computes_the_same(name):
+    layer, make = WRAPPED[name]
+    theirs = make(cell_of(layer))
+    theirs.build((3, T, F))
+    params = from_keras(layer, with_weights(theirs))
+    np.testing.assert_allclose(layer.final_output(apply(layer, params)[1]), run(theirs), atol=1e-6)
+    arrays = [array for arrays in to_keras(layer, params) for array in arrays]
+    jax.tree.map(np.testing.assert_array_equal, arrays, theirs.get_weights())
+
+
+def test_what_holds_the_same_weights_gives_the_same_parameters():
+    layer = LSTM(F, H, bidirectional=True)
+    both = keras_bidirectional()
+    pair = [both.forward_layer, both.backward_layer]
+    expected = from_keras(layer, both)
+    cells = [each.cell for each in pair]
+    for given in (pair, tuple(pair), [pair], [tuple(pair)], cells, [keras.layers.RNN(cell) for cell in cells]):
+        jax.tree.map(np.testing.assert_array_equal, from_keras(layer, given), expected)
+    deep = LSTM(F, H, num_layers=2)
+    below, above = (with_weights(each) for each in keras_layers(deep))
+    expected = from_keras(deep, [below, above])
+    stacked = keras.layers.StackedRNNCells([below.cell, above.cell])
+    for given in (stacked, [stacked], keras.layers.RNN(stacked), [below.cell, keras.layers.RNN(above.cell)]):
+        jax.tree.map(np.testing.assert_array_equal, from_keras(deep, given), expected)
+
+
+def test_activations_are_known_by_their_values():
+    (theirs,) = keras_layers(GRU(F, H), activation=jnp.tanh, recurrent_activation=jax.nn.sigmoid)
+    from_keras(GRU(F, H), theirs)
+    (theirs,) = keras_layers(GRU(F, H), activation=jnp.sin)
+    with pytest.raises(ValueError, match=r"has activation=.*, but GRU.* needs activation='tanh'"):
+        from_keras(GRU(F, H), theirs)
+
+
+def test_what_changes_the_next_layers_inputs_is_refused():
+    deep = GRU(F, H, num_layers=2)
+    _, above = keras_layers(deep, go_backwards=True)
+    below, _ = keras_layers(deep)
+    match = r"keras_layers\[1\] has go_backwards=True, but GRU.* one order. Convert each .* num_layers=1, and call jaxp"
+    with pytest.raises(ValueError, match=match):
+        from_keras(deep, [below, above])
+    layer = GRU(F, H, num_layers=2, bidirectional=True)
+    theirs = [keras_bidirectional(keras.layers.GRU, "sum", return_sequences=True), keras_layers(layer)[1]]
+    match = r"keras_layers\[0\] has merge_mode='sum', but GRU.* side by side .* num_layers=1, and merge the halves"
+    with pytest.raises(ValueError, match=match):
+        from_keras(layer, theirs)
+    both = keras_layers(GRU(F, H), go_backwards=True) * 2
+    with pytest.raises(ValueError, match=r"keras_layers has go_backwards=True in both directions"):
+        from_keras(GRU(F, H, bidirectional=True), both)
+    cells = keras.layers.RNN([keras.layers.GRUCell(H), keras.layers.GRUCell(H)])
+    with pytest.raises(ValueError, match=r"keras_layers\[0\] takes each direction through 2 cells by itself, but"):
+        from_keras(layer, [keras.layers.Bidirectional(cells)])
+
+
+@pytest.mark.parametrize("reset_before", [keras.layers.GRU, keras.layers.GRUCell])
+def test_a_gru_that_resets_before_is_refused_in_every_wrapping(reset_before):
+    with pytest.raises(ValueError, match=r"reset_after=False, .*r multiplies h before the product"):
+        from_keras(GRU(F, H), reset_before(H, reset_after=False))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_weights_are_kept_exact(dtype):
+    (theirs,) = keras_layers(LSTM(F, H), dtype, bias_initializer="ones")
+    params = from_keras(LSTM(F, H), with_weights(theirs))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    np.testing.assert_array_equal(params["l0"]["weight_ih"], theirs.get_weights()[0])
 
 
 def test_biases_need_a_layer_with_biases():

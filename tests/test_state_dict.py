@@ -81,3 +81,11 @@ def test_wrong_keys_and_shapes_are_named():
 def test_params_of_another_layer_are_not_written():
     with pytest.raises(TypeError, match=r"l1.weight_ih is missing"):
         GRU(3, 4, num_layers=2).to_torch(GRU(3, 4).init(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int8, np.bool_, np.complex64])
+def test_weights_that_are_no_floating_numbers_are_named(dtype):
+    floats = GRU(3, 4).to_torch(GRU(3, 4).init(jax.random.key(0)))
+    state_dict = {key: value.astype(dtype) for key, value in floats.items()}
+    with pytest.raises(TypeError, match=r"state_dict\['weight_ih_l0'\] must have a floating dtype, got"):
+        GRU(3, 4).from_torch(state_dict)

@@ -22,7 +22,17 @@ from flax import nnx
 from flax.core import meta
 
 from jaxpack.cells import Cell, GRUCell, LSTMCell, Params, RNNCell
-from jaxpack.interop.weights import Weights, as_params, as_weights, check_cell, from_library, merge_biases, one_each
+from jaxpack.interop.weights import (
+    Weights,
+    as_params,
+    as_weights,
+    check_cell,
+    computes,
+    from_library,
+    is_pair,
+    merge_biases,
+    one_each,
+)
 from jaxpack.layer import LayerParams, RecurrentLayer
 
 Tree = Mapping[str, Any]
@@ -68,7 +78,8 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree]) -> LayerPara
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.
       trees: one for each layer of the stack, from the input up, or that of a single layer: the parameters of a cell,
-        an nn.RNN or an nn.Bidirectional, inside {"params": ...} or not, boxed for partitioning or not.
+        an nn.RNN or an nn.Bidirectional, inside {"params": ...} or not, boxed for partitioning or not. For a
+        bidirectional layer also a pair (forward, backward) of them, such as a compact module owns.
 
     Raises:
       KeyError: naming a gate that is missing.
@@ -77,7 +88,7 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree]) -> LayerPara
       TypeError: if a tree is none, or traced.
     """
     check_cell(layer, "Flax")
-    return _from_trees(layer, one_each(trees, layer.num_layers, "trees", "layer"))
+    return _from_trees(layer, one_each(layer, trees, "trees"))
 
 
 def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any], ...]:
@@ -106,6 +117,12 @@ def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any]
 def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
     """A layer's parameters from those of nnx's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell. Exact.
 
+    Two options of Flax's modules are in no weights, and say how to run the layer:
+
+      merge_fn     The output has both directions side by side: merge its halves.
+      reverse      Of the first RNN: run the layer on jaxpack.reverse_sequences(packed), and with keep_order=True
+                   reverse the output too.
+
     Examples:
       >>> from flax import nnx
       >>> params = from_nnx(jaxpack.GRU(2, 4), nnx.RNN(nnx.GRUCell(2, 4, rngs=nnx.Rngs(0))))
@@ -115,15 +132,18 @@ def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.
       modules: one for each layer of the stack, from the input up, or that of a single layer: a cell, an nnx.RNN or an
-        nnx.Bidirectional; or the parameters of one, an nnx.State or a pure dict, whose functions are not checked.
+        nnx.Bidirectional; or the parameters of one, an nnx.State or a pure dict, whose functions are not checked. For
+        a bidirectional layer also a pair (forward, backward) of them.
 
     Raises:
       KeyError: naming a gate that is missing.
-      ValueError: if a module computes another function than the layer; else as `from_linen`.
+      ValueError: if a module computes another function than the layer; if merge_fn (not of the last) or reverse (not
+        of the first) changes what the next layer reads; else as `from_linen`.
       TypeError: if a module is of another kind, or traced.
     """
     check_cell(layer, "Flax")
-    entries = one_each(modules, layer.num_layers, "modules", "layer")
+    entries = one_each(layer, modules, "modules")
+    _check_order(layer, entries)
     return _from_trees(layer, [(where, _params_of(layer, entry, where)) for where, entry in entries])
 
 
@@ -187,15 +207,23 @@ def _from_trees(layer: RecurrentLayer, entries: list[tuple[str, Any]]) -> LayerP
 
 def _cell_trees(layer: RecurrentLayer, tree: Any, where: str) -> list[tuple[str, Tree]]:
     """The tree of the cell of each direction, and what to call it."""
+    if layer.bidirectional and is_pair(tree):
+        return [(f"{where}[{i}]", _cell_tree(part, f"{where}[{i}]")) for i, part in enumerate(tree)]
     tree = _within(tree, "params", where)
     if all(name in tree for name in _DIRECTIONS) != layer.bidirectional:
         directions = "both directions" if layer.bidirectional else "one direction"
         raise ValueError(
             f"{where} holds {sorted(tree)}, but {layer} has {directions}. Those of a Bidirectional are under "
-            f"'forward_rnn' and 'backward_rnn'."
+            f"'forward_rnn' and 'backward_rnn', or a pair."
         )
-    found = [(f"{where}[{name!r}]", tree[name]) for name in _DIRECTIONS] if layer.bidirectional else [(where, tree)]
-    return [(where, _within(part, "cell", where)) for where, part in found]
+    if not layer.bidirectional:
+        return [(where, _cell_tree(tree, where))]
+    return [(f"{where}[{name!r}]", _cell_tree(tree[name], where)) for name in _DIRECTIONS]
+
+
+def _cell_tree(tree: Any, where: str) -> Tree:
+    """The tree of a cell, within that of its RNN or its variables or not."""
+    return _within(_within(tree, "params", where), "cell", where)
 
 
 def _within(tree: Any, name: str, where: str) -> Tree:
@@ -222,28 +250,46 @@ def _unboxed(tree: Any) -> Any:
     """Plain dicts of arrays from linen's boxes and from nnx's State and Variables."""
     if isinstance(tree, Mapping):
         return {name: _unboxed(value) for name, value in tree.items()}
+    if is_pair(tree):
+        return [_unboxed(part) for part in tree]
     if isinstance(tree, nnx.Variable):
         return tree[...]
     return tree.unbox() if isinstance(tree, meta.AxisMetadata) else tree
 
 
+def _check_order(layer: RecurrentLayer, entries: list[tuple[str, Any]]) -> None:
+    """Raises ValueError if one module hands the next anything but its outputs, side by side and in order."""
+    apart = "Convert each module by itself, for a jaxpack layer with num_layers=1, and {} between them."
+    for i, (where, entry) in enumerate(entries):
+        if i and getattr(entry, "reverse", False):
+            raise ValueError(
+                f"{where} has reverse=True, but {layer} reads every layer in one order. "
+                f"{apart.format('call jaxpack.reverse_sequences')}"
+            )
+        bidirectional = isinstance(entry, nnx.Bidirectional)
+        if bidirectional and i < len(entries) - 1 and not _concatenates(entry.merge_fn):
+            raise ValueError(
+                f"{where}.merge_fn is {_name(entry.merge_fn)}, but {layer} hands both directions side by side to the "
+                f"next layer. {apart.format('merge the halves')}"
+            )
+
+
 def _params_of(layer: RecurrentLayer, entry: Any, where: str) -> Any:
     """The parameters of an nnx module that computes what the layer computes; anything else as it is."""
+    if layer.bidirectional and is_pair(entry):
+        return [_params_of(layer, part, f"{where}[{i}]") for i, part in enumerate(entry)]
     if not isinstance(entry, nnx.Module):
         return entry
-    if not isinstance(entry, nnx.Bidirectional):
-        if getattr(entry, "reverse", False):
-            raise ValueError(f"{where} has reverse=True: it reads backwards, and {layer} begins with the first step.")
-        return _cell_params(layer, entry, where)
-    if not _concatenates(entry.merge_fn):
-        raise _differs(f"{where}.merge_fn", entry.merge_fn, "concatenation, the default")
-    return {name: _cell_params(layer, getattr(entry, name), f"{where}.{name}") for name in _DIRECTIONS}
+    if isinstance(entry, nnx.Bidirectional):
+        return {name: _cell_params(layer, getattr(entry, name), f"{where}.{name}") for name in _DIRECTIONS}
+    return _cell_params(layer, entry, where)
 
 
 def _concatenates(merge_fn: Callable[[Any, Any], Any]) -> bool:
     """Whether it puts two arrays side by side, as seen on two: such functions are many, Flax's and jaxpack's first."""
-    forward, backward = jnp.array([[-0.5, 0.25, 0.0]]), jnp.array([[0.75, -0.125, -1.0]])
-    return np.array_equal(merge_fn(forward, backward), jnp.concatenate([forward, backward], axis=-1))
+    with jax.ensure_compile_time_eval():
+        forward, backward = jnp.array([[-0.5, 0.25, 0.0]]), jnp.array([[0.75, -0.125, -1.0]])
+        return np.array_equal(merge_fn(forward, backward), jnp.concatenate([forward, backward], axis=-1))
 
 
 def _cell_params(layer: RecurrentLayer, module: Any, where: str) -> Any:
@@ -257,31 +303,30 @@ def _cell_params(layer: RecurrentLayer, module: Any, where: str) -> Any:
             f"nnx.state(module, nnx.Param), which is read by its names."
         )
     if isinstance(layer.cell, RNNCell):
-        known = TANHS if layer.cell.nonlinearity == "tanh" else RELUS
-        _check_function(module, "activation_fn", known, layer.cell.nonlinearity, where)
+        _check_function(module, "activation_fn", layer.cell.nonlinearity, where)
         if module.residual:
             raise ValueError(
                 f"{where} has residual=True, which {layer} has not: it adds h before the nonlinearity. Add the "
                 f"identity to its dense_h.kernel and set residual=False first."
             )
     else:
-        _check_function(module, "gate_fn", SIGMOIDS, "sigmoid", where)
-        _check_function(module, "activation_fn", TANHS, "tanh", where)
+        _check_function(module, "gate_fn", "sigmoid", where)
+        _check_function(module, "activation_fn", "tanh", where)
     return nnx.state(module, nnx.Param)
 
 
-def _check_function(module: Any, name: str, known: tuple[Any, ...], expected: str, where: str) -> None:
+def _check_function(module: Any, name: str, expected: str, where: str) -> None:
     function = getattr(module, name)
-    if not any(function is each for each in known):
-        raise _differs(f"{where}.{name}", function, expected)
+    if not computes(function, expected):
+        raise ValueError(
+            f"{where}.{name} is {_name(function)}, but the layer has {expected}. No weights make up for another "
+            f"function: jaxpack.nnx.RNN runs the cell as it is. For the parameters alone, pass nnx.state(module, "
+            f"nnx.Param), whose functions are not checked."
+        )
 
 
-def _differs(where: str, function: Any, expected: str) -> ValueError:
-    name = getattr(function, "__name__", repr(function))
-    return ValueError(
-        f"{where} is {name}, but the layer has {expected}. If it computes the same, pass nnx.state(module, nnx.Param), "
-        f"whose functions are not checked."
-    )
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
 
 
 def _to_trees(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxpack.cells import GRUCell, RNNCell
-from jaxpack.interop.weights import Weights, as_params, as_weights, check_cell, from_library, one_each
+from jaxpack.interop.weights import Weights, as_params, as_weights, check_cell, check_count, from_library, listed
 from jaxpack.layer import LayerParams, RecurrentLayer
 
 CoreParams = Mapping[str, Mapping[str, Any]]
@@ -46,7 +46,8 @@ def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) 
       TypeError: if the parameters are traced.
     """
     _check(layer)
-    found = one_each(cells, len(layer.shapes), "cells", "layer and direction")
+    found = listed(cells, "cells")
+    check_count(len(found), len(layer.shapes), "cells", "layer and direction")
     if isinstance(layer.cell, RNNCell):
         return as_params(layer, [(where, _from_vanilla(cell, where)) for where, cell in found])
     sizes = [shapes["weight_ih"][0] for shapes in layer.shapes.values()]

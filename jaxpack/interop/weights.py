@@ -7,9 +7,10 @@ Between libraries a direction's weights always have both biases, zeros where a l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,19 +44,48 @@ def check_cell(layer: RecurrentLayer, library: str) -> None:
         )
 
 
-def one_each(entries: Any, count: int, name: str, of_what: str) -> list[tuple[str, Any]]:
-    """What the user gave, with what to call it in an error: a sequence, or one entry alone where one is due.
+def listed(entries: Any, name: str, one_pair: bool = False) -> list[tuple[str, Any]]:
+    """What the user gave, with what to call it in an error: a sequence, or one entry alone.
 
-    Raises:
-      ValueError: if there are not as many as are due.
+    Args:
+      entries: as given.
+      name: of the argument.
+      one_pair: whether a list or tuple of two is one entry, the two directions of the only layer.
     """
-    if isinstance(entries, Mapping) or not isinstance(entries, Iterable):
-        found = [(name, entries)]
-    else:
-        found = [(f"{name}[{i}]", entry) for i, entry in enumerate(entries)]
-    if len(found) != count:
-        raise ValueError(f"{name} must have an entry for each {of_what}, {count} in all, got {len(found)}.")
+    if isinstance(entries, Mapping) or not isinstance(entries, Iterable) or (one_pair and is_pair(entries)):
+        return [(name, entries)]
+    return [(f"{name}[{i}]", entry) for i, entry in enumerate(entries)]
+
+
+def is_pair(entry: object) -> bool:
+    """Whether an entry is a (forward, backward) list or tuple, the two directions of a bidirectional layer."""
+    return isinstance(entry, (list, tuple)) and len(entry) == 2
+
+
+def check_count(found: int, count: int, name: str, of_what: str) -> None:
+    """Raises ValueError if there are not as many entries as are due."""
+    if found != count:
+        raise ValueError(f"{name} must have an entry for each {of_what}, {count} in all, got {found}.")
+
+
+def one_each(layer: RecurrentLayer, entries: Any, name: str) -> list[tuple[str, Any]]:
+    """An entry for each layer of the stack, with what to call it in an error. Raises as `check_count`."""
+    found = listed(entries, name, one_pair=layer.bidirectional and layer.num_layers == 1)
+    check_count(len(found), layer.num_layers, name, "layer")
     return found
+
+
+def computes(function: Any, expected: str) -> bool:
+    """Whether a function is tanh, sigmoid or relu, as seen on values: such functions are many, and have many names."""
+    points = np.concatenate([np.linspace(-20, 20, 81), [-1000, 1000]]).astype(np.float32)
+    known: dict[str, Callable[[Any], Any]] = {
+        "tanh": np.tanh,
+        "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(x / 2),
+        "relu": lambda x: np.maximum(x, 0),
+    }
+    with jax.ensure_compile_time_eval():  # so that traced weights are named by what reads them
+        values = np.asarray(function(points))
+    return np.allclose(values, known[expected](points), atol=1e-6)
 
 
 def to_numpy(value: Any, where: str) -> np.ndarray:
@@ -76,10 +106,7 @@ def from_library(value: Any, where: str) -> np.ndarray:
       TypeError: if they are traced, or no floating numbers.
       ValueError: if JAX would round them.
     """
-    array = to_numpy(value, where)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{where} must have a floating dtype, got {array.dtype}.")
-    return exactly(array, where)
+    return exactly(to_numpy(value, where), where)
 
 
 def as_params(
