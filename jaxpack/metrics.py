@@ -13,7 +13,9 @@ from jax.typing import ArrayLike
 
 from jaxpack.extras import import_extra
 from jaxpack.inputs import without_torch
-from jaxpack.losses import Mean, as_frames, over_sequences, over_tokens
+from jaxpack.losses import Mean
+from jaxpack.losses._ctc import as_frames
+from jaxpack.losses._weighted import over_sequences, over_tokens
 from jaxpack.packed import pad_packed_sequence
 from jaxpack.sequence import PackedSequence, poison
 

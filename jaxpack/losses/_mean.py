@@ -1,0 +1,85 @@
+"""Mean: a sum beside the sum of the weights it is divided by."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack.sequence import PyTree
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mean:
+    """A mean as a sum beside a sum of weights, so that means of parts add up to the mean of the whole.
+
+    A pytree, so it passes through jit, scan and grad.
+
+    Examples:
+      >>> mean = Mean(6.0, 3) + Mean(4.0, 1)
+      >>> mean
+      Mean(total=10.0, weight=4)
+      >>> float(mean.value)  # the mean of their means would be 3
+      2.5
+
+      For the gradient of one batch differentiate the value; of one spread over devices by jax.shard_map, that of
+      `mean_loss(params, shard).psum("data")`:
+
+      >>> def mean_loss(params, batch):
+      ...     return Mean(jnp.sum(params * batch), batch.size)
+      >>> params, batches = 1.0, (jnp.array([1.0, 3.0]), jnp.array([4.0, 8.0]))
+      >>> loss, gradient = jax.value_and_grad(lambda params: mean_loss(params, batches[0]).value)(params)
+      >>> float(gradient)
+      2.0
+
+      Over micro-batches no value is known before the last, so differentiate totals, which add up, and divide once:
+
+      >>> def total(params, batch):
+      ...     mean = mean_loss(params, batch)
+      ...     return mean.total, mean
+      >>> def micro_step(batch):
+      ...     gradient, mean = jax.grad(total, has_aux=True)(params, batch)
+      ...     return Mean(gradient, mean.weight)
+      >>> float(sum(map(micro_step, batches)).value)
+      4.0
+
+      So too where gradients are summed over devices by hand, in jax.pmap or jax.shard_map(..., check_vma=False):
+      `micro_step(shard).psum("data").value`.
+
+    Attributes:
+      total: a sum; a number, or a pytree of arrays, such as the gradient of one.
+      weight: the sum of the weights in it: how many tokens, or sequences.
+    """
+
+    total: PyTree = 0.0
+    weight: ArrayLike = 0.0
+
+    @property
+    def value(self) -> PyTree:
+        """total / weight; 0, with a gradient of 0, where weight is 0."""
+        nothing = jnp.asarray(self.weight) == 0
+        weight = jnp.where(nothing, 1, self.weight)
+
+        def divide(total: ArrayLike) -> jax.Array:
+            return jnp.where(nothing, 0, total / weight).astype(jnp.result_type(total, float))
+
+        return jax.tree.map(divide, self.total)
+
+    def psum(self, axis_name: Hashable) -> Mean:
+        """The sum over a mapped axis, such as the devices of jax.shard_map."""
+        return lax.psum(self, axis_name)
+
+    def __add__(self, other: Mean) -> Mean:
+        if not isinstance(other, Mean):
+            return NotImplemented
+        return jax.tree.map(operator.add, self, other)
+
+    def __radd__(self, other: int) -> Mean:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum starts at 0
