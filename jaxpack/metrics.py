@@ -23,13 +23,22 @@ __all__ = ["accuracy", "best_error_rate", "ctc_greedy_decode", "edit_distance", 
 
 
 def perplexity(mean: Mean) -> jax.Array:
-    """exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C.
+    """Returns exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C.
 
     Examples:
       >>> round(float(perplexity(Mean(2 * np.log(8), 2))), 3)
       8.0
+      >>> float(perplexity(Mean(0.0, 0)))
+      nan
+
+    Args:
+      mean: of a cross-entropy in nats.
+
+    Returns:
+      exp(mean.value); NaN for a mean of nothing (weight 0, total 0), where exp(0) = 1 would be a perfect score.
     """
-    return jnp.exp(mean.value)
+    nothing = (jnp.asarray(mean.weight) == 0) & (jnp.asarray(mean.total) == 0)
+    return jnp.where(nothing, jnp.nan, jnp.exp(mean.value))
 
 
 def accuracy(

@@ -85,6 +85,28 @@ def test_a_mean_of_nothing_is_zero_with_a_gradient_of_zero():
     assert (value, gradient) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [(2, np.inf), (-2.5, -np.inf), (0, 0), (np.nan, np.nan), (np.array([1, 0, -1]), [np.inf, 0, -np.inf])],
+)
+def test_a_total_beside_a_weight_of_zero_is_infinite_and_moves_nothing(total, expected):
+    np.testing.assert_array_equal(Mean(total, 0).value, expected)
+    np.testing.assert_array_equal(Mean({"a": jnp.asarray(total)}, np.float32(0)).value["a"], expected)
+    run = jax.grad(lambda total, weight: jnp.sum(Mean(total, weight).value), argnums=(0, 1))
+    for gradient in jax.jit(run)(jnp.asarray(total, jnp.float32), 0.0):
+        assert not gradient.any()
+
+
+def test_a_mean_of_counts_beyond_32_bits_has_a_value():
+    mean = sum([Mean(3_000_000_000, 2_000_000_000), Mean(3_000_000_000, 2_000_000_000)])
+    assert mean.value == 1.5
+
+
+def test_a_mean_of_nothing_meets_no_nan_on_its_way():
+    with jax.debug_nans(True):
+        assert jax.grad(lambda total: Mean(total, 0).value)(0.0) == 0
+
+
 def test_a_mean_of_gradients_keeps_their_structure_and_dtypes():
     gradient = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(())}
     value = sum([Mean(gradient, 2.0), Mean(gradient, jnp.float32(2))]).value

@@ -29,6 +29,25 @@ def test_perplexity_of_equal_logits_is_the_number_of_classes():
     np.testing.assert_allclose(run(logits, labels), 7, rtol=1e-6)
 
 
+def test_perplexity_of_nothing_is_no_perfect_score():
+    nothing = token_cross_entropy(pack(jnp.zeros((4, 5, 7))), pack(jnp.ones((4, 5), int)), np.zeros(4))
+    assert np.isnan(perplexity(nothing))
+    assert perplexity(Mean(1.0, 0)) == np.inf
+    assert perplexity(nothing + Mean(0.0, 1)) == 1
+
+
+@pytest.mark.parametrize("rate", [lambda a, b: error_rate([a], [b]), lambda a, b: best_error_rate([a], [[b]])])
+def test_edits_beside_no_token_are_no_perfect_score(rate):
+    assert rate("abc", "").value == np.inf
+    assert rate("", "").value == 0
+    assert (rate("abc", "") + rate("ab", "ab")).value == 1.5
+
+
+def test_accuracy_of_nothing_is_zero():
+    mean = accuracy(jnp.ones((2, 3)), jnp.zeros(2, int), jnp.zeros(2))
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+
+
 # Accuracy
 
 

@@ -22,6 +22,11 @@ class Mean:
 
     A pytree, so it passes through jit, scan and grad.
 
+    A mean of nothing (weight 0, total 0) has the value 0 and a gradient of 0, so a batch whose rows are all masked out
+    trains nothing. A total other than 0 beside a weight of 0 has an infinite value: so does
+    `jaxpack.metrics.error_rate(["abc"], [""])`, 3 edits for 0 tokens. Where 0 would read as a perfect score, look at
+    the weight.
+
     Examples:
       >>> mean = Mean(6.0, 3) + Mean(4.0, 1)
       >>> mean
@@ -63,12 +68,16 @@ class Mean:
 
     @property
     def value(self) -> PyTree:
-        """total / weight; 0, with a gradient of 0, where weight is 0."""
-        nothing = jnp.asarray(self.weight) == 0
-        weight = jnp.where(nothing, 1, self.weight)
+        """total / weight. Where weight is 0: 0 if total is 0 too, else inf with the sign of total; gradients are 0."""
+        weight = jnp.asarray(self.weight, jnp.result_type(self.weight, float))
+        nothing = weight == 0
+        divisor = jnp.where(nothing, 1, weight)
 
         def divide(total: ArrayLike) -> jax.Array:
-            return jnp.where(nothing, 0, total / weight).astype(jnp.result_type(total, float))
+            total = jnp.asarray(total, jnp.result_type(total, float))
+            kept = lax.stop_gradient(total)
+            limit = jnp.where(kept > 0, jnp.inf, jnp.where(kept < 0, -jnp.inf, kept))  # 0 and NaN stay what they are
+            return jnp.where(nothing, limit, total / divisor).astype(total.dtype)
 
         return jax.tree.map(divide, self.total)
 
