@@ -42,7 +42,11 @@ def perplexity(mean: Mean) -> jax.Array:
 
 
 def accuracy(
-    logits: PackedSequence | ArrayLike, labels: PackedSequence | ArrayLike, weights: ArrayLike | None = None
+    logits: PackedSequence | ArrayLike,
+    labels: PackedSequence | ArrayLike,
+    weights: ArrayLike | PackedSequence | None = None,
+    *,
+    ignore_label: int | None = None,
 ) -> Mean:
     """The share of tokens, or of sequences, whose largest logit is the label's; of equal logits the first is taken.
 
@@ -56,14 +60,16 @@ def accuracy(
     Args:
       logits: packed data [S, C] for tokens; an array [B, C] for sequences. NaN in what counts makes the result NaN.
       labels: whole numbers in [0, C): packed alike, data [S]; or [B].
-      weights: [B], in the caller's order, the weight of a sequence or of each of its tokens. Default: 1.
+      weights: [B], in the caller's order, the weight of a sequence or of each of its tokens; or of each token, data
+        [S], packed as the logits are. Default: 1.
+      ignore_label: a label that counts for nothing, as in jaxpack.losses.token_cross_entropy. Default: none.
 
     Raises:
       TypeError: as jaxpack.losses.token_cross_entropy and sequence_cross_entropy.
       ValueError: as those.
     """
     over = over_tokens if isinstance(logits, PackedSequence) else over_sequences
-    return over(_hits, logits, labels, weights, "accuracy")
+    return over(_hits, logits, labels, weights, ignore_label, "accuracy")
 
 
 def ctc_greedy_decode(

@@ -10,9 +10,11 @@ import scipy.special
 import strategies
 from hypothesis import given, settings
 from jax import lax
+from jax.experimental import checkify
 
 from jaxpack import BucketPlan, pack_padded_sequence
 from jaxpack.losses import Mean, ctc, ctc_min_frames, sequence_cross_entropy, token_cross_entropy
+from jaxpack.metrics import accuracy
 
 C = 4
 LENGTHS = [2, 5, 0, 3]
@@ -242,6 +244,138 @@ def test_labels_of_other_lengths_are_refused_and_nan_where_lengths_are_traced():
 TOKEN_VALUE = jax.jit(lambda *args: token_cross_entropy(*args).value)
 
 
+# Weights of tokens, and labels that are ignored
+
+IGNORED = -100
+TOKEN_WEIGHTS = np.random.default_rng(3).integers(0, 3, (4, 6)) / 2
+
+
+def ignoring_batch():
+    """Logits that are NaN at ignored tokens, labels, and the mask of real tokens that are not ignored."""
+    logits, labels = logits_batch(), labels_batch()
+    ignored = np.random.default_rng(4).random(labels.shape) < 0.4
+    logits[ignored], labels[ignored] = np.nan, IGNORED
+    return logits, labels, (np.arange(6) < np.array(LENGTHS)[:, None]) & ~ignored
+
+
+def tokens_ignoring(packed, labels, weights=None):
+    return token_cross_entropy(packed, labels, weights, ignore_label=IGNORED)
+
+
+def accuracy_ignoring(packed, labels, weights=None):
+    return accuracy(packed, labels, weights, ignore_label=IGNORED)
+
+
+each_token_mean = pytest.mark.parametrize("mean_of", [tokens_ignoring, accuracy_ignoring], ids=["loss", "accuracy"])
+
+
+@on_each_plan
+@pytest.mark.parametrize("per_token", [False, True], ids=["of rows", "of tokens"])
+@pytest.mark.usefixtures("x64")
+def test_weighted_tokens_with_an_ignored_label_equal_numpy(plan, per_token):
+    logits, labels, counted = ignoring_batch()
+    weights = TOKEN_WEIGHTS if per_token else WEIGHTS
+    given = pack(np.where(counted, weights, np.nan), plan) if per_token else WEIGHTS
+    full = np.where(counted, weights if per_token else weights[:, None], 0)
+    log_p = scipy.special.log_softmax(np.nan_to_num(logits), -1)
+    one_hot = np.eye(C)[np.where(counted, labels, 0)]
+
+    def loss(packed, weights):
+        return tokens_ignoring(packed, pack(labels, plan, packed.lengths), weights)
+
+    mean, gradient = total_and_gradient(loss, pack(logits, plan), given)
+    same(mean, Mean(-(full * (log_p * one_hot).sum(-1)).sum(), full.sum()), rtol=1e-12)
+    same(gradient, pack(full[..., None] * (np.exp(log_p) - one_hot), plan).data, atol=1e-12)
+    hits = full * (np.nan_to_num(logits).argmax(-1) == labels)
+    same(jax.jit(accuracy_ignoring)(pack(logits, plan), pack(labels, plan), given), Mean(hits.sum(), full.sum()))
+
+
+@oracles.needs_torch
+@pytest.mark.usefixtures("x64")
+def test_an_ignored_label_is_pytorchs_ignore_index():
+    logits, labels, counted = ignoring_batch()
+    tensor = oracles.torch.tensor(np.nan_to_num(logits).reshape(-1, C), requires_grad=True)
+    target = oracles.torch.tensor(np.where(counted, labels, IGNORED).reshape(-1))
+    expected = oracles.torch.nn.functional.cross_entropy(tensor, target, ignore_index=IGNORED)
+    expected.backward()
+    of_tokens = jax.jit(jax.value_and_grad(lambda data: tokens_ignoring(pack(data), pack(labels)).value))
+    of_rows = jax.jit(
+        jax.value_and_grad(lambda data: sequence_cross_entropy(data, target.numpy(), ignore_label=IGNORED).value)
+    )
+    value, gradient = of_tokens(logits)
+    same((value, gradient.reshape(-1, C)), (expected.item(), tensor.grad.numpy()), rtol=1e-12, atol=1e-12)
+    same(of_rows(logits.reshape(-1, C)), (expected.item(), tensor.grad.numpy()), rtol=1e-12, atol=1e-12)
+
+
+@each_token_mean
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16, jnp.bfloat16])
+def test_weights_of_tokens_may_be_bools_integers_or_narrow_floats(mean_of, dtype):
+    weights = pack(TOKEN_WEIGHTS > 0)
+    packed, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch())
+    mean = mean_of(packed, labels, weights.astype(dtype))
+    same(mean, mean_of(packed, labels, weights.astype(np.float32)), rtol=0)
+    assert mean.total.dtype == mean.weight.dtype == np.float32
+
+
+@each_token_mean
+@pytest.mark.parametrize("nothing", ["ignored", "weights"])
+def test_a_batch_whose_tokens_all_count_for_nothing_is_a_mean_of_nothing(mean_of, nothing):
+    packed = pack(np.full((4, 6, C), np.nan, np.float32))
+    labels = pack(np.full((4, 6), IGNORED if nothing == "ignored" else 99))
+    weights = None if nothing == "ignored" else pack(np.zeros((4, 6)))
+    mean, gradient = total_and_gradient(lambda packed, _: mean_of(packed, labels, weights), packed)
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+    assert not gradient.any()
+
+
+@each_token_mean
+def test_a_traced_misfit_of_ignored_tokens_is_nan(mean_of):
+    run = jax.jit(lambda lengths: mean_of(pack(logits, STAIRS, lengths), pack(labels, STAIRS, lengths)).value)
+    logits, labels = logits_batch(dtype=np.float32), labels_batch()
+    labels[1] = IGNORED
+    assert np.isnan(run(jnp.array([2, 7, 0, 3])))
+    assert np.isfinite(run(jnp.array([2, 5, 0, 3])))
+
+
+@each_token_mean
+def test_weights_of_tokens_of_other_lengths_are_refused_and_nan_where_lengths_are_traced(mean_of):
+    packed, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch())
+    with pytest.raises(ValueError, match=r"weights have the lengths \[2 5 1 3\], logits have \[2 5 0 3\]"):
+        mean_of(packed, labels, pack(TOKEN_WEIGHTS, lengths=[2, 5, 1, 3]))
+    run = jax.jit(lambda lengths: mean_of(packed, labels, pack(TOKEN_WEIGHTS, STAIRS, lengths)).value)
+    assert np.isnan(run(jnp.array([2, 5, 1, 3])))
+    assert np.isfinite(run(jnp.array(LENGTHS)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignored"),
+    [(np.int8, -100, -100), (np.uint8, 255, 255), (np.uint32, 7, 7), (np.int32, 0, 0), (np.int32, -1, np.int64(-1))],
+)
+def test_any_label_of_any_width_can_be_ignored(dtype, label, ignored):
+    labels = np.array([1, label, 2], dtype)
+    logits = jnp.eye(3)
+    expected = sequence_cross_entropy(logits, np.array([1, 1, 2]), [1, 0, 1])
+    same(sequence_cross_entropy(logits, labels, ignore_label=ignored), expected, rtol=0)
+    assert accuracy(logits, labels, ignore_label=ignored).weight == 2
+
+
+@pytest.mark.parametrize("ignored", [-100, 300, 2**40, 2**70])
+def test_an_ignored_label_that_the_dtype_does_not_have_ignores_nothing(ignored):
+    labels = np.array([1, 2], np.uint8)
+    assert sequence_cross_entropy(jnp.eye(3)[:2], labels, ignore_label=ignored).weight == 2
+
+
+def test_checkify_reports_a_label_that_is_no_class_and_no_ignored_one():
+    logits, labels = (
+        pack(logits_batch(dtype=np.float32)),
+        pack(labels_batch()).map(lambda k: jnp.where(k == 1, -100, k)),
+    )
+    for ignored, message in [(None, "labels.data must lie in 0 to 3"), (IGNORED, None)]:
+        run = jax.jit(checkify.checkify(functools.partial(token_cross_entropy, ignore_label=ignored)))
+        error = run(logits, labels)[0].get()
+        assert error is None if message is None else message in error
+
+
 # What all losses of packed logits promise
 
 
@@ -317,6 +451,28 @@ def test_bfloat16_losses_of_many_tokens_do_not_saturate():
     mean = jax.jit(token_cross_entropy)(logits, labels)
     assert mean.weight == 4001
     np.testing.assert_allclose(mean.value, np.log(2), rtol=1e-5)
+
+
+DOORS = {
+    "tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
+    "rows of tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), WEIGHTS),
+    "sequences": lambda p: sequence_cross_entropy(p.data[:4], labels_batch()[:, 0], WEIGHTS, ignore_label=1),
+    "accuracy": lambda p: accuracy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
+}
+each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@each_door
+def test_stacked_batches_are_mapped_and_ranks_never_promoted(door):
+    packed = pack(logits_batch(dtype=np.float32))
+    batches = [packed.data, 2 * packed.data]
+    with jax.numpy_rank_promotion("raise"):
+        run = jax.jit(jax.vmap(lambda data: door(packed.replace(data=data))))
+        means = run(jnp.stack(batches))
+        values = means.value
+    for i, data in enumerate(batches):
+        expected = door(packed.replace(data=data))
+        same((means.total[i], means.weight[i], values[i]), (expected.total, expected.weight, expected.value), rtol=1e-6)
 
 
 # CTC
@@ -428,6 +584,8 @@ CTC_NARROW = np.ones((4, 1), np.int8)
 
 PACKED = pack(logits_batch(dtype=np.float32))
 LABELS = pack(labels_batch())
+ROW = jnp.ones((4, C))
+ROW_LABELS = jnp.zeros(4, int)
 OTHER = pack(labels_batch(), ROWS)
 tokens, sequences = token_cross_entropy, sequence_cross_entropy
 
@@ -444,6 +602,39 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (lambda: tokens(PACKED, LABELS, jnp.ones(3)), ValueError, r"weights must be one per sequence, \[4\], got .*3"),
         (lambda: tokens(PACKED, LABELS, jnp.ones(4, complex)), TypeError, "weights must be real"),
         (lambda: tokens(PACKED, LABELS.map(lambda k: k + 1)), ValueError, r"labels.data must lie in 0 to 3.* = 4\."),
+        (lambda: tokens(PACKED, pack(np.full((4, 6), -100))), ValueError, r"give ignore_label\), got .* = -100\."),
+        (lambda: tokens(LABELS, PACKED), ValueError, "Logits come first: are the two swapped"),
+        (lambda: tokens(PACKED, column(LABELS)), ValueError, r"Drop the last axis of the labels: labels.map"),
+        (lambda: tokens(PACKED, PACKED.astype(int)), ValueError, r"not one-hot: labels.map\(lambda data: jnp.argmax"),
+        (lambda: tokens(PACKED, LABELS, jnp.ones((4, 1))), ValueError, r"Drop the last axis: weights\[:, 0\]"),
+        (
+            lambda: tokens(PACKED, LABELS, jnp.ones((4, 6))),
+            ValueError,
+            r"per token pack.*pack_sequence\(weights, pl",
+        ),
+        (
+            lambda: tokens(PACKED, LABELS, [[1, 0], [1]]),
+            ValueError,
+            r"rows have different lengths.*pack_sequence",
+        ),
+        (lambda: tokens(PACKED, LABELS, OTHER), ValueError, "weights have the plan .* logits have"),
+        (lambda: tokens(PACKED, LABELS, column(LABELS)), ValueError, r"one per token, data \[S\].*weights.map"),
+        (lambda: tokens(PACKED, LABELS, LABELS.astype(complex)), TypeError, "weights must be real"),
+        (lambda: tokens(PACKED, LABELS, "abcd"), TypeError, "weights must be an array of numbers, got str 'abcd'"),
+        (lambda: tokens(PACKED, LABELS, ignore_label=-100.0), TypeError, "ignore_label must be an int, got -100.0"),
+        (lambda: sequences(ROW, ROW_LABELS, ignore_label=True), TypeError, "ignore_label must be an int, got True"),
+        (lambda: sequences(ROW, ROW_LABELS, LABELS), TypeError, "weights must be one per sequence.*PackedSequence"),
+        (lambda: sequences(ROW, ROW_LABELS[:, None]), ValueError, r"Drop the last axis of the labels: labels\[:, 0\]"),
+        (lambda: sequences(ROW, ROW_LABELS, ROW[:, :1]), ValueError, r"Drop the last axis: weights\[:, 0\]"),
+        (lambda: sequences(ROW_LABELS, ROW), ValueError, "Logits come first: are the two swapped"),
+        (lambda: sequences(ROW, ROW), ValueError, r"not one-hot: jnp.argmax\(labels, -1\)"),
+        (lambda: sequences(ROW, ROW_LABELS * 1.0), TypeError, r"If they are whole numbers: labels.astype\(int\)"),
+        (lambda: sequences(ROW, ROW_LABELS == 0), TypeError, r"If they are whole numbers: labels.astype\(int\)"),
+        (lambda: sequences(ROW, LABELS), TypeError, "got a PackedSequence. Reduce it"),
+        (lambda: sequences(ROW, [[1, 2], [3]]), ValueError, "labels is a list whose rows have different lengths"),
+        (lambda: sequences(ROW, np.array([0, 1, 2, 2**32])), ValueError, "labels holds 4294967296 at"),
+        (lambda: sequences(jnp.ones((4, 5, C)), jnp.zeros((4, 5), int)), ValueError, "call the function of tokens"),
+        (lambda: sequences(jnp.ones((4, 0)), ROW_LABELS), ValueError, r"logits must be \[B, C\]"),
         (lambda: sequences(PACKED, jnp.zeros(4, int)), TypeError, "got a PackedSequence. Reduce it"),
         (lambda: sequences(jnp.ones((4, C)), jnp.zeros(3, int)), ValueError, r"\[B, C\] and labels \[B\]"),
         (lambda: sequences(jnp.ones((1, C)), jnp.array([-1])), ValueError, r"labels\[0\] = -1"),
@@ -466,6 +657,24 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
 def test_refuses_what_does_not_match(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def column(packed):
+    return packed.replace(data=packed.data[:, None])
+
+
+@pytest.mark.parametrize("mean_of", [sequence_cross_entropy, accuracy], ids=["loss", "accuracy"])
+@pytest.mark.parametrize("labels", [[], np.zeros(0), np.zeros(0, int)], ids=["list", "floats", "integers"])
+def test_a_batch_of_no_sequences_is_a_mean_of_nothing(mean_of, labels):
+    mean = mean_of(jnp.ones((0, C)), labels, weights=np.ones(0))
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+
+
+def test_logits_of_one_class_have_no_loss():
+    logits = pack(1e4 * logits_batch(features=1, dtype=np.float32))
+    mean, gradient = total_and_gradient(lambda packed, _: tokens(packed, pack(np.zeros((4, 6), int))), logits)
+    assert (mean.total, mean.weight) == (0, 10)
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("bad", [-1, 4])
