@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from jax import lax
 from jax.experimental import checkify
 
+import jaxpack
 from jaxpack import BucketPlan, pack_padded_sequence
 from jaxpack.losses import Mean, ctc, ctc_min_frames, sequence_cross_entropy, token_cross_entropy
 from jaxpack.metrics import accuracy
@@ -457,6 +458,7 @@ DOORS = {
     "tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
     "rows of tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), WEIGHTS),
     "sequences": lambda p: sequence_cross_entropy(p.data[:4], labels_batch()[:, 0], WEIGHTS, ignore_label=1),
+    "ctc": lambda p: ctc(p, ALIGNABLE, CTC_LENGTHS, WEIGHTS),
     "accuracy": lambda p: accuracy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
 }
 each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
@@ -532,6 +534,99 @@ def test_ctc_and_its_gradient_equal_pytorch(plan, frames_per_step):
     np.testing.assert_allclose(mean.total, expected @ (weights * [1, 1, 0, 1]), rtol=1e-12)
     assert mean.weight == 3.5
     np.testing.assert_allclose(gradient, pack(logits.grad.numpy(), plan).data, atol=1e-10)
+
+
+@jax.jit
+def ctc_of_each(frames, labels, label_lengths):
+    """The loss of each sequence, and the gradients of their sum."""
+    plan = BucketPlan((frames.shape[1],), (1,))
+
+    def loss(frames, labels, length):
+        packed = pack(frames[None], plan, [frames.shape[0]])
+        return ctc(packed, labels[None], length[None]).value
+
+    return jax.vmap(jax.value_and_grad(loss))(frames, labels, label_lengths)
+
+
+def torch_ctc(frames, labels, label_lengths, lengths=None, reduction="none"):
+    """PyTorch's losses and the gradients of their sum, in float64."""
+    torch = oracles.torch
+    tensor = torch.tensor(np.asarray(frames, np.float64), requires_grad=True)
+    lengths = [frames.shape[1]] * len(frames) if lengths is None else lengths
+    losses = torch.nn.functional.ctc_loss(
+        tensor.log_softmax(-1).transpose(0, 1),
+        torch.tensor(labels),
+        torch.tensor(lengths),
+        torch.tensor(label_lengths),
+        reduction=reduction,
+    )
+    losses.sum().backward()
+    return losses.detach().numpy(), tensor.grad.numpy()
+
+
+def likely_frames(num_labels, dtype=np.float32):
+    """Frames of 16 sequences whose labels, num_labels of class 1, have a probability of nearly 1 by many alignments.
+
+    Of four frames two are blank, one is class 1, and one is either, which is the same label.
+    """
+    frames = np.full((16, 4 * num_labels, 3), -40.0)
+    frames[:, 0::4, 0] = frames[:, 3::4, 0] = frames[:, 1::4, 1] = frames[:, 2::4, 0] = 0
+    frames[:, 2::4, 1] = 2 * np.random.default_rng(0).standard_normal((16, num_labels))
+    return np.asarray(frames, dtype)
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize(("num_labels", "dtype"), [(1, np.float32), (100, np.float32), (12, jnp.bfloat16)])
+def test_ctc_of_a_probability_near_one_is_not_below_zero_and_keeps_its_gradient(num_labels, dtype):
+    frames, labels = likely_frames(num_labels, dtype), np.ones((16, num_labels), int)
+    label_lengths = np.full(16, num_labels)
+    losses, gradient = ctc_of_each(frames, labels, label_lengths)
+    expected, expected_gradient = torch_ctc(frames, labels, label_lengths)
+    assert not np.signbit(losses).any()
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize("scale", [1, 1e4, 1e6, 1e20])
+def test_ctc_of_huge_logits_equals_pytorch(scale):
+    frames = np.random.default_rng(1).integers(-3, 3, (5, 6, 3)).astype(np.float32)
+    frames[0], frames[1] = [[0, 1, -1]], [[1, 0, 0]]  # one alignment of probability 1; the blank alone
+    labels, label_lengths = np.array([[1, 1, 1], [1, 2, 0], [2, 2, 0], [1, 2, 1], [1, 0, 0]]), np.array([1, 0, 2, 3, 1])
+    losses, gradient = ctc_of_each(frames * np.float32(scale), labels, label_lengths)
+    expected, _ = torch_ctc(scale * frames.astype(np.float64), labels, label_lengths)
+    assert not np.signbit(losses).any()
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize("masked", [-np.inf, np.finfo(np.float32).min])
+def test_ctc_takes_classes_that_cannot_be(masked):
+    frames = np.random.default_rng(1).standard_normal((3, 6, 3)).astype(np.float32)
+    frames[0, 1:4, 1] = frames[1, :, 2] = frames[2, :, 0] = masked
+    labels, label_lengths = np.array([[1, 2], [2, 0], [1, 2]]), np.array([2, 1, 2])
+    losses, gradient = ctc_of_each(frames, labels, label_lengths)
+    with np.errstate(invalid="ignore"):
+        expected, _ = torch_ctc(np.where(frames == masked, -np.inf, frames), labels, label_lengths)
+    assert expected[1] == np.inf
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert not gradient[1].any()
+    assert np.isfinite(gradient).all()
+    assert not gradient[frames == masked].any()
+
+
+@oracles.needs_torch
+@pytest.mark.usefixtures("x64")
+def test_pytorchs_default_mean_of_ctc_is_had_by_weights():
+    lengths, label_lengths = np.array([6, 5, 2, 3]), np.array([2, 3, 0, 1])
+    logits, labels = logits_batch(), np.maximum(ALIGNABLE % C, 1)
+    total = ctc(pack(logits, WHOLE_OF_FOUR, lengths), labels, label_lengths, 1 / jnp.maximum(label_lengths, 1)).total
+    expected, _ = torch_ctc(logits, labels, label_lengths, lengths, reduction="mean")
+    np.testing.assert_allclose(Mean(total, 4).value, expected, rtol=1e-12)
+
+
+WHOLE_OF_FOUR = BucketPlan((6,), (4,))
 
 
 def test_ctc_of_labels_that_cannot_be_aligned_is_infinite_with_gradient_zero():
@@ -642,7 +737,15 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (lambda: ctc(LABELS, CTC_LABELS, CTC_LENGTHS), TypeError, "logits must be floating"),
         (lambda: ctc(PACKED, LABELS, CTC_LENGTHS), TypeError, r"labels must be padded, \[B, N\]"),
         (lambda: ctc(PACKED, CTC_LABELS[:2], CTC_LENGTHS), ValueError, r"labels must be \[4, N\]"),
-        (lambda: ctc(PACKED, CTC_LABELS * 1.0, CTC_LENGTHS), TypeError, "must be integers"),
+        (
+            lambda: ctc(PACKED, CTC_LABELS * 1.0, CTC_LENGTHS),
+            TypeError,
+            r"labels must be integers.*labels.astype\(int\)",
+        ),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS * 1.0), TypeError, r"integers.*label_lengths.astype\(int\)"),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS[:, None]), ValueError, r"last axis: label_lengths\[:, 0\]"),
+        (lambda: ctc(PACKED, CTC_LABELS[:, 0], CTC_LENGTHS), ValueError, "one after the other.*pad_sequence"),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS, LABELS), TypeError, "weights must be one per sequence"),
         (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS + 1), ValueError, r"label_lengths\[1\] = 4"),
         (lambda: ctc(PACKED, CTC_LABELS, [3, 3, 2, 1]), ValueError, r"labels\[0, 2\] = 77"),
         (
@@ -661,6 +764,17 @@ def test_refuses_what_does_not_match(call, error, message):
 
 def column(packed):
     return packed.replace(data=packed.data[:, None])
+
+
+@pytest.mark.parametrize(
+    "call", [lambda labels: ctc(PACKED, labels, [2, 1, 1, 1]), lambda labels: ctc_min_frames(labels, [2, 1, 1, 1])]
+)
+@pytest.mark.parametrize("row", [list, np.array, jnp.array])
+def test_ragged_lists_of_labels_are_told_to_be_padded(call, row):
+    labels = [row([1, 2]), row([3]), row([3]), row([3])]
+    with pytest.raises(ValueError, match=r"jaxpack.pad_sequence\(labels, batch_first=True\).*label_lengths"):
+        call(labels)
+    call(jaxpack.pad_sequence(labels, batch_first=True))
 
 
 @pytest.mark.parametrize("mean_of", [sequence_cross_entropy, accuracy], ids=["loss", "accuracy"])

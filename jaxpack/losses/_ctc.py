@@ -9,11 +9,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack.arguments import as_int
-from jaxpack.losses._checks import check_weights, outside, refuse, widened
+from jaxpack.losses._checks import as_labels, check_weights, outside, refuse, widened
 from jaxpack.losses._mean import Mean
 from jaxpack.losses._weighted import weighted
 from jaxpack.packed import pad_packed_sequence
 from jaxpack.sequence import PackedSequence, check_packed
+
+_IMPOSSIBLE = -1e30  # the log-probability at a frame of a class that cannot be
+_LOG_ZERO = -1e37  # of what is no alignment, below every path of _IMPOSSIBLE: optax's -1e5 is above some of real logits
 
 
 def ctc(
@@ -29,7 +32,7 @@ def ctc(
 
     An alignment needs a frame for each label, and one for a blank between equal neighbours (`ctc_min_frames`). Where
     there are fewer, p is 0 and the loss inf, as PyTorch's, but with a gradient of 0, so that the others still learn.
-    Leave such sequences out by weight, or give more frames per step.
+    Leave such sequences out by weight, or give more frames per step. No loss is below 0.
 
     Examples:
       >>> logits = jaxpack.pack_sequence([np.zeros((2, 3), np.float32)])  # 2 frames, 3 classes: 9 paths
@@ -42,8 +45,19 @@ def ctc(
       >>> weights.tolist()
       [False]
 
+      The value is the mean over sequences. PyTorch's default (reduction="mean") first divides each loss by the number
+      of its labels, then by the number of sequences:
+
+      >>> logits = jaxpack.pack_sequence([np.zeros((4, 3), np.float32), np.zeros((3, 3), np.float32)])
+      >>> labels, label_lengths = jnp.array([[1, 2], [2, 0]]), jnp.array([2, 1])
+      >>> weights = 1 / jnp.maximum(label_lengths, 1)
+      >>> mean = Mean(ctc(logits, labels, label_lengths, weights).total, len(label_lengths))
+      >>> round(float(mean.value), 3)  # (-log(15 / 81) / 2 - log(6 / 27)) / 2
+      1.174
+
     Args:
-      logits: finite floating data [S, K * C], for K frames a step. A sequence of length 0 counts for nothing.
+      logits: floating data [S, K * C], for K frames a step; -inf for a class that cannot be. A sequence of length 0
+        counts for nothing.
       labels: [B, N], whole numbers in [0, C) other than blank_id; past its length a row may hold anything.
       label_lengths: [B], from 0 to N.
       weights: [B], in the caller's order. Default: 1.
@@ -57,7 +71,7 @@ def ctc(
     Source: optax.ctc_loss; Graves et al., Connectionist temporal classification, ICML 2006.
     """
     logits, blank_id = as_frames(logits, blank_id, frames_per_step, "ctc")
-    labels, label_lengths = _check_padded_labels(labels, label_lengths, logits.plan.num_sequences)
+    labels, label_lengths = _check_padded_labels(labels, label_lengths, logits.plan.num_sequences, "ctc")
     logits = logits.replace(data=widened(logits.data))
     lengths = logits.lengths * frames_per_step
     weights = jnp.where(lengths > 0, check_weights(weights, len(lengths), logits.dtype, "ctc"), 0)
@@ -67,7 +81,8 @@ def ctc(
     frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), -1, logits.shape[-1])
     frames = jnp.where(scored[:, None, None], frames, 0)  # so that no gradient can be NaN elsewhere
     losses = _optax_ctc(frames, lengths, labels, jnp.where(scored, label_lengths, 0), blank_id)
-    losses = jnp.where(scored, losses.astype(weights.dtype), jnp.where(counted, jnp.inf, 0))
+    possible = scored & ~(losses > -_IMPOSSIBLE / 2)
+    losses = jnp.where(possible, _at_least_zero(losses).astype(weights.dtype), jnp.where(counted, jnp.inf, 0))
     return weighted(losses, jnp.where(broken, jnp.nan, weights))
 
 
@@ -81,10 +96,17 @@ def ctc_min_frames(labels: ArrayLike, label_lengths: ArrayLike) -> jax.Array:
     Args:
       labels: [B, N]; past its length a row may hold anything.
       label_lengths: [B].
+
+    Returns:
+      int [B].
+
+    Raises:
+      TypeError: if labels are packed, or dtypes are of the wrong kind.
+      ValueError: if shapes disagree.
     """
-    labels, label_lengths = jnp.asarray(labels), jnp.asarray(label_lengths)
-    inside = jnp.arange(1, labels.shape[1]) < label_lengths[:, None]
-    return label_lengths + (inside & (labels[:, 1:] == labels[:, :-1])).sum(1)
+    labels, label_lengths = _check_padded_labels(labels, label_lengths, None, "ctc_min_frames")
+    repeats = _spans(label_lengths, labels.shape[1])[:, 1:] & (labels[:, 1:] == labels[:, :-1])
+    return label_lengths + repeats.sum(1, dtype=label_lengths.dtype)
 
 
 def as_frames(logits: PackedSequence, blank_id: int, frames_per_step: int, function: str) -> tuple[PackedSequence, int]:
@@ -108,22 +130,36 @@ def as_frames(logits: PackedSequence, blank_id: int, frames_per_step: int, funct
 def _optax_ctc(
     frames: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array, blank_id: int
 ) -> jax.Array:
-    """[B] losses of frames [B, T, C] and labels [B, N]; what lies past a length counts for nothing."""
+    """[B] losses of frames [B, T, C] and labels [B, N]; what lies past a length counts for nothing.
+
+    Beyond -_IMPOSSIBLE where an alignment has a class of logit -inf at each frame that it could.
+    """
     labels = jnp.pad(labels, ((0, 0), (0, int(labels.shape[1] == 0))))  # optax wants a column
-    padding = jnp.arange(frames.shape[1]) >= lengths[:, None]
-    label_padding = jnp.arange(labels.shape[1]) >= label_lengths[:, None]
+    label_padding = ~_spans(label_lengths, labels.shape[1])
+    # Logits are finite, or optax's products with zeros are NaN; and no path of them falls below its log(0).
+    frames = jnp.maximum(frames - lax.stop_gradient(jnp.max(frames, -1, keepdims=True)), _IMPOSSIBLE)
     # From the frames, so that under shard_map optax's carries vary over devices as they do.
-    log_epsilon = lax.full_like(frames, -1e5, shape=())
+    log_epsilon = lax.full_like(frames, _LOG_ZERO, shape=())
     # Accelerators would round log-probabilities in optax's products with one-hot vectors.
     with jax.default_matmul_precision("highest"):
         return optax.ctc_loss(
             frames,
-            padding.astype(frames.dtype),
+            (~_spans(lengths, frames.shape[1])).astype(frames.dtype),
             jnp.where(label_padding, blank_id, labels),
             label_padding.astype(frames.dtype),
             blank_id=blank_id,
             log_epsilon=log_epsilon,
         )
+
+
+def _at_least_zero(losses: jax.Array) -> jax.Array:
+    """Losses whose rounding below 0 is undone, with the gradient that they had: it is that of other alignments."""
+    return jnp.where(losses > 0, losses, losses - lax.stop_gradient(losses))
+
+
+def _spans(lengths: jax.Array, size: int) -> jax.Array:
+    """bool [B, size]: True at the first `lengths` places of each row."""
+    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
 
 
 def _bad_rows(
@@ -132,24 +168,42 @@ def _bad_rows(
     """bool [B]: which counted rows have labels, or a length of them, out of range; raises ValueError if known to."""
     bad_lengths = counted & ((label_lengths < 0) | (label_lengths > labels.shape[1]))
     refuse(bad_lengths, "label_lengths", label_lengths, f"lie in 0 to N = {labels.shape[1]}")
-    labelled = counted[:, None] & (jnp.arange(labels.shape[1]) < label_lengths[:, None])
+    labelled = counted[:, None] & _spans(label_lengths, labels.shape[1])
     bad = labelled & (outside(labels, num_classes) | (labels == blank_id))
     refuse(bad, "labels", labels, f"lie in 0 to {num_classes - 1} and not be the blank {blank_id}")
     return bad_lengths | bad.any(1)
 
 
-def _check_padded_labels(labels: ArrayLike, label_lengths: ArrayLike, batch_size: int) -> tuple[jax.Array, jax.Array]:
-    """Labels [B, N] and their lengths [B] for `ctc`, integers of 32 bits or more."""
+def _check_padded_labels(
+    labels: ArrayLike, label_lengths: ArrayLike, batch_size: int | None, function: str
+) -> tuple[jax.Array, jax.Array]:
+    """Labels [B, N] and their lengths [B], integers of 32 bits or more."""
     if isinstance(labels, PackedSequence):
-        raise TypeError("ctc: labels must be padded, [B, N], got a PackedSequence (jaxpack.pad_packed_sequence pads).")
-    labels, label_lengths = jnp.asarray(labels), jnp.asarray(label_lengths)
-    if labels.ndim != 2 or len(labels) != batch_size or label_lengths.shape != (batch_size,):
-        raise ValueError(
-            f"ctc: for logits of {batch_size} sequences labels must be [{batch_size}, N] and label_lengths "
-            f"[{batch_size}], got shapes {labels.shape} and {label_lengths.shape}."
-        )
-    if not (jnp.issubdtype(labels.dtype, jnp.integer) and jnp.issubdtype(label_lengths.dtype, jnp.integer)):
         raise TypeError(
-            f"ctc: labels and label_lengths must be integers, got dtypes {labels.dtype} and {label_lengths.dtype}."
+            f"{function}: labels must be padded, [B, N], got a PackedSequence. Pad it: labels, label_lengths = "
+            f"jaxpack.pad_packed_sequence(labels, batch_first=True)."
         )
+    pad = (
+        "Pad them, labels = jaxpack.pad_sequence(labels, batch_first=True), and give the length of each row as "
+        "label_lengths."
+    )
+    labels = as_labels(labels, "labels", function, pad)
+    label_lengths = as_labels(label_lengths, "label_lengths", function, "Give one number for each row of labels.")
+    rows = label_lengths.size if batch_size is None else batch_size
+    if labels.ndim != 2 or len(labels) != rows or label_lengths.shape != (rows,):
+        hint = ""
+        if label_lengths.shape == (rows, 1):
+            hint = " Drop the last axis: label_lengths[:, 0]."
+        elif labels.ndim == 1:
+            hint = f" Labels one after the other, as PyTorch takes them, are split first. {pad}"
+        raise ValueError(
+            f"{function}: for {rows} sequences labels must be [{rows}, N] and label_lengths [{rows}], got shapes "
+            f"{labels.shape} and {label_lengths.shape}.{hint}"
+        )
+    for name, array in (("labels", labels), ("label_lengths", label_lengths)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{function}: {name} must be integers, got dtype {array.dtype}. If they are whole numbers: "
+                f"{name}.astype(int)."
+            )
     return widened(labels), widened(label_lengths)
