@@ -141,6 +141,9 @@ def model_loss(params, batch, plan=STAIRS, *, kind):
     logits = pack(inputs, plan, lengths).map(lambda x: x @ params["w"] + params["b"])
     if kind == "tokens":
         return token_cross_entropy(logits, pack(targets, plan, lengths), weights)
+    if kind == "weighted tokens":
+        of_tokens = pack(jnp.broadcast_to(jnp.asarray(weights)[:, None], targets.shape), plan, lengths)
+        return token_cross_entropy(logits, pack(targets, plan, lengths), of_tokens, ignore_label=1)
     return ctc(logits, jnp.maximum(targets[:, :1], 1), jnp.minimum(lengths, 1), weights)
 
 
@@ -176,7 +179,7 @@ def test_two_micro_batches_equal_one_batch(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "by_hand"), [("tokens", False), ("ctc", False), ("tokens", True)], ids=["tokens", "ctc", "by hand"]
+    ("kind", "by_hand"), [("tokens", False), ("weighted tokens", False), ("ctc", False), ("tokens", True)]
 )
 @pytest.mark.usefixtures("x64")
 def test_two_devices_equal_one_batch(kind, by_hand):
@@ -444,6 +447,15 @@ def test_sums_are_float32_for_all_narrower_logits_and_in_64_bit_mode(loss, dtype
     mean, gradient = jax.eval_shape(functools.partial(total_and_gradient, loss), packed, WEIGHTS)
     assert mean.total.dtype == mean.weight.dtype == jnp.float32
     assert gradient.dtype == dtype
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16])
+def test_weights_of_rows_may_be_bools_integers_or_narrow_floats(loss, dtype):
+    packed, weights = pack(logits_batch(dtype=np.float32)), np.array([1, 0, 1, 1])
+    mean, _ = total_and_gradient(loss, packed, weights.astype(dtype))
+    same(mean, total_and_gradient(loss, packed, weights.astype(np.float32))[0], rtol=0)
+    assert mean.total.dtype == mean.weight.dtype == np.float32
 
 
 def test_bfloat16_losses_of_many_tokens_do_not_saturate():
