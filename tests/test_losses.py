@@ -717,7 +717,7 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (
             lambda: tokens(PACKED, LABELS, jnp.ones((4, 6))),
             ValueError,
-            r"per token pack.*pack_sequence\(weights, pl",
+            r"per token.*pack_padded_sequence\(weights",
         ),
         (
             lambda: tokens(PACKED, LABELS, [[1, 0], [1]]),

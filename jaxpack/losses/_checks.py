@@ -118,13 +118,18 @@ def check_weights(weights: Weights, batch_size: int, dtype: Any, function: str, 
             f"{function}: weights must be one per sequence, [{batch_size}], got a PackedSequence. Reduce it to that "
             f"(jaxpack.segment_mean, jaxpack.last)."
         )
-    packed = "For a weight per token pack them as the logits are: jaxpack.pack_sequence(weights, plan=logits.plan)."
-    hint = packed if per_token else "Give a number for each sequence."
-    weights = jnp.ones(batch_size, dtype) if weights is None else as_array(weights, "weights", function, hint)
+    ragged = "Give a number for each sequence."
+    hint = ""
+    if per_token:
+        ragged = "For a weight per token pack them: jaxpack.pack_sequence(weights, plan=logits.plan)."
+        hint = (
+            " For a weight per token pack them as the logits are: jaxpack.pack_padded_sequence(weights, "
+            "logits.lengths, batch_first=True, plan=logits.plan)."
+        )
+    weights = jnp.ones(batch_size, dtype) if weights is None else as_array(weights, "weights", function, ragged)
     if weights.shape != (batch_size,):
         if weights.shape == (batch_size, 1):
-            hint = "Drop the last axis: weights[:, 0]."
-        hint = "" if weights.ndim < 2 and not per_token else f" {hint}"
+            hint = " Drop the last axis: weights[:, 0]."
         raise ValueError(
             f"{function}: weights must be one per sequence, [{batch_size}], got shape {weights.shape}.{hint}"
         )
