@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -13,25 +13,42 @@ from jax.typing import ArrayLike
 
 from jaxpack.extras import import_extra
 from jaxpack.inputs import without_torch
-from jaxpack.losses import Mean, as_frames, over_sequences, over_tokens
+from jaxpack.losses import Mean
+from jaxpack.losses._ctc import as_frames
+from jaxpack.losses._weighted import over_sequences, over_tokens
 from jaxpack.packed import pad_packed_sequence
 from jaxpack.sequence import PackedSequence, poison
 
 __all__ = ["accuracy", "best_error_rate", "ctc_greedy_decode", "edit_distance", "error_rate", "perplexity"]
 
+Tokens = str | list[Any]
+
 
 def perplexity(mean: Mean) -> jax.Array:
-    """exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C.
+    """Returns exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C.
 
     Examples:
       >>> round(float(perplexity(Mean(2 * np.log(8), 2))), 3)
       8.0
+      >>> float(perplexity(Mean(0.0, 0)))
+      nan
+
+    Args:
+      mean: of a cross-entropy in nats.
+
+    Returns:
+      exp(mean.value); NaN for a mean of nothing (weight 0, total 0), where exp(0) = 1 would be a perfect score.
     """
-    return jnp.exp(mean.value)
+    nothing = (jnp.asarray(mean.weight) == 0) & (jnp.asarray(mean.total) == 0)
+    return jnp.where(nothing, jnp.nan, jnp.exp(mean.value))
 
 
 def accuracy(
-    logits: PackedSequence | ArrayLike, labels: PackedSequence | ArrayLike, weights: ArrayLike | None = None
+    logits: PackedSequence | ArrayLike,
+    labels: PackedSequence | ArrayLike,
+    weights: ArrayLike | PackedSequence | None = None,
+    *,
+    ignore_label: int | None = None,
 ) -> Mean:
     """The share of tokens, or of sequences, whose largest logit is the label's; of equal logits the first is taken.
 
@@ -45,14 +62,16 @@ def accuracy(
     Args:
       logits: packed data [S, C] for tokens; an array [B, C] for sequences. NaN in what counts makes the result NaN.
       labels: whole numbers in [0, C): packed alike, data [S]; or [B].
-      weights: [B], in the caller's order, the weight of a sequence or of each of its tokens. Default: 1.
+      weights: [B], in the caller's order, the weight of a sequence or of each of its tokens; or of each token, data
+        [S], packed as the logits are. Default: 1.
+      ignore_label: a label that counts for nothing, as in jaxpack.losses.token_cross_entropy. Default: none.
 
     Raises:
       TypeError: as jaxpack.losses.token_cross_entropy and sequence_cross_entropy.
       ValueError: as those.
     """
     over = over_tokens if isinstance(logits, PackedSequence) else over_sequences
-    return over(_hits, logits, labels, weights, "accuracy")
+    return over(_hits, logits, labels, weights, ignore_label, "accuracy")
 
 
 def ctc_greedy_decode(
@@ -92,23 +111,26 @@ def ctc_greedy_decode(
 
 
 def edit_distance(hypothesis: Sequence[Any] | ArrayLike, reference: Sequence[Any] | ArrayLike) -> int:
-    """The fewest insertions, deletions and substitutions that turn one sequence into the other.
+    """Returns the fewest insertions, deletions and substitutions that turn one sequence into the other.
 
     Examples:
       >>> edit_distance("kitten", "sitting")
       3
+      >>> edit_distance([1, 2, 3], jnp.array([1, 3]))
+      1
 
     Args:
-      hypothesis: a string, or a list or vector of integers or tokens.
+      hypothesis: a string, which is the sequence of its characters; or a list or vector of tokens: whole numbers (also
+        as 0-d arrays, or as floats), strings, or whatever else has a hash. Tokens are compared by ==.
       reference: another.
 
     Raises:
       ImportError: if rapidfuzz is not installed.
-      ValueError: if an array is no vector.
+      TypeError: if one is no sequence.
+      ValueError: if one is nested (an array is no vector, a list holds lists), or a number is not whole.
     Source: Levenshtein 1966; rapidfuzz.distance.Levenshtein.
     """
-    levenshtein = import_extra("rapidfuzz.distance.Levenshtein", "data", "edit distances")
-    return levenshtein.distance(_tokens(hypothesis), _tokens(reference))
+    return _distance(_tokens("hypothesis", hypothesis), _tokens("reference", reference))
 
 
 def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
@@ -124,10 +146,11 @@ def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
 
     Raises:
       ImportError: if rapidfuzz is not installed.
-      ValueError: if there are not as many references as hypotheses.
-      TypeError: if one is a bare string.
+      ValueError: if there are not as many references as hypotheses, or as `edit_distance`.
+      TypeError: if one is no list of sequences, such as a bare string.
     """
-    return best_error_rate(hypotheses, [[reference] for reference in _check_list("references", references)])
+    guesses, answers = _all_tokens("hypotheses", hypotheses), _all_tokens("references", references)
+    return _best(guesses, [[answer] for answer in answers])
 
 
 def best_error_rate(hypotheses: Sequence[Any], references: Sequence[Sequence[Any]]) -> Mean:
@@ -144,19 +167,35 @@ def best_error_rate(hypotheses: Sequence[Any], references: Sequence[Sequence[Any
 
     Raises:
       ImportError: if rapidfuzz is not installed.
-      ValueError: if there are not as many references as hypotheses, or a hypothesis has none.
-      TypeError: if one is a bare string.
+      ValueError: if there are not as many references as hypotheses, a hypothesis has none, or as `edit_distance`.
+      TypeError: if one is no list of sequences, such as a bare string.
     """
-    _check_list("hypotheses", hypotheses)
-    if len(hypotheses) != len(_check_list("references", references)):
+    guesses = _all_tokens("hypotheses", hypotheses)
+    groups = enumerate(_as_list("references", references))
+    return _best(guesses, [_all_tokens(f"references[{i}]", alternatives) for i, alternatives in groups])
+
+
+def _best(hypotheses: list[Tokens], references: list[list[Tokens]]) -> Mean:
+    """The edits from each hypothesis to the closest of its references, beside the tokens of those."""
+    if len(hypotheses) != len(references):
         raise ValueError(f"got {len(hypotheses)} hypotheses for {len(references)} references: one each is needed.")
     edits = tokens = 0
     for i, (hypothesis, alternatives) in enumerate(zip(hypotheses, references, strict=True)):
-        if not len(_check_list(f"references[{i}]", alternatives)):
+        if not alternatives:
             raise ValueError(f"references[{i}] is empty: a hypothesis needs at least one reference.")
-        fewest, length = min((edit_distance(hypothesis, other), -len(other)) for other in alternatives)
+        fewest, length = min((_distance(hypothesis, other), -len(other)) for other in alternatives)
         edits, tokens = edits + fewest, tokens - length
     return Mean(edits, tokens)
+
+
+def _distance(hypothesis: Tokens, reference: Tokens) -> int:
+    levenshtein = import_extra("rapidfuzz.distance.Levenshtein", "data", "edit distances")
+    if isinstance(hypothesis, str) and isinstance(reference, str):
+        return levenshtein.distance(hypothesis, reference)
+    # By number, since rapidfuzz compares hashes, and takes "a" for its code point 97.
+    numbers: dict[Any, int] = {}
+    pair = [[numbers.setdefault(token, len(numbers)) for token in tokens] for tokens in (hypothesis, reference)]
+    return levenshtein.distance(*pair)
 
 
 def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -165,18 +204,43 @@ def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return poison(hits, ~jnp.isnan(logits).any(-1))
 
 
-def _tokens(sequence: Any) -> Sequence[Any]:
-    """A string or list as it is; a list from an array."""
-    sequence = without_torch(sequence)
-    if not hasattr(sequence, "ndim"):
+def _all_tokens(name: str, sequences: Any) -> list[Tokens]:
+    return [_tokens(f"{name}[{i}]", sequence) for i, sequence in enumerate(_as_list(name, sequences))]
+
+
+def _tokens(name: str, sequence: Any) -> Tokens:
+    """A string as it is; a list of values that have a hash from anything else."""
+    if isinstance(sequence, str):
         return sequence
-    if sequence.ndim != 1:
-        raise ValueError(f"a sequence of tokens must be a vector, got shape {sequence.shape}.")
-    return np.asarray(sequence).tolist()
+    sequence = without_torch(sequence)
+    if getattr(sequence, "ndim", 1) != 1:
+        raise ValueError(f"{name} must be a vector, got shape {sequence.shape}. Many sequences go to error_rate.")
+    if isinstance(sequence, (Mapping, Set)) or not isinstance(sequence, Iterable):
+        raise TypeError(f"{name} must be a string, or a list or vector of tokens, got {sequence!r}.")
+    tokens = np.asarray(sequence).tolist() if hasattr(sequence, "ndim") else sequence
+    return [_token(f"{name}[{i}]", token) for i, token in enumerate(tokens)]
 
 
-def _check_list(name: str, sequences: Sequence[Any]) -> Sequence[Any]:
-    """Raises TypeError for a string, which is a sequence of characters and not of sequences."""
+def _token(name: str, token: Any) -> Any:
+    """A value that has a hash; a Python number from an array of no axes."""
+    token = without_torch(token)
+    if getattr(token, "ndim", None) == 0:
+        token = np.asarray(token).item()
+    if isinstance(token, float) and not token.is_integer():
+        raise ValueError(f"{name} = {token} is no whole number. Tokens are whole numbers, strings and the like.")
+    if not isinstance(token, Hashable) or hasattr(token, "ndim"):
+        raise ValueError(
+            f"{name} must be one token, got the {type(token).__name__} {token!r}. Many sequences go to error_rate."
+        )
+    return token
+
+
+def _as_list(name: str, sequences: Any) -> list[Any]:
+    """A list of sequences; raises TypeError for a string, which is a sequence of characters, and for what is none."""
     if isinstance(sequences, str):
         raise TypeError(f"{name} must be a list of sequences, got the string {sequences!r}.")
-    return sequences
+    if isinstance(sequences, PackedSequence):
+        raise TypeError(f"{name} must be a list of sequences, got a PackedSequence (jaxpack.unpack_sequence unpacks).")
+    if isinstance(sequences, (Mapping, Set)) or not isinstance(sequences, Iterable):
+        raise TypeError(f"{name} must be a list of sequences, got {sequences!r}.")
+    return list(sequences)

@@ -10,9 +10,12 @@ import scipy.special
 import strategies
 from hypothesis import given, settings
 from jax import lax
+from jax.experimental import checkify
 
+import jaxpack
 from jaxpack import BucketPlan, pack_padded_sequence
 from jaxpack.losses import Mean, ctc, ctc_min_frames, sequence_cross_entropy, token_cross_entropy
+from jaxpack.metrics import accuracy
 
 C = 4
 LENGTHS = [2, 5, 0, 3]
@@ -85,6 +88,28 @@ def test_a_mean_of_nothing_is_zero_with_a_gradient_of_zero():
     assert (value, gradient) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [(2, np.inf), (-2.5, -np.inf), (0, 0), (np.nan, np.nan), (np.array([1, 0, -1]), [np.inf, 0, -np.inf])],
+)
+def test_a_total_beside_a_weight_of_zero_is_infinite_and_moves_nothing(total, expected):
+    np.testing.assert_array_equal(Mean(total, 0).value, expected)
+    np.testing.assert_array_equal(Mean({"a": jnp.asarray(total)}, np.float32(0)).value["a"], expected)
+    run = jax.grad(lambda total, weight: jnp.sum(Mean(total, weight).value), argnums=(0, 1))
+    for gradient in jax.jit(run)(jnp.asarray(total, jnp.float32), 0.0):
+        assert not gradient.any()
+
+
+def test_a_mean_of_counts_beyond_32_bits_has_a_value():
+    mean = sum([Mean(3_000_000_000, 2_000_000_000), Mean(3_000_000_000, 2_000_000_000)])
+    assert mean.value == 1.5
+
+
+def test_a_mean_of_nothing_meets_no_nan_on_its_way():
+    with jax.debug_nans(True):
+        assert jax.grad(lambda total: Mean(total, 0).value)(0.0) == 0
+
+
 def test_a_mean_of_gradients_keeps_their_structure_and_dtypes():
     gradient = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(())}
     value = sum([Mean(gradient, 2.0), Mean(gradient, jnp.float32(2))]).value
@@ -116,6 +141,9 @@ def model_loss(params, batch, plan=STAIRS, *, kind):
     logits = pack(inputs, plan, lengths).map(lambda x: x @ params["w"] + params["b"])
     if kind == "tokens":
         return token_cross_entropy(logits, pack(targets, plan, lengths), weights)
+    if kind == "weighted tokens":
+        of_tokens = pack(jnp.broadcast_to(jnp.asarray(weights)[:, None], targets.shape), plan, lengths)
+        return token_cross_entropy(logits, pack(targets, plan, lengths), of_tokens, ignore_label=1)
     return ctc(logits, jnp.maximum(targets[:, :1], 1), jnp.minimum(lengths, 1), weights)
 
 
@@ -151,7 +179,7 @@ def test_two_micro_batches_equal_one_batch(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "by_hand"), [("tokens", False), ("ctc", False), ("tokens", True)], ids=["tokens", "ctc", "by hand"]
+    ("kind", "by_hand"), [("tokens", False), ("weighted tokens", False), ("ctc", False), ("tokens", True)]
 )
 @pytest.mark.usefixtures("x64")
 def test_two_devices_equal_one_batch(kind, by_hand):
@@ -218,6 +246,138 @@ def test_labels_of_other_lengths_are_refused_and_nan_where_lengths_are_traced():
 
 
 TOKEN_VALUE = jax.jit(lambda *args: token_cross_entropy(*args).value)
+
+
+# Weights of tokens, and labels that are ignored
+
+IGNORED = -100
+TOKEN_WEIGHTS = np.random.default_rng(3).integers(0, 3, (4, 6)) / 2
+
+
+def ignoring_batch():
+    """Logits that are NaN at ignored tokens, labels, and the mask of real tokens that are not ignored."""
+    logits, labels = logits_batch(), labels_batch()
+    ignored = np.random.default_rng(4).random(labels.shape) < 0.4
+    logits[ignored], labels[ignored] = np.nan, IGNORED
+    return logits, labels, (np.arange(6) < np.array(LENGTHS)[:, None]) & ~ignored
+
+
+def tokens_ignoring(packed, labels, weights=None):
+    return token_cross_entropy(packed, labels, weights, ignore_label=IGNORED)
+
+
+def accuracy_ignoring(packed, labels, weights=None):
+    return accuracy(packed, labels, weights, ignore_label=IGNORED)
+
+
+each_token_mean = pytest.mark.parametrize("mean_of", [tokens_ignoring, accuracy_ignoring], ids=["loss", "accuracy"])
+
+
+@on_each_plan
+@pytest.mark.parametrize("per_token", [False, True], ids=["of rows", "of tokens"])
+@pytest.mark.usefixtures("x64")
+def test_weighted_tokens_with_an_ignored_label_equal_numpy(plan, per_token):
+    logits, labels, counted = ignoring_batch()
+    weights = TOKEN_WEIGHTS if per_token else WEIGHTS
+    given = pack(np.where(counted, weights, np.nan), plan) if per_token else WEIGHTS
+    full = np.where(counted, weights if per_token else weights[:, None], 0)
+    log_p = scipy.special.log_softmax(np.nan_to_num(logits), -1)
+    one_hot = np.eye(C)[np.where(counted, labels, 0)]
+
+    def loss(packed, weights):
+        return tokens_ignoring(packed, pack(labels, plan, packed.lengths), weights)
+
+    mean, gradient = total_and_gradient(loss, pack(logits, plan), given)
+    same(mean, Mean(-(full * (log_p * one_hot).sum(-1)).sum(), full.sum()), rtol=1e-12)
+    same(gradient, pack(full[..., None] * (np.exp(log_p) - one_hot), plan).data, atol=1e-12)
+    hits = full * (np.nan_to_num(logits).argmax(-1) == labels)
+    same(jax.jit(accuracy_ignoring)(pack(logits, plan), pack(labels, plan), given), Mean(hits.sum(), full.sum()))
+
+
+@oracles.needs_torch
+@pytest.mark.usefixtures("x64")
+def test_an_ignored_label_is_pytorchs_ignore_index():
+    logits, labels, counted = ignoring_batch()
+    tensor = oracles.torch.tensor(np.nan_to_num(logits).reshape(-1, C), requires_grad=True)
+    target = oracles.torch.tensor(np.where(counted, labels, IGNORED).reshape(-1))
+    expected = oracles.torch.nn.functional.cross_entropy(tensor, target, ignore_index=IGNORED)
+    expected.backward()
+    of_tokens = jax.jit(jax.value_and_grad(lambda data: tokens_ignoring(pack(data), pack(labels)).value))
+    of_rows = jax.jit(
+        jax.value_and_grad(lambda data: sequence_cross_entropy(data, target.numpy(), ignore_label=IGNORED).value)
+    )
+    value, gradient = of_tokens(logits)
+    same((value, gradient.reshape(-1, C)), (expected.item(), tensor.grad.numpy()), rtol=1e-12, atol=1e-12)
+    same(of_rows(logits.reshape(-1, C)), (expected.item(), tensor.grad.numpy()), rtol=1e-12, atol=1e-12)
+
+
+@each_token_mean
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16, jnp.bfloat16])
+def test_weights_of_tokens_may_be_bools_integers_or_narrow_floats(mean_of, dtype):
+    weights = pack(TOKEN_WEIGHTS > 0)
+    packed, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch())
+    mean = mean_of(packed, labels, weights.astype(dtype))
+    same(mean, mean_of(packed, labels, weights.astype(np.float32)), rtol=0)
+    assert mean.total.dtype == mean.weight.dtype == np.float32
+
+
+@each_token_mean
+@pytest.mark.parametrize("nothing", ["ignored", "weights"])
+def test_a_batch_whose_tokens_all_count_for_nothing_is_a_mean_of_nothing(mean_of, nothing):
+    packed = pack(np.full((4, 6, C), np.nan, np.float32))
+    labels = pack(np.full((4, 6), IGNORED if nothing == "ignored" else 99))
+    weights = None if nothing == "ignored" else pack(np.zeros((4, 6)))
+    mean, gradient = total_and_gradient(lambda packed, _: mean_of(packed, labels, weights), packed)
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+    assert not gradient.any()
+
+
+@each_token_mean
+def test_a_traced_misfit_of_ignored_tokens_is_nan(mean_of):
+    run = jax.jit(lambda lengths: mean_of(pack(logits, STAIRS, lengths), pack(labels, STAIRS, lengths)).value)
+    logits, labels = logits_batch(dtype=np.float32), labels_batch()
+    labels[1] = IGNORED
+    assert np.isnan(run(jnp.array([2, 7, 0, 3])))
+    assert np.isfinite(run(jnp.array([2, 5, 0, 3])))
+
+
+@each_token_mean
+def test_weights_of_tokens_of_other_lengths_are_refused_and_nan_where_lengths_are_traced(mean_of):
+    packed, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch())
+    with pytest.raises(ValueError, match=r"weights have the lengths \[2 5 1 3\], logits have \[2 5 0 3\]"):
+        mean_of(packed, labels, pack(TOKEN_WEIGHTS, lengths=[2, 5, 1, 3]))
+    run = jax.jit(lambda lengths: mean_of(packed, labels, pack(TOKEN_WEIGHTS, STAIRS, lengths)).value)
+    assert np.isnan(run(jnp.array([2, 5, 1, 3])))
+    assert np.isfinite(run(jnp.array(LENGTHS)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "label", "ignored"),
+    [(np.int8, -100, -100), (np.uint8, 255, 255), (np.uint32, 7, 7), (np.int32, 0, 0), (np.int32, -1, np.int64(-1))],
+)
+def test_any_label_of_any_width_can_be_ignored(dtype, label, ignored):
+    labels = np.array([1, label, 2], dtype)
+    logits = jnp.eye(3)
+    expected = sequence_cross_entropy(logits, np.array([1, 1, 2]), [1, 0, 1])
+    same(sequence_cross_entropy(logits, labels, ignore_label=ignored), expected, rtol=0)
+    assert accuracy(logits, labels, ignore_label=ignored).weight == 2
+
+
+@pytest.mark.parametrize("ignored", [-100, 300, 2**40, 2**70])
+def test_an_ignored_label_that_the_dtype_does_not_have_ignores_nothing(ignored):
+    labels = np.array([1, 2], np.uint8)
+    assert sequence_cross_entropy(jnp.eye(3)[:2], labels, ignore_label=ignored).weight == 2
+
+
+def test_checkify_reports_a_label_that_is_no_class_and_no_ignored_one():
+    logits, labels = (
+        pack(logits_batch(dtype=np.float32)),
+        pack(labels_batch()).map(lambda k: jnp.where(k == 1, -100, k)),
+    )
+    for ignored, message in [(None, "labels.data must lie in 0 to 3"), (IGNORED, None)]:
+        run = jax.jit(checkify.checkify(functools.partial(token_cross_entropy, ignore_label=ignored)))
+        error = run(logits, labels)[0].get()
+        assert error is None if message is None else message in error
 
 
 # What all losses of packed logits promise
@@ -289,12 +449,44 @@ def test_sums_are_float32_for_all_narrower_logits_and_in_64_bit_mode(loss, dtype
     assert gradient.dtype == dtype
 
 
+@each_loss
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16])
+def test_weights_of_rows_may_be_bools_integers_or_narrow_floats(loss, dtype):
+    packed, weights = pack(logits_batch(dtype=np.float32)), np.array([1, 0, 1, 1])
+    mean, _ = total_and_gradient(loss, packed, weights.astype(dtype))
+    same(mean, total_and_gradient(loss, packed, weights.astype(np.float32))[0], rtol=0)
+    assert mean.total.dtype == mean.weight.dtype == np.float32
+
+
 def test_bfloat16_losses_of_many_tokens_do_not_saturate():
     logits = pack_padded_sequence(jnp.zeros((1, 4001, 2), jnp.bfloat16), [4001], True)
     labels = logits.replace(data=jnp.zeros(4001, int))
     mean = jax.jit(token_cross_entropy)(logits, labels)
     assert mean.weight == 4001
     np.testing.assert_allclose(mean.value, np.log(2), rtol=1e-5)
+
+
+DOORS = {
+    "tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
+    "rows of tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), WEIGHTS),
+    "sequences": lambda p: sequence_cross_entropy(p.data[:4], labels_batch()[:, 0], WEIGHTS, ignore_label=1),
+    "ctc": lambda p: ctc(p, ALIGNABLE, CTC_LENGTHS, WEIGHTS),
+    "accuracy": lambda p: accuracy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
+}
+each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+
+
+@each_door
+def test_stacked_batches_are_mapped_and_ranks_never_promoted(door):
+    packed = pack(logits_batch(dtype=np.float32))
+    batches = [packed.data, 2 * packed.data]
+    with jax.numpy_rank_promotion("raise"):
+        run = jax.jit(jax.vmap(lambda data: door(packed.replace(data=data))))
+        means = run(jnp.stack(batches))
+        values = means.value
+    for i, data in enumerate(batches):
+        expected = door(packed.replace(data=data))
+        same((means.total[i], means.weight[i], values[i]), (expected.total, expected.weight, expected.value), rtol=1e-6)
 
 
 # CTC
@@ -356,6 +548,99 @@ def test_ctc_and_its_gradient_equal_pytorch(plan, frames_per_step):
     np.testing.assert_allclose(gradient, pack(logits.grad.numpy(), plan).data, atol=1e-10)
 
 
+@jax.jit
+def ctc_of_each(frames, labels, label_lengths):
+    """The loss of each sequence, and the gradients of their sum."""
+    plan = BucketPlan((frames.shape[1],), (1,))
+
+    def loss(frames, labels, length):
+        packed = pack(frames[None], plan, [frames.shape[0]])
+        return ctc(packed, labels[None], length[None]).value
+
+    return jax.vmap(jax.value_and_grad(loss))(frames, labels, label_lengths)
+
+
+def torch_ctc(frames, labels, label_lengths, lengths=None, reduction="none"):
+    """PyTorch's losses and the gradients of their sum, in float64."""
+    torch = oracles.torch
+    tensor = torch.tensor(np.asarray(frames, np.float64), requires_grad=True)
+    lengths = [frames.shape[1]] * len(frames) if lengths is None else lengths
+    losses = torch.nn.functional.ctc_loss(
+        tensor.log_softmax(-1).transpose(0, 1),
+        torch.tensor(labels),
+        torch.tensor(lengths),
+        torch.tensor(label_lengths),
+        reduction=reduction,
+    )
+    losses.sum().backward()
+    return losses.detach().numpy(), tensor.grad.numpy()
+
+
+def likely_frames(num_labels, dtype=np.float32):
+    """Frames of 16 sequences whose labels, num_labels of class 1, have a probability of nearly 1 by many alignments.
+
+    Of four frames two are blank, one is class 1, and one is either, which is the same label.
+    """
+    frames = np.full((16, 4 * num_labels, 3), -40.0)
+    frames[:, 0::4, 0] = frames[:, 3::4, 0] = frames[:, 1::4, 1] = frames[:, 2::4, 0] = 0
+    frames[:, 2::4, 1] = 2 * np.random.default_rng(0).standard_normal((16, num_labels))
+    return np.asarray(frames, dtype)
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize(("num_labels", "dtype"), [(1, np.float32), (100, np.float32), (12, jnp.bfloat16)])
+def test_ctc_of_a_probability_near_one_is_not_below_zero_and_keeps_its_gradient(num_labels, dtype):
+    frames, labels = likely_frames(num_labels, dtype), np.ones((16, num_labels), int)
+    label_lengths = np.full(16, num_labels)
+    losses, gradient = ctc_of_each(frames, labels, label_lengths)
+    expected, expected_gradient = torch_ctc(frames, labels, label_lengths)
+    assert not np.signbit(losses).any()
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize("scale", [1, 1e4, 1e6, 1e20])
+def test_ctc_of_huge_logits_equals_pytorch(scale):
+    frames = np.random.default_rng(1).integers(-3, 3, (5, 6, 3)).astype(np.float32)
+    frames[0], frames[1] = [[0, 1, -1]], [[1, 0, 0]]  # one alignment of probability 1; the blank alone
+    labels, label_lengths = np.array([[1, 1, 1], [1, 2, 0], [2, 2, 0], [1, 2, 1], [1, 0, 0]]), np.array([1, 0, 2, 3, 1])
+    losses, gradient = ctc_of_each(frames * np.float32(scale), labels, label_lengths)
+    expected, _ = torch_ctc(scale * frames.astype(np.float64), labels, label_lengths)
+    assert not np.signbit(losses).any()
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+@oracles.needs_torch
+@pytest.mark.parametrize("masked", [-np.inf, np.finfo(np.float32).min])
+def test_ctc_takes_classes_that_cannot_be(masked):
+    frames = np.random.default_rng(1).standard_normal((3, 6, 3)).astype(np.float32)
+    frames[0, 1:4, 1] = frames[1, :, 2] = frames[2, :, 0] = masked
+    labels, label_lengths = np.array([[1, 2], [2, 0], [1, 2]]), np.array([2, 1, 2])
+    losses, gradient = ctc_of_each(frames, labels, label_lengths)
+    with np.errstate(invalid="ignore"):
+        expected, _ = torch_ctc(np.where(frames == masked, -np.inf, frames), labels, label_lengths)
+    assert expected[1] == np.inf
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert not gradient[1].any()
+    assert np.isfinite(gradient).all()
+    assert not gradient[frames == masked].any()
+
+
+@oracles.needs_torch
+@pytest.mark.usefixtures("x64")
+def test_pytorchs_default_mean_of_ctc_is_had_by_weights():
+    lengths, label_lengths = np.array([6, 5, 2, 3]), np.array([2, 3, 0, 1])
+    logits, labels = logits_batch(), np.maximum(ALIGNABLE % C, 1)
+    total = ctc(pack(logits, WHOLE_OF_FOUR, lengths), labels, label_lengths, 1 / jnp.maximum(label_lengths, 1)).total
+    expected, _ = torch_ctc(logits, labels, label_lengths, lengths, reduction="mean")
+    np.testing.assert_allclose(Mean(total, 4).value, expected, rtol=1e-12)
+
+
+WHOLE_OF_FOUR = BucketPlan((6,), (4,))
+
+
 def test_ctc_of_labels_that_cannot_be_aligned_is_infinite_with_gradient_zero():
     packed = pack(logits_batch(dtype=np.float32))
 
@@ -406,6 +691,8 @@ CTC_NARROW = np.ones((4, 1), np.int8)
 
 PACKED = pack(logits_batch(dtype=np.float32))
 LABELS = pack(labels_batch())
+ROW = jnp.ones((4, C))
+ROW_LABELS = jnp.zeros(4, int)
 OTHER = pack(labels_batch(), ROWS)
 tokens, sequences = token_cross_entropy, sequence_cross_entropy
 
@@ -422,6 +709,39 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (lambda: tokens(PACKED, LABELS, jnp.ones(3)), ValueError, r"weights must be one per sequence, \[4\], got .*3"),
         (lambda: tokens(PACKED, LABELS, jnp.ones(4, complex)), TypeError, "weights must be real"),
         (lambda: tokens(PACKED, LABELS.map(lambda k: k + 1)), ValueError, r"labels.data must lie in 0 to 3.* = 4\."),
+        (lambda: tokens(PACKED, pack(np.full((4, 6), -100))), ValueError, r"give ignore_label\), got .* = -100\."),
+        (lambda: tokens(LABELS, PACKED), ValueError, "Logits come first: are the two swapped"),
+        (lambda: tokens(PACKED, column(LABELS)), ValueError, r"Drop the last axis of the labels: labels.map"),
+        (lambda: tokens(PACKED, PACKED.astype(int)), ValueError, r"not one-hot: labels.map\(lambda data: jnp.argmax"),
+        (lambda: tokens(PACKED, LABELS, jnp.ones((4, 1))), ValueError, r"Drop the last axis: weights\[:, 0\]"),
+        (
+            lambda: tokens(PACKED, LABELS, jnp.ones((4, 6))),
+            ValueError,
+            r"per token.*pack_padded_sequence\(weights",
+        ),
+        (
+            lambda: tokens(PACKED, LABELS, [[1, 0], [1]]),
+            ValueError,
+            r"rows have different lengths.*pack_sequence",
+        ),
+        (lambda: tokens(PACKED, LABELS, OTHER), ValueError, "weights have the plan .* logits have"),
+        (lambda: tokens(PACKED, LABELS, column(LABELS)), ValueError, r"one per token, data \[S\].*weights.map"),
+        (lambda: tokens(PACKED, LABELS, LABELS.astype(complex)), TypeError, "weights must be real"),
+        (lambda: tokens(PACKED, LABELS, "abcd"), TypeError, "weights must be an array of numbers, got str 'abcd'"),
+        (lambda: tokens(PACKED, LABELS, ignore_label=-100.0), TypeError, "ignore_label must be an int, got -100.0"),
+        (lambda: sequences(ROW, ROW_LABELS, ignore_label=True), TypeError, "ignore_label must be an int, got True"),
+        (lambda: sequences(ROW, ROW_LABELS, LABELS), TypeError, "weights must be one per sequence.*PackedSequence"),
+        (lambda: sequences(ROW, ROW_LABELS[:, None]), ValueError, r"Drop the last axis of the labels: labels\[:, 0\]"),
+        (lambda: sequences(ROW, ROW_LABELS, ROW[:, :1]), ValueError, r"Drop the last axis: weights\[:, 0\]"),
+        (lambda: sequences(ROW_LABELS, ROW), ValueError, "Logits come first: are the two swapped"),
+        (lambda: sequences(ROW, ROW), ValueError, r"not one-hot: jnp.argmax\(labels, -1\)"),
+        (lambda: sequences(ROW, ROW_LABELS * 1.0), TypeError, r"If they are whole numbers: labels.astype\(int\)"),
+        (lambda: sequences(ROW, ROW_LABELS == 0), TypeError, r"If they are whole numbers: labels.astype\(int\)"),
+        (lambda: sequences(ROW, LABELS), TypeError, "got a PackedSequence. Reduce it"),
+        (lambda: sequences(ROW, [[1, 2], [3]]), ValueError, "labels is a list whose rows have different lengths"),
+        (lambda: sequences(ROW, np.array([0, 1, 2, 2**32])), ValueError, "labels holds 4294967296 at"),
+        (lambda: sequences(jnp.ones((4, 5, C)), jnp.zeros((4, 5), int)), ValueError, "call the function of tokens"),
+        (lambda: sequences(jnp.ones((4, 0)), ROW_LABELS), ValueError, r"logits must be \[B, C\]"),
         (lambda: sequences(PACKED, jnp.zeros(4, int)), TypeError, "got a PackedSequence. Reduce it"),
         (lambda: sequences(jnp.ones((4, C)), jnp.zeros(3, int)), ValueError, r"\[B, C\] and labels \[B\]"),
         (lambda: sequences(jnp.ones((1, C)), jnp.array([-1])), ValueError, r"labels\[0\] = -1"),
@@ -429,7 +749,15 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (lambda: ctc(LABELS, CTC_LABELS, CTC_LENGTHS), TypeError, "logits must be floating"),
         (lambda: ctc(PACKED, LABELS, CTC_LENGTHS), TypeError, r"labels must be padded, \[B, N\]"),
         (lambda: ctc(PACKED, CTC_LABELS[:2], CTC_LENGTHS), ValueError, r"labels must be \[4, N\]"),
-        (lambda: ctc(PACKED, CTC_LABELS * 1.0, CTC_LENGTHS), TypeError, "must be integers"),
+        (
+            lambda: ctc(PACKED, CTC_LABELS * 1.0, CTC_LENGTHS),
+            TypeError,
+            r"labels must be integers.*labels.astype\(int\)",
+        ),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS * 1.0), TypeError, r"integers.*label_lengths.astype\(int\)"),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS[:, None]), ValueError, r"last axis: label_lengths\[:, 0\]"),
+        (lambda: ctc(PACKED, CTC_LABELS[:, 0], CTC_LENGTHS), ValueError, "one after the other.*pad_sequence"),
+        (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS, LABELS), TypeError, "weights must be one per sequence"),
         (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS + 1), ValueError, r"label_lengths\[1\] = 4"),
         (lambda: ctc(PACKED, CTC_LABELS, [3, 3, 2, 1]), ValueError, r"labels\[0, 2\] = 77"),
         (
@@ -444,6 +772,35 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
 def test_refuses_what_does_not_match(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def column(packed):
+    return packed.replace(data=packed.data[:, None])
+
+
+@pytest.mark.parametrize(
+    "call", [lambda labels: ctc(PACKED, labels, [2, 1, 1, 1]), lambda labels: ctc_min_frames(labels, [2, 1, 1, 1])]
+)
+@pytest.mark.parametrize("row", [list, np.array, jnp.array])
+def test_ragged_lists_of_labels_are_told_to_be_padded(call, row):
+    labels = [row([1, 2]), row([3]), row([3]), row([3])]
+    with pytest.raises(ValueError, match=r"jaxpack.pad_sequence\(labels, batch_first=True\).*label_lengths"):
+        call(labels)
+    call(jaxpack.pad_sequence(labels, batch_first=True))
+
+
+@pytest.mark.parametrize("mean_of", [sequence_cross_entropy, accuracy], ids=["loss", "accuracy"])
+@pytest.mark.parametrize("labels", [[], np.zeros(0), np.zeros(0, int)], ids=["list", "floats", "integers"])
+def test_a_batch_of_no_sequences_is_a_mean_of_nothing(mean_of, labels):
+    mean = mean_of(jnp.ones((0, C)), labels, weights=np.ones(0))
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+
+
+def test_logits_of_one_class_have_no_loss():
+    logits = pack(1e4 * logits_batch(features=1, dtype=np.float32))
+    mean, gradient = total_and_gradient(lambda packed, _: tokens(packed, pack(np.zeros((4, 6), int))), logits)
+    assert (mean.total, mean.weight) == (0, 10)
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("bad", [-1, 4])

@@ -29,6 +29,25 @@ def test_perplexity_of_equal_logits_is_the_number_of_classes():
     np.testing.assert_allclose(run(logits, labels), 7, rtol=1e-6)
 
 
+def test_perplexity_of_nothing_is_no_perfect_score():
+    nothing = token_cross_entropy(pack(jnp.zeros((4, 5, 7))), pack(jnp.ones((4, 5), int)), np.zeros(4))
+    assert np.isnan(perplexity(nothing))
+    assert perplexity(Mean(1.0, 0)) == np.inf
+    assert perplexity(nothing + Mean(0.0, 1)) == 1
+
+
+@pytest.mark.parametrize("rate", [lambda a, b: error_rate([a], [b]), lambda a, b: best_error_rate([a], [[b]])])
+def test_edits_beside_no_token_are_no_perfect_score(rate):
+    assert rate("abc", "").value == np.inf
+    assert rate("", "").value == 0
+    assert (rate("abc", "") + rate("ab", "ab")).value == 1.5
+
+
+def test_accuracy_of_nothing_is_zero():
+    mean = accuracy(jnp.ones((2, 3)), jnp.zeros(2, int), jnp.zeros(2))
+    assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+
+
 # Accuracy
 
 
@@ -99,6 +118,17 @@ def test_greedy_decoding_of_an_example():
     assert [row.tolist() for row in unpad_sequence(labels, lengths, True)] == [[1, 1, 2]]
 
 
+def test_greedy_decoding_of_stacked_batches_promotes_no_ranks():
+    packed = pack(oracles.random_batch(LENGTHS, 3, dtype=np.float32, extra=1))
+    stacked = jnp.stack([packed.data, -packed.data])
+    with jax.numpy_rank_promotion("raise"):
+        labels, lengths = jax.jit(jax.vmap(lambda data: ctc_greedy_decode(packed.replace(data=data))))(stacked)
+    for i in range(2):
+        expected = ctc_greedy_decode(packed.replace(data=stacked[i]))
+        assert (labels[i] == expected[0]).all()
+        assert (lengths[i] == expected[1]).all()
+
+
 def test_greedy_decoding_of_a_traced_misfit_has_length_minus_one():
     run = jax.jit(lambda lengths: ctc_greedy_decode(pack(jnp.ones((4, 5, 3)), lengths), blank_id=1)[1])
     assert run(jnp.array([2, 6, 0, 1])).tolist() == [1, -1, 0, 1]
@@ -130,8 +160,83 @@ def test_edit_distance_takes_strings_tokens_and_arrays():
     assert edit_distance(["HH", "AH", "L"], ("HH", "EH", "L", "OW")) == 2
     assert edit_distance(jnp.array([1, 2, 300]), np.array([1, 300], np.int64)) == 1
     assert edit_distance(np.array([1, 2], np.int32), [1, 2]) == 0
-    with pytest.raises(ValueError, match=r"must be a vector, got shape \(2, 2\)"):
-        edit_distance(np.ones((2, 2)), [1])
+
+
+def as_items(kind):
+    """The numbers of a list as elements of a kind, as they come out of iterating over an array."""
+    if kind == "torch":
+        return lambda tokens: list(pytest.importorskip("torch").tensor(tokens))
+    return lambda tokens: [kind(token) for token in tokens]
+
+
+each_kind_of_item = pytest.mark.parametrize(
+    "kind", [np.array, jnp.array, np.int64, np.uint8, float, jnp.bfloat16, "torch"], ids=str
+)
+
+
+@each_kind_of_item
+def test_numbers_in_lists_are_equal_whatever_holds_them(kind):
+    items = as_items(kind)
+    assert edit_distance(items([1, 2, 30]), [1, 30]) == 1
+    assert edit_distance([1, 2, 30], items([1, 2, 3])) == 1
+    assert edit_distance([*items([1, 2]), 3], [1, *items([2, 3])]) == 0
+    assert error_rate([items([1, 2])], [[1, 2]]).total == 0
+    assert best_error_rate([[1, 2]], [[items([1, 3]), items([1, 2])]]).total == 0
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "reference", "edits"),
+    [
+        (["a"], [97], 1),  # rapidfuzz alone takes a character for its code point,
+        ([-1], [-2], 1),  # and in Python these two have one hash,
+        ([0], [2**61 - 1], 1),  # as these
+        ("abc", ["a", "b", "c"], 0),
+        ("ab", ["ab"], 2),
+        (["the", "cat"], ("the", "hat"), 1),
+        ([("AH", 1)], [("AH", 0)], 1),
+        (np.array(["HH", "AH"]), ["HH"], 1),
+        (np.array([1.0, 2.0]), [1, 3], 1),
+        (map(int, "123"), [1, 2, 3], 0),
+        (b"ab", b"b", 1),
+        ([], "", 0),
+        (np.zeros(0), [1], 1),
+    ],
+)
+def test_tokens_are_equal_where_python_says_so(hypothesis, reference, edits):
+    assert edit_distance(hypothesis, reference) == edits
+
+
+each_rate = pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda tokens: edit_distance(tokens, [1]), "hypothesis"),
+        (lambda tokens: edit_distance([1], tokens), "reference"),
+        (lambda tokens: error_rate([[1], tokens], [[1], [1]]), r"hypotheses\[1\]"),
+        (lambda tokens: error_rate([[1], [1]], [[1], tokens]), r"references\[1\]"),
+        (lambda tokens: best_error_rate([[1]], [[[1], tokens]]), r"references\[0\]\[1\]"),
+    ],
+    ids=["hypothesis", "reference", "hypotheses", "references", "alternatives"],
+)
+
+
+@each_rate
+@pytest.mark.parametrize(
+    ("tokens", "error", "message"),
+    [
+        ([1, [2, 3]], ValueError, r"\[1\] must be one token, got the list \[2, 3\]"),
+        ([np.ones(2)], ValueError, r"\[0\] must be one token, got the ndarray"),
+        (np.ones((2, 2)), ValueError, r" must be a vector, got shape \(2, 2\)"),
+        (jnp.ones(()), ValueError, r" must be a vector, got shape \(\)"),
+        ([1, 0.5], ValueError, r"\[1\] = 0.5 is no whole number"),
+        (np.array([np.nan]), ValueError, r"\[0\] = nan is no whole number"),
+        (7, TypeError, " must be a string, or a list or vector of tokens, got 7"),
+        (None, TypeError, " must be a string, or a list or vector of tokens, got None"),
+        ({1, 2}, TypeError, " must be a string, or a list or vector of tokens, got {1, 2}"),
+    ],
+)
+def test_what_is_no_sequence_of_tokens_is_refused_by_name(call, name, tokens, error, message):
+    with pytest.raises(error, match=f"^{name}{message}"):
+        call(tokens)
 
 
 def test_error_rate_is_edits_over_the_tokens_of_references():
@@ -140,6 +245,8 @@ def test_error_rate_is_edits_over_the_tokens_of_references():
     np.testing.assert_allclose(sum([mean, error_rate([[1]], [np.array([1, 2, 3])])]).value, 4 / 8)
     assert error_rate([], []).value == 0
     assert error_rate(["a"], [""]).total == 1
+    assert error_rate(map(str, [12, 3]), iter(["1", "3"])).total == 1
+    assert error_rate(np.array([[1, 2], [3, 4]]), jnp.array([[1, 2], [3, 3]])).total == 1
 
 
 def test_best_error_rate_takes_the_closest_reference_and_of_equals_the_longest():
@@ -156,6 +263,9 @@ def test_best_error_rate_takes_the_closest_reference_and_of_equals_the_longest()
         (lambda: error_rate(["a", "b"], ["a"]), ValueError, "2 hypotheses for 1 references"),
         (lambda: best_error_rate(["a"], [[]]), ValueError, r"references\[0\] is empty"),
         (lambda: best_error_rate(["a"], ["a"]), TypeError, r"references\[0\] must be a list of sequences"),
+        (lambda: error_rate({"a": 1}, ["a"]), TypeError, "hypotheses must be a list of sequences, got {'a': 1}"),
+        (lambda: error_rate(["a"], 7), TypeError, "references must be a list of sequences, got 7"),
+        (lambda: error_rate(pack(np.ones((4, 5))), ["a"]), TypeError, "got a PackedSequence .jaxpack.unpack_sequence"),
     ],
 )
 def test_error_rates_refuse_what_does_not_match(call, error, message):

@@ -1,0 +1,166 @@
+"""What users pass to losses and metrics, checked: labels, lengths, weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from jaxpack.arguments import as_int
+from jaxpack.dtypes import canonical
+from jaxpack.inputs import without_torch
+from jaxpack.sequence import PackedSequence, is_traced, slot_lengths
+
+Weights = ArrayLike | PackedSequence | None
+
+
+def as_array(values: Any, name: str, function: str, ragged: str) -> jax.Array:
+    """An array from a list, a NumPy array or a tensor, of the values as they are given.
+
+    Raises:
+      TypeError: if they are no numbers.
+      ValueError: if they are a list whose rows have different lengths, with `ragged` as the way out, or a value does
+        not fit the dtype that JAX holds it in.
+    """
+    values = without_torch(values)
+    if isinstance(values, jax.Array):
+        return values
+    try:
+        array = np.asarray(values)
+    except jax.errors.TracerArrayConversionError:  # a list that holds tracers
+        return jnp.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{function}: {name} is a list whose rows have different lengths. {ragged}") from error
+    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
+        raise TypeError(f"{function}: {name} must be an array of numbers, got {type(values).__name__} {values!r}.")
+    return jnp.asarray(canonical(array, f"{function}: {name}"))
+
+
+def as_labels(labels: Any, name: str, function: str, ragged: str) -> jax.Array:
+    """Labels as `as_array`; none at all, which as a list carry no dtype, as integers."""
+    labels = as_array(labels, name, function, ragged)
+    return labels if labels.size else labels.astype(jnp.int32)
+
+
+def widened(array: jax.Array) -> jax.Array:
+    """In 32 bits or more: floats as float32 or float64, narrow integers as int32."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array
+
+
+def outside(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Which labels are no class. Widened first, for a narrow integer may not hold num_classes."""
+    labels = widened(labels)
+    return (labels < 0) | (labels >= num_classes)
+
+
+def refuse(bad: jax.Array, name: str, values: jax.Array, rule: str) -> None:
+    """Raises ValueError at the first bad value, if values are known; under checkify a bad value is an error."""
+    checkify.debug_check(~jnp.any(bad), f"{name} must {rule}.")
+    if not is_traced(bad) and np.any(bad):
+        index = tuple(np.argwhere(bad)[0])
+        raise ValueError(f"{name} must {rule}, got {name}[{', '.join(map(str, index))}] = {values[index]}.")
+
+
+def same_lengths(logits: PackedSequence, other: PackedSequence, name: str, function: str) -> jax.Array:
+    """bool [B]: which slots hold sequences of the same length in both; raises ValueError if that is known to fail."""
+    if other.plan != logits.plan:
+        raise ValueError(f"{function}: {name} have the plan {other.plan}, logits have {logits.plan}. Pack both alike.")
+    known = not (is_traced(other.lengths) or is_traced(logits.lengths))
+    if known and (np.asarray(other.lengths) != np.asarray(logits.lengths)).any():
+        raise ValueError(f"{function}: {name} have the lengths {other.lengths}, logits have {logits.lengths}.")
+    same = (other.sorted_indices == logits.sorted_indices) & (slot_lengths(other) == slot_lengths(logits))
+    checkify.debug_check(jnp.all(same), f"{function}: logits and {name} have different lengths.")
+    return same
+
+
+def check_classes(
+    logits: PackedSequence | jax.Array, labels: PackedSequence | jax.Array, axis: str, function: str
+) -> None:
+    """Raises unless shapes and dtypes are those of logits [axis, C] and labels [axis]."""
+    if len(logits.shape) != 2 or logits.shape[1] < 1 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"{function}: logits must be [{axis}, C] and labels [{axis}], got shapes {logits.shape} and {labels.shape}."
+            + _shapes_hint(logits.shape, labels.shape, axis)
+        )
+    if not (jnp.issubdtype(logits.dtype, jnp.floating) and jnp.issubdtype(labels.dtype, jnp.integer)):
+        hint = "" if jnp.issubdtype(labels.dtype, jnp.integer) else " If they are whole numbers: labels.astype(int)."
+        raise TypeError(
+            f"{function}: logits must be floating and labels integers, got dtypes {logits.dtype} and {labels.dtype}."
+            + hint
+        )
+
+
+def _shapes_hint(logits: tuple[int, ...], labels: tuple[int, ...], axis: str) -> str:
+    """The way out for shapes that are often given."""
+    if len(logits) < len(labels):
+        return " Logits come first: are the two swapped?"
+    if labels == (*logits[:1], 1):
+        drop = "labels[:, 0]" if axis == "B" else "labels.map(lambda data: data[:, 0])"
+        return f" Drop the last axis of the labels: {drop}."
+    if logits == labels:
+        number = "jnp.argmax(labels, -1)" if axis == "B" else "labels.map(lambda data: jnp.argmax(data, -1))"
+        return f" Labels are numbers of classes, not one-hot: {number}."
+    if axis == "B" and len(logits) == 3:
+        return " For a label per step pack both and call the function of tokens (jaxpack.losses.token_cross_entropy)."
+    return ""
+
+
+def check_weights(weights: Weights, batch_size: int, dtype: Any, function: str, per_token: bool = False) -> jax.Array:
+    """[B] weights of this dtype, ones by default; the error says how to give them `per_token` where one may."""
+    if isinstance(weights, PackedSequence):
+        raise TypeError(
+            f"{function}: weights must be one per sequence, [{batch_size}], got a PackedSequence. Reduce it to that "
+            f"(jaxpack.segment_mean, jaxpack.last)."
+        )
+    ragged = "Give a number for each sequence."
+    hint = ""
+    if per_token:
+        ragged = "For a weight per token pack them: jaxpack.pack_sequence(weights, plan=logits.plan)."
+        hint = (
+            " For a weight per token pack them as the logits are: jaxpack.pack_padded_sequence(weights, "
+            "logits.lengths, batch_first=True, plan=logits.plan)."
+        )
+    weights = jnp.ones(batch_size, dtype) if weights is None else as_array(weights, "weights", function, ragged)
+    if weights.shape != (batch_size,):
+        if weights.shape == (batch_size, 1):
+            hint = " Drop the last axis: weights[:, 0]."
+        raise ValueError(
+            f"{function}: weights must be one per sequence, [{batch_size}], got shape {weights.shape}.{hint}"
+        )
+    return _real(weights, dtype, function)
+
+
+def check_token_weights(weights: PackedSequence, dtype: Any, function: str) -> jax.Array:
+    """[S] weights of this dtype."""
+    if len(weights.shape) != 1:
+        hint = " Drop its last axis: weights.map(lambda data: data[:, 0])." if weights.shape[1:] == (1,) else ""
+        raise ValueError(
+            f"{function}: packed weights must be one per token, data [S], got data of shape {weights.shape}.{hint}"
+        )
+    return _real(weights.data, dtype, function)
+
+
+def _real(weights: jax.Array, dtype: Any, function: str) -> jax.Array:
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise TypeError(f"{function}: weights must be real, got dtype {weights.dtype}.")
+    return weights.astype(dtype)
+
+
+def check_ignored(ignore_label: int | None, labels: jax.Array) -> jax.Array:
+    """bool, as labels: which are to be ignored: none, where their dtype has no such number.
+
+    Raises:
+      TypeError: if ignore_label is no int.
+    """
+    number = 0 if ignore_label is None else as_int("ignore_label", ignore_label)
+    labels = widened(labels)
+    limits = jnp.iinfo(labels.dtype)
+    if ignore_label is None or not limits.min <= number <= limits.max:
+        return jnp.zeros(labels.shape, bool)
+    return labels == number

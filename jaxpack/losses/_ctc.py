@@ -1,0 +1,209 @@
+"""Connectionist temporal classification: the loss, and what it needs of frames and labels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack.arguments import as_int
+from jaxpack.losses._checks import as_labels, check_weights, outside, refuse, widened
+from jaxpack.losses._mean import Mean
+from jaxpack.losses._weighted import weighted
+from jaxpack.packed import pad_packed_sequence
+from jaxpack.sequence import PackedSequence, check_packed
+
+_IMPOSSIBLE = -1e30  # the log-probability at a frame of a class that cannot be
+_LOG_ZERO = -1e37  # of what is no alignment, below every path of _IMPOSSIBLE: optax's -1e5 is above some of real logits
+
+
+def ctc(
+    logits: PackedSequence,
+    labels: ArrayLike,
+    label_lengths: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    blank_id: int = 0,
+    frames_per_step: int = 1,
+) -> Mean:
+    """Σ w_b · -log p(labels_b) over sequences, beside Σ w_b, where p sums over all alignments with the frames.
+
+    An alignment needs a frame for each label, and one for a blank between equal neighbours (`ctc_min_frames`). Where
+    there are fewer, p is 0 and the loss inf, as PyTorch's, but with a gradient of 0, so that the others still learn.
+    Leave such sequences out by weight, or give more frames per step. No loss is below 0.
+
+    Examples:
+      >>> logits = jaxpack.pack_sequence([np.zeros((2, 3), np.float32)])  # 2 frames, 3 classes: 9 paths
+      >>> labels, label_lengths = jnp.array([[1]]), jnp.array([1])  # read off blank 1, 1 blank, and 1 1
+      >>> mean = jax.jit(ctc)(logits, labels, label_lengths)
+      >>> round(float(mean.value), 3)  # -log(3 / 9)
+      1.099
+      >>> labels, label_lengths = jnp.array([[1, 1]]), jnp.array([2])  # take 3 frames
+      >>> weights = logits.lengths >= ctc_min_frames(labels, label_lengths)  # lengths times frames_per_step
+      >>> weights.tolist()
+      [False]
+
+      The value is the mean over sequences. PyTorch's default (reduction="mean") first divides each loss by the number
+      of its labels, then by the number of sequences:
+
+      >>> logits = jaxpack.pack_sequence([np.zeros((4, 3), np.float32), np.zeros((3, 3), np.float32)])
+      >>> labels, label_lengths = jnp.array([[1, 2], [2, 0]]), jnp.array([2, 1])
+      >>> weights = 1 / jnp.maximum(label_lengths, 1)
+      >>> mean = Mean(ctc(logits, labels, label_lengths, weights).total, len(label_lengths))
+      >>> round(float(mean.value), 3)  # (-log(15 / 81) / 2 - log(6 / 27)) / 2
+      1.174
+
+    Args:
+      logits: floating data [S, K * C], for K frames a step; -inf for a class that cannot be. A sequence of length 0
+        counts for nothing.
+      labels: [B, N], whole numbers in [0, C) other than blank_id; past its length a row may hold anything.
+      label_lengths: [B], from 0 to N.
+      weights: [B], in the caller's order. Default: 1.
+      blank_id: the class that stands for no label.
+      frames_per_step: K, so that a step can emit up to K labels. Its features are the K frames one after the other.
+
+    Raises:
+      TypeError: if logits are not packed, or dtypes are of the wrong kind.
+      ValueError: if shapes disagree, K does not divide the features, or a concrete label or label length is out of its
+        range. Where traced ones are, the loss is NaN.
+    Source: optax.ctc_loss; Graves et al., Connectionist temporal classification, ICML 2006.
+    """
+    logits, blank_id = as_frames(logits, blank_id, frames_per_step, "ctc")
+    labels, label_lengths = _check_padded_labels(labels, label_lengths, logits.plan.num_sequences, "ctc")
+    logits = logits.replace(data=widened(logits.data))
+    lengths = logits.lengths * frames_per_step
+    weights = jnp.where(lengths > 0, check_weights(weights, len(lengths), logits.dtype, "ctc"), 0)
+    counted = weights != 0
+    broken = ~logits.fits | _bad_rows(labels, label_lengths, counted, logits.shape[-1], blank_id)
+    scored = counted & (lengths >= ctc_min_frames(labels, label_lengths))
+    frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), -1, logits.shape[-1])
+    frames = jnp.where(scored[:, None, None], frames, 0)  # so that no gradient can be NaN elsewhere
+    losses = _optax_ctc(frames, lengths, labels, jnp.where(scored, label_lengths, 0), blank_id)
+    possible = scored & ~(losses > -_IMPOSSIBLE / 2)
+    losses = jnp.where(possible, _at_least_zero(losses).astype(weights.dtype), jnp.where(counted, jnp.inf, 0))
+    return weighted(losses, jnp.where(broken, jnp.nan, weights))
+
+
+def ctc_min_frames(labels: ArrayLike, label_lengths: ArrayLike) -> jax.Array:
+    """How many frames an alignment with these labels takes at least: one a label, one between equal neighbours.
+
+    Examples:
+      >>> ctc_min_frames([[1, 2, 2], [3, 0, 0]], [3, 1]).tolist()
+      [4, 1]
+
+    Args:
+      labels: [B, N]; past its length a row may hold anything.
+      label_lengths: [B].
+
+    Returns:
+      int [B].
+
+    Raises:
+      TypeError: if labels are packed, or dtypes are of the wrong kind.
+      ValueError: if shapes disagree.
+    """
+    labels, label_lengths = _check_padded_labels(labels, label_lengths, None, "ctc_min_frames")
+    repeats = _spans(label_lengths, labels.shape[1])[:, 1:] & (labels[:, 1:] == labels[:, :-1])
+    return label_lengths + repeats.sum(1, dtype=label_lengths.dtype)
+
+
+def as_frames(logits: PackedSequence, blank_id: int, frames_per_step: int, function: str) -> tuple[PackedSequence, int]:
+    """Logits [S, K * C] as K frames a step, [S, K, C], and the blank, checked."""
+    logits = check_packed(logits, function)
+    frames_per_step, blank_id = as_int("frames_per_step", frames_per_step), as_int("blank_id", blank_id)
+    shape = logits.shape
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"{function}: logits must be floating, got dtype {logits.dtype}.")
+    if len(shape) != 2 or frames_per_step < 1 or shape[1] % frames_per_step:
+        raise ValueError(
+            f"{function}: logits must have data [S, K * C] for K = frames_per_step = {frames_per_step} frames a step "
+            f"of C classes each, got shape {shape}."
+        )
+    num_classes = shape[1] // frames_per_step
+    if not 0 <= blank_id < num_classes:
+        raise ValueError(f"{function}: blank_id = {blank_id} is none of the {num_classes} classes.")
+    return logits.replace(data=logits.data.reshape(shape[0], frames_per_step, num_classes)), blank_id
+
+
+def _optax_ctc(
+    frames: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array, blank_id: int
+) -> jax.Array:
+    """[B] losses of frames [B, T, C] and labels [B, N]; what lies past a length counts for nothing.
+
+    Beyond -_IMPOSSIBLE where an alignment has a class of logit -inf at each frame that it could.
+    """
+    labels = jnp.pad(labels, ((0, 0), (0, int(labels.shape[1] == 0))))  # optax wants a column
+    label_padding = ~_spans(label_lengths, labels.shape[1])
+    # Logits are finite, or optax's products with zeros are NaN; and no path of them falls below its log(0).
+    frames = jnp.maximum(frames - lax.stop_gradient(jnp.max(frames, -1, keepdims=True)), _IMPOSSIBLE)
+    # From the frames, so that under shard_map optax's carries vary over devices as they do.
+    log_epsilon = lax.full_like(frames, _LOG_ZERO, shape=())
+    # Accelerators would round log-probabilities in optax's products with one-hot vectors.
+    with jax.default_matmul_precision("highest"):
+        return optax.ctc_loss(
+            frames,
+            (~_spans(lengths, frames.shape[1])).astype(frames.dtype),
+            jnp.where(label_padding, blank_id, labels),
+            label_padding.astype(frames.dtype),
+            blank_id=blank_id,
+            log_epsilon=log_epsilon,
+        )
+
+
+def _at_least_zero(losses: jax.Array) -> jax.Array:
+    """Losses whose rounding below 0 is undone, with the gradient that they had: it is that of other alignments."""
+    return jnp.where(losses > 0, losses, losses - lax.stop_gradient(losses))
+
+
+def _spans(lengths: jax.Array, size: int) -> jax.Array:
+    """bool [B, size]: True at the first `lengths` places of each row."""
+    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
+
+
+def _bad_rows(
+    labels: jax.Array, label_lengths: jax.Array, counted: jax.Array, num_classes: int, blank_id: int
+) -> jax.Array:
+    """bool [B]: which counted rows have labels, or a length of them, out of range; raises ValueError if known to."""
+    bad_lengths = counted & ((label_lengths < 0) | (label_lengths > labels.shape[1]))
+    refuse(bad_lengths, "label_lengths", label_lengths, f"lie in 0 to N = {labels.shape[1]}")
+    labelled = counted[:, None] & _spans(label_lengths, labels.shape[1])
+    bad = labelled & (outside(labels, num_classes) | (labels == blank_id))
+    refuse(bad, "labels", labels, f"lie in 0 to {num_classes - 1} and not be the blank {blank_id}")
+    return bad_lengths | bad.any(1)
+
+
+def _check_padded_labels(
+    labels: ArrayLike, label_lengths: ArrayLike, batch_size: int | None, function: str
+) -> tuple[jax.Array, jax.Array]:
+    """Labels [B, N] and their lengths [B], integers of 32 bits or more."""
+    if isinstance(labels, PackedSequence):
+        raise TypeError(
+            f"{function}: labels must be padded, [B, N], got a PackedSequence. Pad it: labels, label_lengths = "
+            f"jaxpack.pad_packed_sequence(labels, batch_first=True)."
+        )
+    pad = (
+        "Pad them, labels = jaxpack.pad_sequence(labels, batch_first=True), and give the length of each row as "
+        "label_lengths."
+    )
+    labels = as_labels(labels, "labels", function, pad)
+    label_lengths = as_labels(label_lengths, "label_lengths", function, "Give one number for each row of labels.")
+    rows = label_lengths.size if batch_size is None else batch_size
+    if labels.ndim != 2 or len(labels) != rows or label_lengths.shape != (rows,):
+        hint = ""
+        if label_lengths.shape == (rows, 1):
+            hint = " Drop the last axis: label_lengths[:, 0]."
+        elif labels.ndim == 1:
+            hint = f" Labels one after the other, as PyTorch takes them, are split first. {pad}"
+        raise ValueError(
+            f"{function}: for {rows} sequences labels must be [{rows}, N] and label_lengths [{rows}], got shapes "
+            f"{labels.shape} and {label_lengths.shape}.{hint}"
+        )
+    for name, array in (("labels", labels), ("label_lengths", label_lengths)):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"{function}: {name} must be integers, got dtype {array.dtype}. If they are whole numbers: "
+                f"{name}.astype(int)."
+            )
+    return widened(labels), widened(label_lengths)
