@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack.data.axes import Plans, by_axis, plans_of
+from jaxpack.data.axes import Plans, axis_names, by_axis, plans_of
 from jaxpack.data.batcher import Batcher, Lengths, Round
 from jaxpack.data.cover import plan_cover
 from jaxpack.data.joint_buffer import slot_buffer
@@ -75,6 +75,10 @@ class SlotFilling(Batcher):
         shard_index: int = 0,
         shard_count: int = 1,
     ) -> None:
+        if plan is not None:
+            if batch_size is not None or max_cells is not None:
+                raise ValueError("give a plan, or batch_size or max_cells to make one from.")
+            plans_of(plan, axis_names(time_varying))  # before the source is read, which may take long
         super().__init__(
             source,
             seed=seed,
@@ -88,8 +92,6 @@ class SlotFilling(Batcher):
         if plan is None:
             columns = [np.ascontiguousarray(column) for column in self._corpus("a plan").T]
             plan = plan_cover(by_axis(columns, self._names), batch_size, max_cells=max_cells)
-        elif batch_size is not None or max_cells is not None:
-            raise ValueError("give a plan, or batch_size or max_cells to make one from.")
         self._plans = plans_of(plan, self._names)
         self._held = BUFFERED_BATCHES * shard_count * self._plans[0].num_sequences
         self._limit([plan.max_length for plan in self._plans], self._held)
