@@ -75,16 +75,25 @@ def cast(array: np.ndarray, dtype: npt.DTypeLike, name: str) -> np.ndarray:
     dtype = np.dtype(dtype)
     if array.dtype == dtype:
         return array
-    jax_dtype(array.dtype, name)
-    held_by_rule, exact = _holds(dtype, array.dtype, _x64())
-    if not held_by_rule:
+    if not _holds(dtype, array.dtype, _x64()):
+        jax_dtype(array.dtype, name)
         raise TypeError(
             f"{name} has dtype {array.dtype}, which {dtype} cannot hold. Give all of one dtype (array.astype)."
         )
-    with np.errstate(over="ignore"):  # a double that is too large for a float is infinite in JAX
+    if _whole(dtype):
         held = array.astype(dtype)
-    if exact and not np.can_cast(array.dtype, dtype, "safe"):
-        _check_values(array, held, name)
+        changed = None if np.can_cast(array.dtype, dtype, "safe") else held != array
+    else:
+        with np.errstate(over="ignore"):  # a double that is too large for a float is infinite in JAX
+            held = array.astype(dtype)
+        changed = _changed(array, held) if _whole(array.dtype) else None
+    if changed is not None and changed.any():
+        place = tuple(int(i) for i in np.argwhere(changed)[0])
+        hint = " Set jax_enable_x64." if array.dtype.itemsize == 8 else ""
+        raise ValueError(
+            f"{name} holds {array[place]} at {list(place)}, which {dtype} cannot hold, the dtype that it has in JAX."
+            f"{hint}"
+        )
     return held
 
 
@@ -110,24 +119,21 @@ def _jax_dtype(dtype: np.dtype, x64: bool) -> np.dtype | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _holds(dtype: np.dtype, other: np.dtype, x64: bool) -> tuple[bool, bool]:
-    """Whether a dtype holds what JAX makes of another's values, as a rule; and whether those are to stay exact."""
-    return common_dtype([dtype, other]) == jax_dtype(dtype), not jnp.issubdtype(other, jnp.inexact)
+def _holds(dtype: np.dtype, other: np.dtype, x64: bool) -> bool:
+    """Whether a dtype holds what JAX makes of another's values, as a rule."""
+    found = _jax_dtype(other, x64)
+    return found is not None and common_dtype([dtype, found]) == jax_dtype(dtype)
 
 
-def _check_values(array: np.ndarray, held: np.ndarray, name: str) -> None:
-    """Raises ValueError at the first integer that another dtype holds as another number."""
-    if jnp.issubdtype(held.dtype, jnp.integer):
-        changed = held != array
-    else:
-        numbers = held.real.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            changed = numbers.astype(array.dtype) != array
-        changed |= numbers >= float(np.iinfo(array.dtype).max + 1)  # which wraps on its way back
-    if changed.any():
-        place = tuple(int(i) for i in np.argwhere(changed)[0])
-        hint = " Set jax_enable_x64." if np.dtype(array.dtype).itemsize == 8 else ""
-        raise ValueError(
-            f"{name} holds {array[place]} at {list(place)}, which {held.dtype} cannot hold, the dtype that it has in "
-            f"JAX.{hint}"
-        )
+@functools.lru_cache(maxsize=256)
+def _whole(dtype: np.dtype) -> bool:
+    """Whether it is of integers."""
+    return bool(jnp.issubdtype(dtype, jnp.integer))
+
+
+def _changed(array: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """Which integers another dtype holds as another number."""
+    numbers = held.real.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        changed = numbers.astype(array.dtype) != array
+    return changed | (numbers >= float(np.iinfo(array.dtype).max + 1))  # which wraps on its way back

@@ -150,6 +150,16 @@ def test_what_is_not_read_by_position_is_refused(make, source, error, message):
         make(source)
 
 
+@BATCHER
+def test_attributes_of_a_data_set_do_not_make_it_a_table_or_a_mapping(make):
+    class Source(list):
+        def __init__(self, examples):
+            super().__init__(examples)
+            self.keys, self.columns, self.loc = ["a"], ["b"], "c"
+
+    assert contents(make(Source(EXAMPLES))) == [(i, 1 + i) for i in range(6)]
+
+
 def test_a_key_error_of_the_source_itself_passes_through():
     class Source(Labelled):
         def __getitem__(self, index):

@@ -72,7 +72,7 @@ class Batcher(abc.ABC):
         once to find out.
       buffer_size: how many examples of a source without an index are held to draw from at random.
       too_long: what is done about an example that no plan has room for: "error", or by choice "truncate", "drop" or
-        "split" (several rows then have its index). Statistics say how many there were.
+        "split" (several rows then have its index; of one time axis). Statistics say how many there were.
       shard_index: which of the epoch's shards this is, from 0.
       shard_count: how many there are, one a host. All have the same number of batches.
 

@@ -73,7 +73,7 @@ class Form:
           Its leaves, as `leaves` does.
         """
         leaves = self.leaves(example, index)
-        if self.structure is None:
+        if self.structure is None or (self._bare and leaves[0].dtype in self._seen[0]):
             return leaves
         for k, leaf in enumerate(leaves):
             if leaf is _BLANK or leaf.dtype in self._seen[k]:
@@ -109,6 +109,8 @@ class Form:
 
     def lengths(self, leaves: Sequence[np.ndarray]) -> tuple[int, ...]:
         """Returns how many steps an example of these leaves has on each time axis."""
+        if self._bare:
+            return (len(leaves[0]),)
         if self.structure is None:
             return (0,) * self.num_axes
         return tuple(len(leaves[k]) for k in self._first)
@@ -124,11 +126,7 @@ class Form:
 
     def own(self, leaves: Sequence[np.ndarray], index: int) -> list[np.ndarray]:
         """Returns copies of an example's leaves, to be held after its source gave another, in the batches' dtypes."""
-        held = [self.cast(leaf, k, index) for k, leaf in enumerate(leaves)]
-        return [
-            np.array(leaf) if leaf is given and leaf is not _BLANK else leaf
-            for leaf, given in zip(held, leaves, strict=True)
-        ]
+        return [self._owned(leaf, k, index) for k, leaf in enumerate(leaves)]
 
     def whole(self, leaves: Sequence[np.ndarray], index: int) -> Sequence[np.ndarray]:
         """Returns a leaf for each of the structure, from those of an example that was read before that was known."""
@@ -138,6 +136,10 @@ class Form:
         """Returns leaf k of an example in the dtype of batches; raises as `jaxpack.dtypes.cast`, naming the example."""
         dtype = None if leaf is _BLANK else self.dtypes[k]
         return leaf if dtype is None or leaf.dtype == dtype else cast(leaf, dtype, self._name(k, index))
+
+    def _owned(self, leaf: np.ndarray, k: int, index: int) -> np.ndarray:
+        held = self.cast(leaf, k, index)
+        return np.array(leaf) if held is leaf and leaf is not _BLANK else held
 
     def _begin(self, leaves: Sequence[np.ndarray], structure: Any) -> None:
         """Takes over the structure of an example."""

@@ -75,12 +75,14 @@ def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, list[np
     ]
     ends = [np.cumsum(each.lengths).tolist() for each in rows]
     for row, (index, leaves) in enumerate(examples):
-        for k, leaf in enumerate(form.whole(leaves, index)):
-            values, axis = form.cast(leaf, k, index), form.axes[k]
+        for k, (values, target, axis) in enumerate(zip(form.whole(leaves, index), joined, form.axes, strict=True)):
+            if values.dtype != target.dtype:
+                values = form.cast(values, k, index)
             if axis is None:
-                joined[k][row] = values
+                target[row] = values
             elif len(values):
-                joined[k][ends[axis][row] - len(values) : ends[axis][row]] = values
+                end = ends[axis][row]
+                target[end - len(values) : end] = values
     return [leaf if axis is None else rows[axis].spread(leaf) for leaf, axis in zip(joined, form.axes, strict=True)]
 
 

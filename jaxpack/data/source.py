@@ -260,7 +260,7 @@ class _StreamedEpoch:
                 yield number, lengths[0] if len(lengths) == 1 else lengths
                 number += 1
             if trend is not None and pieces:
-                trend.add([sum(steps) for steps in zip(*(lengths for lengths, _ in pieces), strict=True)])
+                trend.add(np.sum([lengths for lengths, _ in pieces], axis=0) if len(pieces) > 1 else pieces[0][0])
         if trend is not None:
             trend.end()
 
@@ -311,24 +311,25 @@ def positional(source: Any) -> Sequence[PyTree] | None:
     Raises:
       TypeError: if the source's examples have no order, or are not what it gives.
     """
-    kind = type(source).__name__
+    of_kind = type(source)  # asked for what a class has, and not a data set that has an attribute of that name
+    kind = of_kind.__name__
     if isinstance(source, (str, bytes, bytearray)):
         raise TypeError(f"the source must hold examples, arrays of numbers, got a {kind}.")
     if isinstance(source, Set):
         raise TypeError(f"the source is a {kind}, whose order is not the same again. Pass a list of its examples.")
-    if hasattr(source, "columns"):  # a data frame or table of whatever library
+    if hasattr(of_kind, "columns") or (hasattr(source, "columns") and hasattr(source, "iloc")):  # a table or data frame
         raise TypeError(
             f"the source is a {kind}, which is read by column. Pass a list of its examples: of one column "
             f'(source["name"].tolist()), or of rows (pandas: source.to_dict("records")).'
         )
     if hasattr(source, "iloc"):  # a pandas Series, whose [] takes labels
         return _ByPosition(source)
-    if isinstance(source, Mapping) or hasattr(source, "keys"):
+    if isinstance(source, Mapping) or hasattr(of_kind, "keys"):
         raise TypeError(
             f"the source is a {kind}, which is read by key, not by position. Pass a list of its examples, such as "
             f"list(source.values())."
         )
-    if hasattr(source, "loc"):
+    if hasattr(of_kind, "loc"):
         raise TypeError(f"the source is a {kind}, which is read by label, not by position. Pass source.tolist().")
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return source
