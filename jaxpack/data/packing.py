@@ -54,7 +54,7 @@ def pack_on_host(sequences: Iterable[PyTree], plan: BucketPlan) -> PackedSequenc
     return rows.packed(jax.tree.unflatten(form.structure, fill(form, [rows], enumerate(leaves))))
 
 
-def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, list[np.ndarray]]]) -> list[np.ndarray]:
+def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, Sequence[np.ndarray]]]) -> list[np.ndarray]:
     """Returns data for each leaf: [plan.size, *F] where it varies in time, [B, *F] where it does not.
 
     Each example is taken over before the next is asked for, so that a source may give both in the same memory.
@@ -74,9 +74,13 @@ def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, list[np
         for axis, (features, dtype) in zip(form.axes, types, strict=True)
     ]
     ends = [np.cumsum(each.lengths).tolist() for each in rows]
+    targets = [(k, axis, joined[k], joined[k].dtype) for k, axis in enumerate(form.axes)]
     for row, (index, leaves) in enumerate(examples):
-        for k, (values, target, axis) in enumerate(zip(form.whole(leaves, index), joined, form.axes, strict=True)):
-            if values.dtype != target.dtype:
+        if len(leaves) != len(targets):
+            leaves = form.whole(leaves, index)
+        for k, axis, target, dtype in targets:
+            values = leaves[k]
+            if values.dtype != dtype:
                 values = form.cast(values, k, index)
             if axis is None:
                 target[row] = values

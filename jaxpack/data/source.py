@@ -169,24 +169,18 @@ class _IndexedEpoch:
         return self._source.parts.cut
 
     def read(self, pieces: Sequence[int]) -> Iterator[Piece]:
-        source, parts = self._source, self._source.parts
-        for piece in pieces:
-            example = int(parts.examples[piece])
-            leaves = self.form.leaves(source.example(example), example)
-            self._check(leaves, example)
-            if parts.cut:
-                leaves = self.form.part(leaves, int(parts.start[piece]), parts.lengths[piece].tolist())
-            yield Piece(example, leaves)
+        source, parts, form = self._source, self._source.parts, self.form
+        examples = parts.examples[pieces]
+        given = map(tuple, source.lengths[examples].tolist())
+        spans = zip(parts.start[pieces].tolist(), parts.lengths[pieces].tolist(), strict=True)
+        for example, lengths, span in zip(examples.tolist(), given, spans, strict=True):
+            leaves = form.leaves(source.example(example), example)
+            if form.lengths(leaves) != lengths:
+                raise ValueError(_other_length_message(example, form.lengths(leaves), lengths))
+            yield Piece(example, form.part(leaves, *span) if parts.cut else leaves)
 
     def drop(self, pieces: Sequence[int]) -> None:
         pass
-
-    def _check(self, leaves: list[np.ndarray], example: int) -> None:
-        """Raises ValueError unless an example is as long as it was said to be."""
-        found, given = self.form.lengths(leaves), tuple(self._source.lengths[example].tolist())
-        if found != given:
-            shown = (f"{lengths[0] if len(lengths) == 1 else lengths}" for lengths in (found, given))
-            raise ValueError("example {} has {} steps, but its length was given as {}.".format(example, *shown))
 
 
 class Streamed:
@@ -366,6 +360,11 @@ def too_long_message(
         f"example {index} has {lengths[axis]} steps{on}, but the longest that fits has {limits[axis]}{others}. Use a "
         f"plan with room for it (jaxpack.data.plan_cover(lengths, batch_size)), or {way_out}."
     )
+
+
+def _other_length_message(index: int, *lengths: tuple[int, ...]) -> str:
+    found, given = (each[0] if len(each) == 1 else each for each in lengths)
+    return f"example {index} has {found} steps, but its length was given as {given}."
 
 
 def _check_too_long(too_long: str, num_axes: int) -> None:
