@@ -212,6 +212,8 @@ def test_pack_fn_refuses_what_fits_no_plan():
         pack(corpus([1, 1, 1]))
     with pytest.raises(ValueError, match="plans is empty"):
         pack_fn([])
+    with pytest.raises(ValueError, match="examples is empty"):
+        pack([])
 
 
 def test_an_example_too_long_is_named_and_never_passed_over():
@@ -225,9 +227,24 @@ def test_an_example_too_long_is_named_and_never_passed_over():
 
 
 def test_examples_must_be_alike():
-    mixed = grain.MapDataset.source([np.ones(2), np.ones(2, np.float32)])
-    with pytest.raises(TypeError, match="example 1 has dtype float32, the first has float64"):
+    mixed = grain.MapDataset.source([np.ones(2, np.int8), np.ones(2, np.float32)])
+    with pytest.raises(TypeError, match="example 1 has dtype float32, which int8 cannot hold"):
         list(mixed.pipe(SlotFillIterDataset, PLAN))
+
+
+def test_dtypes_are_those_of_the_first_example_after_a_resume_too():
+    kinds = [np.float32, np.int8, np.int16, np.uint8]
+    source = [x.astype(kind) for x, kind in zip(corpus(), itertools.cycle(kinds), strict=False)]
+    assert_resumes(SlotFillIterDataset(grain.MapDataset.source(source), PLAN, buffer_size=4, seed=None))
+
+
+def test_empty_lists_at_the_start_wait_for_the_first_that_has_a_dtype():
+    source = [[], [], [], [], [], *[[1, 2, 3]] * 9]
+    dataset = SlotFillIterDataset(grain.MapDataset.source(source), plan_padded(2, 3), buffer_size=2)
+    assert {batch.inputs.data.dtype.name for batch in dataset} == {"int32"}
+    assert_resumes(dataset)
+    (batch,) = grain.MapDataset.source([[], []]).batch(2, batch_fn=pack_fn(plan_padded(2, 3)))
+    assert batch.inputs.data.dtype == np.float32
 
 
 def test_a_state_of_more_examples_is_refused():

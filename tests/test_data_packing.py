@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxpack
-from jaxpack import plan_padded
+from jaxpack import plan_exact, plan_padded
 from jaxpack.data import pack_on_host
-from jaxpack.data.packing import Form
+from jaxpack.data.form import Form
 
 
 @given(strategies.lengths_and_plan(), st.booleans())
@@ -33,14 +33,29 @@ def test_rows_that_are_left_are_empty():
     assert jaxpack.segment_sum(packed).tolist() == [3, 12, 0, 0]
 
 
+def test_sequences_may_be_read_one_by_one_into_the_same_memory():
+    def read():
+        buffer = np.zeros(3, np.float32)
+        for value in (1, 2):
+            buffer[:] = value
+            yield buffer
+
+    assert pack_on_host(read(), plan_exact([3, 3])).data.tolist() == [1, 2] * 3
+
+
+def form_of(example, time_varying):
+    form = Form(time_varying)
+    form.learn(example, 0, promote=True)
+    return form
+
+
 def test_examples_of_lists_scalars_and_fixed_leaves_have_a_form():
-    example = {"x": np.zeros((2, 1)), "label": 3, "speaker": np.zeros(4)}
-    with pytest.raises(ValueError, match=r"example 7 that vary in time have 4 and 2 steps.*time_varying="):
-        Form.of(example, None).leaves(example, 7)
-    form = Form.of(example, {"x": True, "label": False, "speaker": False})
-    assert form.varying == (False, False, True)  # in the order of keys
-    assert form.features == ((), (4,), (1,))
-    assert form.length(example, 0) == 2
+    example = {"x": np.zeros((2, 1)), "label": 3, "speaker": np.zeros(4), "words": [[1, 2, 3], [4, 5, 6]]}
+    form = form_of(example, {"x": True, "label": False, "speaker": False, "words": True})
+    assert form.axes == (None, None, 0, 0)  # in the order of keys
+    assert form.features == [(), (4,), (3,), (1,)]
+    assert form.dtypes == [np.int32, np.float32, np.int32, np.float32]
+    assert form.lengths(form.leaves(example, 0)) == (2,)
 
 
 @pytest.mark.parametrize(
@@ -54,18 +69,24 @@ def test_examples_of_lists_scalars_and_fixed_leaves_have_a_form():
             ValueError,
             r"example 1 has features of shape \(3,\), the first has \(2,\)",
         ),
+        (lambda: pack_on_host({"a": [1]}, plan_padded(2, 1)), TypeError, "must be a list of arrays, got dict"),
+        (lambda: pack_on_host({1, 2}, plan_padded(2, 1)), TypeError, "must be a list of arrays, got set"),
+        (lambda: pack_on_host(7, plan_padded(2, 1)), TypeError, "must be a list of arrays, got int"),
         (
-            lambda: pack_on_host([np.zeros(1, int), np.zeros(1)], plan_padded(2, 1)),
-            TypeError,
-            "leaf 0 of a batch has dtype float64, the first example has int64",
+            lambda: pack_on_host([([1, 2], [3])], plan_padded(2, 2)),
+            ValueError,
+            r"different lengths: \[0\] 2, \[1\] 1. Here all of them share",
         ),
+        (lambda: pack_on_host([[[1, 2], [3]]], plan_padded(2, 2)), ValueError, "rows have different lengths.*a tuple"),
         (lambda: pack_on_host([{"a": np.zeros(1)}, {"b": np.zeros(1)}], plan_padded(2, 1)), ValueError, "example 1"),
         (lambda: pack_on_host([3.0], plan_padded(1, 1)), ValueError, "must have a leading time axis"),
         (lambda: pack_on_host(["ab"], plan_padded(1, 2)), TypeError, "must hold numbers.*got dtype <U2"),
-        (lambda: Form.of({}, None), ValueError, "holds no array"),
-        (lambda: Form.of({"a": 1}, None), ValueError, "no leaf of an example varies in time"),
-        (lambda: Form.of({"a": np.zeros(1)}, {"b": True}), ValueError, "time_varying must be a bool for each leaf"),
-        (lambda: Form.of({"a": np.zeros(1)}, {"a": "yes"}), TypeError, "time_varying must hold bools"),
+        (lambda: form_of({}, None), ValueError, "holds no array"),
+        (lambda: form_of({"a": 1}, None), ValueError, "no leaf of an example varies in time"),
+        (lambda: form_of(((1, 2), (3, 4)), None), ValueError, "no leaf of an example varies.*in a tuple a leaf each"),
+        (lambda: form_of({"a": np.zeros(1)}, {"b": True}), ValueError, "time_varying must be a bool or the name"),
+        (lambda: form_of({"a": np.zeros(1)}, {"a": 5}), TypeError, "time_varying must hold bools, or names"),
+        (lambda: form_of((np.zeros(1),) * 2, ("a", True)), ValueError, "True beside .*'a'.*Write a name in place"),
     ],
 )
 def test_bad_examples_are_named(call, error, message):

@@ -8,9 +8,10 @@ from jaxpack.data.packing import pack_on_host
 from jaxpack.data.prefetch import PrefetchIterator, prefetch_to_device
 from jaxpack.data.slot_filling import SlotFilling
 from jaxpack.data.sorted_chunks import SortedChunks
-from jaxpack.data.statistics import Statistics
+from jaxpack.data.statistics import AxisStatistics, Statistics
 
 __all__ = [
+    "AxisStatistics",
     "Batch",
     "BatchIterator",
     "Batcher",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
-from jaxpack.data.packing import Form, Rows
+from jaxpack.data.form import Form
+from jaxpack.data.packing import Rows, fill
 from jaxpack.data.source import Piece
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
@@ -27,8 +29,9 @@ class Batch:
       ([3, 1, 0], [0, 1, -1], [1.0, 1.0, 0.0])
 
     Attributes:
-      inputs: the example's pytree, with a PackedSequence in place of each leaf that varies in time, and an array
-        [B, ...] in place of each that does not. Where an example is a bare array, a bare PackedSequence.
+      inputs: the example's pytree, with a PackedSequence in place of each leaf that varies in time, under the plan of
+        its time axis, and an array [B, ...] in place of each that does not. Where an example is a bare array, a bare
+        PackedSequence.
       indices: int32 [B], which example of the source sits in each row; -1 where a row is empty.
       weights: float32 [B], 1, or 0 where a row is empty.
     """
@@ -38,15 +41,24 @@ class Batch:
     weights: np.ndarray
 
 
-def lay_out(form: Form, pieces: Sequence[Piece], plan: BucketPlan) -> Batch:
-    """The batch of these pieces, in the first rows, on the host."""
-    rows = Rows.of([len(piece.leaves[form.time]) for piece in pieces], plan)
-    indices = np.full(plan.num_sequences, -1, np.int32)
-    indices[: len(pieces)] = [piece.example for piece in pieces]
+def lay_out(form: Form, pieces: Iterable[Piece], lengths: npt.ArrayLike, plans: Sequence[BucketPlan]) -> Batch:
+    """Returns the batch of these pieces, in the first rows, on the host.
 
-    def leaf(k: int, varying: bool) -> PyTree:
-        arrays = [piece.leaves[k] for piece in pieces]
-        return rows.packed(rows.pack(arrays, form, k)) if varying else rows.stack(arrays, form, k)
+    Args:
+      form: the examples'.
+      pieces: each of which is taken over before the next is asked for.
+      lengths: [n, A] of the pieces, on each time axis.
+      plans: for each time axis.
+    """
+    by_axis = np.asarray(lengths, np.int64).reshape(-1, len(plans)).T
+    rows = [Rows.of(each, plan) for each, plan in zip(by_axis, plans, strict=True)]
+    indices = np.full(plans[0].num_sequences, -1, np.int32)
 
-    inputs = jax.tree.unflatten(form.structure, [leaf(k, varying) for k, varying in enumerate(form.varying)])
-    return Batch(inputs, indices, (indices >= 0).astype(np.float32))
+    def numbered() -> Iterator[tuple[int, list[np.ndarray]]]:
+        for row, piece in enumerate(pieces):
+            indices[row] = piece.example
+            yield piece
+
+    data = fill(form, rows, numbered())
+    leaves = [leaf if axis is None else rows[axis].packed(leaf) for leaf, axis in zip(data, form.axes, strict=True)]
+    return Batch(jax.tree.unflatten(form.structure, leaves), indices, (indices >= 0).astype(np.float32))

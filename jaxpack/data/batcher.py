@@ -13,34 +13,38 @@ import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
 from jaxpack.arguments import as_int, at_least_one
+from jaxpack.data.axes import axis_names
 from jaxpack.data.batch import Batch, lay_out
-from jaxpack.data.source import Epoch, Indexed, Streamed, TooLong, is_indexed, shuffled
+from jaxpack.data.form import Form
+from jaxpack.data.source import Epoch, Indexed, Length, Streamed, TooLong, positional, shuffled
 from jaxpack.data.statistics import Statistics, Tally
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
 
 State = dict[str, Any]
-Lengths = Iterator[tuple[int, int]]  # pieces, each its number and its length
+Piece = tuple[int, Length]  # its number and its length
+Lengths = Iterator[Piece]
 
 
 class Round(NamedTuple):
     """One batch for every shard.
 
     Attributes:
-      plan: that of all of them.
+      plans: those of all of them, one for each time axis.
       shards: for each, the pieces of its batch, each its number and its length; fewer than the plan's slots, or none,
         where there are no more.
     """
 
-    plan: BucketPlan
-    shards: Sequence[Sequence[tuple[int, int]]]
+    plans: tuple[BucketPlan, ...]
+    shards: Sequence[Sequence[Piece]]
 
 
 class Batcher(abc.ABC):
@@ -57,22 +61,32 @@ class Batcher(abc.ABC):
       [0, 1, 2, 3]
 
     Args:
-      source: examples, each an array [L, *F] or a pytree of arrays. With a length and an index (a list, an array, a
-        grain.MapDataset) they are read by number; else the source is iterated over, anew each epoch.
+      source: examples, each an array [L, *F], a list of numbers, or a pytree of them. With a length and an index (a
+        list, an array, a pandas Series, a grain.MapDataset) they are read by position; else the source is iterated
+        over, anew each epoch.
       seed: of the shuffles; None leaves the source's order as far as the batcher can.
       time_varying: which leaves vary in time: a bool for each, or a prefix of the example's structure. Default: all
-        that have an axis. Those of an example must agree in their number of steps.
-      lengths: [N] those of the examples, if known; without them every example is read once to find out.
+        that have an axis. Those of an example must agree in their number of steps. Or the name of each leaf's time
+        axis, such as ("source", "target"), and False for a leaf of fixed size: those of one axis must agree.
+      lengths: [N] those of the examples, if known, or a dict of them by time axis; without them every example is read
+        once to find out.
       buffer_size: how many examples of a source without an index are held to draw from at random.
       too_long: what is done about an example that no plan has room for: "error", or by choice "truncate", "drop" or
-        "split" (several rows then have its index). Statistics say how many there were.
+        "split" (several rows then have its index; of one time axis). Statistics say how many there were.
       shard_index: which of the epoch's shards this is, from 0.
       shard_count: how many there are, one a host. All have the same number of batches.
 
+    Batches have the dtypes that JAX holds examples in, int32 for int64 unless jax_enable_x64 is set. Where every
+    example is read to find out its length they are promoted; else the first that has a dtype says which. An empty list
+    has none.
+
     Raises:
       ValueError: if the source is empty, examples differ in structure or features, lengths are negative, not whole or
-        not as many as examples, one is too long, or an option is out of range.
+        not as many as examples, one is too long, a value does not fit its dtype, or an option is out of range.
+      TypeError: if the source is not read by position, or an example has a dtype that the batches' cannot hold.
     """
+
+    _several_axes = False  # whether examples may have time axes of their own
 
     def __init__(
         self,
@@ -80,7 +94,7 @@ class Batcher(abc.ABC):
         *,
         seed: int | None,
         time_varying: PyTree,
-        lengths: npt.ArrayLike | None,
+        lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None,
         buffer_size: int | None,
         too_long: TooLong,
         shard_index: int,
@@ -93,18 +107,26 @@ class Batcher(abc.ABC):
         self.seed = None if seed is None else as_int("seed", seed)
         self.shard_index, self.shard_count = shard_index, shard_count
         self._too_long, self._buffer_size = too_long, buffer_size
+        self._names = axis_names(time_varying)
+        if len(self._names) > 1 and not self._several_axes:
+            raise ValueError(
+                f"{type(self).__name__} takes examples of one time axis, but time_varying names {self._names}. Use "
+                f"jaxpack.data.SlotFilling, whose batches fit a plan for each."
+            )
         self._indexed: Indexed | None = None
-        if is_indexed(source):
-            self._indexed = Indexed(source, time_varying, lengths)  # type: ignore[arg-type]
+        examples = positional(source)
+        if examples is not None:
+            self._indexed = Indexed(examples, Form(time_varying), lengths)
         elif lengths is not None:
             raise ValueError("lengths are for sources that are read by number, but this one has no index.")
         self._examples, self._time_varying = source, time_varying
+        self._x64 = jax.config.read("jax_enable_x64")  # of this thread; batches may be laid out in another
         self._next = (0, 0)
 
     @property
     @abc.abstractmethod
     def plans(self) -> tuple[BucketPlan, ...]:
-        """The plans that batches come under: at most so many programs."""
+        """The plans that batches come under: at most so many programs. Of several time axes one each."""
 
     @abc.abstractmethod
     def _rounds(self, pieces: Lengths, rng: np.random.Generator | None) -> Iterator[Round]:
@@ -144,18 +166,19 @@ class Batcher(abc.ABC):
         return self.statistics().batches
 
     def _corpus(self, what: str) -> np.ndarray:
-        """The lengths of all examples."""
+        """The lengths of all examples, [N, A] on each time axis."""
         if self._indexed is None:
             raise ValueError(f"a source without an index has no lengths to make {what} from: give them.")
         return self._indexed.lengths
 
-    def _limit(self, limit: int) -> None:
-        """Sets the longest piece; to be called once plans are known."""
+    def _limit(self, limits: Sequence[int], held: int) -> None:
+        """Sets the longest piece on each time axis, and how many a buffer holds; to be called once plans are known."""
         if self._indexed is not None:
-            self._indexed.limit(limit, self._too_long)
+            self._indexed.limit(limits, self._too_long)
             self._source: Indexed | Streamed = self._indexed
         else:
-            self._source = Streamed(self._examples, self._time_varying, limit, self._too_long)
+            watched = None if self.seed is None and not self._several_axes else self._buffer_size or held
+            self._source = Streamed(self._examples, self._time_varying, limits, self._too_long, watched)
 
     def _shuffled(self, pieces: Lengths, rng: np.random.Generator | None, default: int) -> Lengths:
         """The pieces of a source without an index, shuffled within a buffer; others were shuffled before."""
@@ -188,7 +211,8 @@ class Batcher(abc.ABC):
         """A checksum of all else that batches follow from: plans, lengths and options."""
         lengths = b"" if self._indexed is None else self._indexed.lengths.tobytes()
         plans = [dataclasses.astuple(plan) for plan in self.plans]
-        return zlib.crc32(repr((plans, self._options)).encode(), zlib.crc32(lengths))
+        axes = self._names if len(self._names) > 1 else ()
+        return zlib.crc32(repr((plans, self._options, *axes)).encode(), zlib.crc32(lengths))
 
     @property
     def _options(self) -> tuple[Any, ...]:
@@ -229,10 +253,11 @@ class BatchIterator:
 
         An exception of the source passes through. The state is then that before the batch, and asking again retries.
         """
-        with self._retried():
-            plan, pieces = self._take(next(self._opened()))
-            batch = lay_out(self._reading.form, self._reading.read([number for number, _ in pieces]), plan)
-        self._tally.add(plan, [length for _, length in pieces])
+        with self._retried(), jax.enable_x64(self._batcher._x64):
+            plans, pieces = self._take(next(self._opened()))
+            lengths = [length for _, length in pieces]
+            batch = lay_out(self._reading.form, self._reading.read([number for number, _ in pieces]), lengths, plans)
+        self._tally.add(plans, lengths)
         self._batch += 1
         return batch
 
@@ -256,7 +281,7 @@ class BatchIterator:
         """The rounds that are left. Starts to decide if need be, and comes back to the state."""
         if self._rounds is None:
             self._reading, rounds = self._batcher._open(self._epoch)
-            self._tally = Tally()
+            self._tally = Tally(self._batcher._names)
             for done in range(self._batch):
                 try:
                     self._pass(next(rounds))
@@ -278,14 +303,14 @@ class BatchIterator:
                 self._rounds = None
             raise
 
-    def _take(self, round_: Round) -> tuple[BucketPlan, Sequence[tuple[int, int]]]:
+    def _take(self, round_: Round) -> tuple[tuple[BucketPlan, ...], Sequence[Piece]]:
         """Takes this shard's part of a round, and lets the others' pieces go."""
         for shard, pieces in enumerate(round_.shards):
             if shard != self._batcher.shard_index:
                 self._reading.drop([number for number, _ in pieces])
-        return round_.plan, round_.shards[self._batcher.shard_index]
+        return round_.plans, round_.shards[self._batcher.shard_index]
 
     def _pass(self, round_: Round) -> None:
-        plan, pieces = self._take(round_)
+        plans, pieces = self._take(round_)
         self._reading.drop([number for number, _ in pieces])
-        self._tally.add(plan, [length for _, length in pieces])
+        self._tally.add(plans, [length for _, length in pieces])

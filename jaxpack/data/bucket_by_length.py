@@ -28,6 +28,9 @@ class BucketByLength(Batcher):
     the bucket's own lengths and filled as `SlotFilling` fills one. A source with an index is assigned as a whole, and
     its batches come in random order; another's come as they are full, and at the end those that are left.
 
+    Boundaries are inclusive upper bounds: a sequence of 4 steps goes to the bucket of boundary 4. Those of tf.data are
+    exclusive, and send it to the next: its bucket_boundaries=[5, 9] are boundaries=(4, 8) here.
+
     source, seed, time_varying, lengths, too_long, shard_index and shard_count are as in `Batcher`.
 
     Examples:
@@ -37,8 +40,8 @@ class BucketByLength(Batcher):
       [[2, 2], [8, 8]]
 
     Args:
-      boundaries: the most steps in each bucket, increasing. Default: those that would take the fewest cells if all
-        were padded to them.
+      boundaries: the most steps in each bucket, increasing; the last is the most that a sequence may have. Default:
+        those that would take the fewest cells if all were padded to them.
       num_buckets: how many, where boundaries are not given.
       batch_size: the most sequences in a batch. Without max_cells, as many in every bucket. With it, by default four
         times what max_cells holds of the mean boundary: short sequences need memory for more than their steps.
@@ -77,13 +80,15 @@ class BucketByLength(Batcher):
             shard_count=shard_count,
         )
         if boundaries is None:
-            boundaries = tightest_boundaries(self._corpus("boundaries"), num_buckets)
+            boundaries = tightest_boundaries(self._corpus("boundaries")[:, 0], num_buckets)
         self.boundaries = check_boundaries(boundaries)
-        self._limit(self.boundaries[-1])
+        self._limit([self.boundaries[-1]], _BUFFERED_EXAMPLES)
         if self._indexed is None:
             self._plans = padded_plans(self.boundaries, batch_size, max_cells)
         else:
-            self._plans = covering_plans(self._indexed.parts.length, self.boundaries, batch_size, max_cells, planner)
+            self._plans = covering_plans(
+                self._indexed.parts.lengths[:, 0], self.boundaries, batch_size, max_cells, planner
+            )
 
     @property
     def plans(self) -> tuple[BucketPlan, ...]:
@@ -96,9 +101,11 @@ class BucketByLength(Batcher):
             place = bisect_left(self.boundaries, piece[1])
             buckets[place].add(piece)
             if buckets[place].full:
-                yield Round(self._plans[place], buckets[place].draw())
+                yield Round((self._plans[place],), buckets[place].draw())
         rest = [
-            Round(plan, shards) for plan, bucket in zip(self._plans, buckets, strict=True) for shards in bucket.rest()
+            Round((plan,), shards)
+            for plan, bucket in zip(self._plans, buckets, strict=True)
+            for shards in bucket.rest()
         ]
         yield from in_random_order(rest, rng)
 

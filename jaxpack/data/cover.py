@@ -18,16 +18,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln  # jax needs scipy too
 
-from jaxpack.arguments import at_least_one, concrete_lengths
+from jaxpack.arguments import at_least_one
 from jaxpack.cost import CostModel
+from jaxpack.data.lengths import corpus_lengths, lengths_by_axis
+from jaxpack.data.parts import joint_rooms
 from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_padded, plan_rows
+
+_EMPTY = "the corpus is empty: a plan needs at least one sequence."
 
 Planner = Callable[[np.ndarray], BucketPlan]
 
@@ -66,29 +71,50 @@ class Coverage:
         )
 
 
+@overload
+def plan_cover(
+    lengths: Mapping[str, npt.ArrayLike],
+    batch_size: int | None = ...,
+    *,
+    max_cells: int | None = ...,
+    miss: float | None = ...,
+    planner: Planner | None = ...,
+) -> dict[str, BucketPlan]: ...
+@overload
 def plan_cover(
     lengths: npt.ArrayLike,
+    batch_size: int | None = ...,
+    *,
+    max_cells: int | None = ...,
+    miss: float | None = ...,
+    planner: Planner | None = ...,
+) -> BucketPlan: ...
+def plan_cover(
+    lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike],
     batch_size: int | None = None,
     *,
     max_cells: int | None = None,
     miss: float | None = None,
     planner: Planner | None = None,
-) -> BucketPlan:
-    """One plan for the batches of a corpus.
+) -> BucketPlan | dict[str, BucketPlan]:
+    """Returns one plan for the batches of a corpus, or one for each time axis of its examples.
 
     `coverage(lengths, plan)` says what to expect of it.
 
     Examples:
       >>> plan_cover([400, 400, 200, 200], batch_size=2)  # one long and one short a batch
       BucketPlan(boundaries=(200, 400), rows=(2, 1))
+      >>> plans = plan_cover({"source": [9, 9, 1, 1], "target": [7, 7, 2, 2]}, batch_size=2)
+      >>> {name: plan.room.tolist() for name, plan in plans.items()}
+      {'source': [9, 1], 'target': [7, 2]}
 
     Args:
-      lengths: [N] whole numbers >= 0: the corpus's.
+      lengths: [N] whole numbers >= 0: the corpus's. Or a dict of them by time axis, those of one example in one place.
       batch_size: how many sequences a batch holds.
-      max_cells: instead, how many cells the plan may have: the largest batch is taken that needs no more. fairseq's
-        max_tokens, which counts padding as cells.
+      max_cells: instead, how many cells the plan, or those of all axes, may have: the largest batch is taken that needs
+        no more. fairseq's max_tokens, which counts padding as cells.
       miss: None for `SlotFilling`, whose batches are made to fit; a probability for batches drawn at random, which then
-        miss the plan at most that often.
+        miss the plan, or that of any axis, at most that often.
       planner: makes a plan from the rooms that are needed. The default, plan_rows in up to 4 buckets, leaves hardly any
         slack; staircases (jaxpack.plan_buckets) take fewer steps and have 4 to 13 % of it.
 
@@ -97,27 +123,42 @@ def plan_cover(
         given, or one of them or miss is out of range.
       TypeError: if batch_size or max_cells is no int.
     """
-    corpus = _longest_first(lengths)
+    if isinstance(lengths, Mapping):
+        if not lengths:
+            raise ValueError("lengths is an empty dict: a plan needs the lengths on at least one time axis.")
+        corpus = lengths_by_axis(lengths, list(lengths))
+    else:
+        corpus = corpus_lengths(lengths)[:, None]
+    if not corpus.size:
+        raise ValueError(_EMPTY)
     if (batch_size is None) == (max_cells is None):
         raise ValueError("give batch_size or max_cells, one of them.")
     if miss is not None and not 0 < miss < 1:
         raise ValueError(f"miss must be a probability between 0 and 1, got {miss}.")
-    planner = planner or _rows
+    planner, num_axes = planner or _rows, corpus.shape[1]
+    ordered = [np.sort(column)[::-1] for column in corpus.T]
 
-    def plan(batch_size: int) -> BucketPlan:
-        return planner(_rooms(corpus, batch_size) if miss is None else _rooms_missed(corpus, batch_size, miss))
+    def plans(batch_size: int) -> tuple[BucketPlan, ...]:
+        if miss is not None:
+            rooms = [_rooms_missed(column, batch_size, miss / num_axes) for column in ordered]
+        else:
+            rooms = joint_rooms(corpus, batch_size) if num_axes > 1 else [_rooms(ordered[0], batch_size)]
+        return tuple(planner(each) for each in rooms)
 
     if batch_size is not None:
-        return plan(at_least_one("batch_size", batch_size))
-    return _largest_within(plan, at_least_one("max_cells", max_cells), corpus)
+        found = plans(at_least_one("batch_size", batch_size))
+    else:
+        found = _largest_within(plans, at_least_one("max_cells", max_cells), ordered)
+    return dict(zip(lengths, found, strict=True)) if isinstance(lengths, Mapping) else found[0]
 
 
 def plan_family(
     lengths: npt.ArrayLike, batch_size: int, num_plans: int = 3, *, planner: Planner | None = None
 ) -> tuple[BucketPlan, ...]:
-    """A few plans for batches drawn at random, each to run under the cheapest that it fits; every batch fits the last.
+    """Returns a few plans for batches drawn at random, each to run under the cheapest that it fits.
 
-    Of plans that are missed with different probabilities those are chosen whose expected number of cells is least.
+    Every batch fits the last. Of plans that are missed with different probabilities those are chosen whose expected
+    number of cells is least.
 
     Examples:
       >>> plan_family([4, 2, 2, 2], batch_size=2, num_plans=2)
@@ -154,7 +195,7 @@ def plan_family(
 
 
 def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
-    """What to expect of a plan for a corpus: with batches made to fit it, and with batches drawn at random.
+    """Returns what to expect of a plan for a corpus: with batches made to fit it, and with batches drawn at random.
 
     Examples:
       >>> lengths = [400, 400, 200, 200]
@@ -194,9 +235,9 @@ def _rows(rooms: np.ndarray) -> BucketPlan:
 
 def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
     """The corpus, checked. [N], N >= 1."""
-    corpus = np.sort(concrete_lengths(lengths))[::-1]
+    corpus = np.sort(corpus_lengths(lengths))[::-1]
     if not corpus.size:
-        raise ValueError("the corpus is empty: a plan needs at least one sequence.")
+        raise ValueError(_EMPTY)
     return corpus
 
 
@@ -206,15 +247,18 @@ def _rooms(corpus: np.ndarray, batch_size: int) -> np.ndarray:
     return np.maximum(1, np.where(ranks < len(corpus), corpus[np.minimum(ranks, len(corpus) - 1)], 1))
 
 
-def _largest_within(plan: Callable[[int], BucketPlan], max_cells: int, corpus: np.ndarray) -> BucketPlan:
-    """The plan of the largest batch size that bisection finds to need at most max_cells."""
-    if corpus[0] > max_cells:
-        raise ValueError(f"max_cells = {max_cells} does not hold the longest sequence, which has {corpus[0]} steps.")
-    best, least, most = plan(1), 1, min(max_cells, len(corpus))
+def _largest_within(
+    plans: Callable[[int], tuple[BucketPlan, ...]], max_cells: int, corpora: list[np.ndarray]
+) -> tuple[BucketPlan, ...]:
+    """The plans of the largest batch size that bisection finds to need at most max_cells; corpora longest first."""
+    longest = sum(int(corpus[0]) for corpus in corpora)
+    if longest > max_cells:
+        raise ValueError(f"max_cells = {max_cells} does not hold the longest sequence, which has {longest} steps.")
+    best, least, most = plans(1), 1, min(max_cells, len(corpora[0]))
     while least < most:
         batch_size = min((least + most + 1) // 2, 4 * least)  # most batches are far smaller than one cell a sequence
-        tried = plan(batch_size)
-        if tried.size <= max_cells:
+        tried = plans(batch_size)
+        if sum(plan.size for plan in tried) <= max_cells:
             best, least = tried, batch_size
         else:
             most = batch_size - 1

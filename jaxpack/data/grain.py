@@ -22,18 +22,21 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxpack.arguments import as_int, at_least_one
+from jaxpack.data.axes import Plans, axis_names, plans_of
 from jaxpack.data.batch import Batch, lay_out
 from jaxpack.data.batcher import Batcher
-from jaxpack.data.packing import Form
-from jaxpack.data.slot_buffer import SlotBuffer
+from jaxpack.data.form import Form
+from jaxpack.data.joint_buffer import slot_buffer
 from jaxpack.data.slot_filling import BUFFERED_BATCHES
-from jaxpack.data.source import Piece
+from jaxpack.data.source import LOOKAHEAD, Length, Piece, too_long_message
+from jaxpack.data.trend import Trend
 from jaxpack.extras import import_extra
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PyTree
@@ -43,9 +46,7 @@ grain: Any = import_extra("grain", "data", "batches in Grain's pipelines")
 State = dict[str, Any]
 
 
-def pack_fn(
-    plans: BucketPlan | Sequence[BucketPlan], *, time_varying: PyTree = None
-) -> Callable[[Sequence[PyTree]], Batch]:
+def pack_fn(plans: Plans | Sequence[Plans], *, time_varying: PyTree = None) -> Callable[[Sequence[PyTree]], Batch]:
     """Grain's `batch_fn`: lays a list of examples out, under the plan of fewest cells that it fits.
 
     Examples:
@@ -55,29 +56,54 @@ def pack_fn(
       [[3, 1], [2, 0]]
 
     Args:
-      plans: one, or several to choose from.
+      plans: one, or several to choose from. Where time axes have names each is a dict of a plan for every one.
       time_varying: as in the batchers.
 
     Returns:
       A function from a list of examples to a Batch, whose `indices` are places in the list. Rows that are left are
-      empty. It raises ValueError where examples fit no plan, or differ in structure or features.
+      empty. Dtypes are promoted. It raises ValueError where there is no example, they fit no plan, or they differ in
+      structure or features.
 
     Raises:
       ValueError: if there is no plan.
     """
-    choice = (plans,) if isinstance(plans, BucketPlan) else tuple(sorted(plans, key=lambda plan: plan.size))
+    names = axis_names(time_varying)
+    given = [plans] if isinstance(plans, (BucketPlan, Mapping)) else plans
+    choice = sorted((plans_of(each, names) for each in given), key=lambda each: sum(plan.size for plan in each))
     if not choice:
         raise ValueError("plans is empty: at least one is needed.")
 
+    x64 = jax.config.read("jax_enable_x64")  # of this thread; Grain packs in others
+
     def pack(examples: Sequence[PyTree]) -> Batch:
-        form = Form.of(examples[0], time_varying)
-        pieces = [Piece(place, form.leaves(example, place)) for place, example in enumerate(examples)]
-        lengths = np.array([len(piece.leaves[form.time]) for piece in pieces])
-        plan = next((plan for plan in choice if plan.fits(lengths)), choice[-1])
-        plan.check(lengths)
-        return lay_out(form, pieces, plan)
+        with jax.enable_x64(x64):
+            return lay_out_any(examples)
+
+    def lay_out_any(examples: Sequence[PyTree]) -> Batch:
+        form = Form(time_varying)
+        read = [form.learn(example, place, promote=True) for place, example in enumerate(examples)]
+        if not read:
+            raise ValueError("examples is empty: at least one is needed.")
+        form.settle()
+        pieces = [Piece(place, list(form.whole(leaves, place))) for place, leaves in enumerate(read)]
+        lengths = np.array([form.lengths(piece.leaves) for piece in pieces])
+        fitting = (each for each in choice if all(plan.fits(x) for plan, x in zip(each, lengths.T, strict=True)))
+        chosen = next(fitting, choice[-1])
+        _check_fit(chosen, lengths, names)
+        return lay_out(form, pieces, lengths, chosen)
 
     return pack
+
+
+def _check_fit(plans: Sequence[BucketPlan], lengths: np.ndarray, names: Sequence[str]) -> None:
+    """Raises ValueError, naming the time axis where there are several, unless lengths [n, A] fit their plans."""
+    for axis, plan in enumerate(plans):
+        try:
+            plan.check(lengths[:, axis])
+        except ValueError as error:
+            if len(plans) == 1:
+                raise
+            raise ValueError(f"on the time axis {names[axis]!r}, {error}") from None
 
 
 class BatcherIterDataset(grain.IterDataset):
@@ -178,66 +204,71 @@ class SlotFillIterDataset(grain.IterDataset):
       2
 
     Args:
-      parent: of examples, each an array [L, *F] or a pytree of arrays, all of one structure, features and dtypes.
-      plan: of every batch.
+      parent: of examples, each an array [L, *F], a list of numbers or a pytree of them, all of one structure and
+        features, and of dtypes that the first one's hold.
+      plan: of every batch; where time axes have names, a dict of a plan for each.
       buffer_size: how many examples are held. Default: 64 batches of them.
       seed: of the draws; None takes the middle of each part.
       time_varying: as in the batchers.
 
     Raises:
       ValueError: if buffer_size is below 1; in iterating, naming the example, if one is longer than the plan has room
-        for, or they differ in structure or features.
-      TypeError: in iterating, if examples differ in dtype.
+        for, they differ in structure or features, or a value does not fit its dtype.
+      TypeError: in iterating, naming the example, if the dtype of the first cannot hold its.
+
+    In iterating it warns if the stream is ordered by length, which a buffer cannot make up for.
     """
 
     def __init__(
         self,
         parent: grain.MapDataset | grain.IterDataset,
-        plan: BucketPlan,
+        plan: Plans,
         *,
         buffer_size: int | None = None,
         seed: int | None = 0,
         time_varying: PyTree = None,
     ) -> None:
         super().__init__(parent.to_iter_dataset() if isinstance(parent, grain.MapDataset) else parent)
+        self._plans = plans_of(plan, axis_names(time_varying))
         if buffer_size is None:
-            buffer_size = BUFFERED_BATCHES * plan.num_sequences
+            buffer_size = BUFFERED_BATCHES * self._plans[0].num_sequences
         at_least_one("buffer_size", buffer_size)
-        self._plan, self._buffer_size, self._time_varying = plan, buffer_size, time_varying
+        self._buffer_size, self._time_varying = buffer_size, time_varying
+        self._x64 = jax.config.read("jax_enable_x64")  # of this thread; Grain may iterate in another
         self._seed = None if seed is None else as_int("seed", seed)
 
     def __iter__(self) -> grain.DatasetIterator:
-        examples = _Examples(self._plan.max_length, self._time_varying)
-        return _SlotFillDatasetIterator(iter(self._parent), self._plan, self._buffer_size, self._seed, examples)
+        examples = _Examples([plan.max_length for plan in self._plans], self._time_varying)
+        parent = iter(self._parent)
+        return _SlotFillDatasetIterator(parent, self._plans, self._buffer_size, self._seed, examples, self._x64)
 
     def __str__(self) -> str:
-        return f"SlotFillIterDataset(num_sequences={self._plan.num_sequences}, buffer_size={self._buffer_size})"
+        return f"SlotFillIterDataset(num_sequences={self._plans[0].num_sequences}, buffer_size={self._buffer_size})"
 
 
 class _Examples:
-    """Takes examples apart into leaves, and raises unless all are alike and none is longer than the limit."""
+    """Takes examples apart into leaves of its own, and raises unless all are alike and none is longer than the limit.
 
-    def __init__(self, limit: int, time_varying: PyTree) -> None:
-        self._limit, self._time_varying = limit, time_varying
-        self.form: Form | None = None
+    The first example that has a dtype says what batches have. What was said is part of an iterator's state: the first
+    that is read after a resume is another.
+    """
 
-    def piece(self, example: PyTree, number: int) -> tuple[Piece, int]:
+    def __init__(self, limits: Sequence[int], time_varying: PyTree) -> None:
+        self._limits, self._time_varying = limits, time_varying
+        self.form = Form(time_varying)
+
+    def resume(self, dtypes: str) -> None:
+        """Starts anew with the dtypes that were said before."""
+        self.form = Form(self._time_varying, dtypes=dtypes)
+
+    def piece(self, example: PyTree, number: int) -> tuple[Piece, Length]:
         """The example, ready to be laid out, and its length."""
-        if self.form is None:
-            self.form = Form.of(example, self._time_varying)
-        leaves = self.form.leaves(example, number)
-        dtypes = tuple(leaf.dtype for leaf in leaves)
-        if dtypes != self.form.dtypes:  # casting to the first's would depend on which was read first after a resume
-            found, first = (", ".join(str(dtype) for dtype in some) for some in (dtypes, self.form.dtypes))
-            raise TypeError(f"example {number} has dtype {found}, the first has {first}. Give all examples one dtype.")
-        length = len(leaves[self.form.time])
-        if length > self._limit:
-            raise ValueError(
-                f"example {number} has {length} steps, but the longest that fits has {self._limit}. Use a plan with "
-                f"room for it (jaxpack.data.plan_cover(lengths, batch_size)), or shorten examples (.map) or leave "
-                f"them out (.filter) before."
-            )
-        return Piece(number, leaves), length
+        leaves = self.form.learn(example, number, promote=False)
+        lengths = self.form.lengths(leaves)
+        if any(length > limit for length, limit in zip(lengths, self._limits, strict=True)):
+            shorten = "shorten examples (.map) or leave them out (.filter) before"
+            raise ValueError(too_long_message(number, lengths, self._limits, self.form.names, shorten))
+        return Piece(number, self.form.own(leaves, number)), lengths[0] if len(lengths) == 1 else lengths
 
 
 class _SlotFillDatasetIterator(grain.DatasetIterator):
@@ -250,20 +281,23 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
     def __init__(
         self,
         parent: grain.DatasetIterator,
-        plan: BucketPlan,
+        plans: tuple[BucketPlan, ...],
         buffer_size: int,
         seed: int | None,
         examples: _Examples,
+        x64: bool,
     ) -> None:
         super().__init__(parent)
-        self._plan, self._buffer_size, self._examples = plan, buffer_size, examples
+        self._x64 = x64
+        self._plans, self._buffer_size, self._examples = plans, buffer_size, examples
+        self._trend = Trend(buffer_size)
         self._rng = None if seed is None else np.random.default_rng([abs(seed), int(seed < 0)])
         self._clear(0, parent.get_state())
 
     def _clear(self, number: int, parent: State) -> None:
         """Holds nothing; the parent stands before this example, in this state."""
         self._read, self._anchors = number, [(number, parent)]
-        self._buffer = SlotBuffer(self._plan, self._buffer_size, 1, self._rng)
+        self._buffer = slot_buffer(self._plans, self._buffer_size, 1, self._rng)
         self._held: dict[int, Piece] = {}
         self._taken: list[PyTree] = []  # from the parent, until it was found to be right
         self._drawn = _rng_state(self._rng)  # the generator's state after the last draw
@@ -276,6 +310,10 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
         An exception of the parent passes through, one about an example comes again when asked again; the state is that
         before the batch, with more examples read.
         """
+        with jax.enable_x64(self._x64):
+            return self._next()
+
+    def _next(self) -> Batch:
         if self._rest is None and self._fill():
             (drawn,) = self._buffer.draw()
             pieces = [self._held.pop(number) for number, _ in drawn]
@@ -285,26 +323,32 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
                 del self._anchors[0]
         else:
             if self._rest is None:
+                self._examples.form.settle()
+                self._trend.end()
                 self._rest = itertools.islice(self._buffer.rest(), self._dealt, None)
             (drawn,) = next(self._rest)
             pieces = [self._held[number] for number, _ in drawn]  # kept: dealing again starts from all of them
             self._dealt += 1
-        assert self._examples.form is not None
-        return lay_out(self._examples.form, pieces, self._plan)
+        return lay_out(self._examples.form, pieces, [length for _, length in drawn], self._plans)
 
     def _fill(self) -> bool:
-        """Reads until it is time to draw; False if the parent ended before."""
-        while not self._buffer.full:
+        """Reads until it is time to draw, and known what a batch is like; False if the parent ended before."""
+        form = self._examples.form
+        while not (self._buffer.full and (form.known or self._read >= LOOKAHEAD)):
             try:
-                self._read_one()
+                length = self._read_one()
             except StopIteration:
                 return False
+            self._trend.add((length,) if isinstance(length, int) else length)
+        if not form.known:
+            form.settle()
         return True
 
-    def _read_one(self, waiting: bool = True) -> None:
-        """Reads the next example, and holds it if it waits."""
+    def _read_one(self, waiting: bool = True) -> Length:
+        """Reads the next example, holds it if it waits, and returns its length then."""
+        length = None
         if not self._taken:
-            if self._read - self._anchors[-1][0] >= self._plan.num_sequences:
+            if self._read - self._anchors[-1][0] >= self._plans[0].num_sequences:
                 self._anchors.append((self._read, self._parent.get_state()))
             self._taken.append(next(self._parent))
         if waiting:
@@ -312,6 +356,7 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
             self._buffer.add((self._read, length))
         self._taken.clear()
         self._read += 1
+        return length
 
     def get_state(self) -> State:
         """Where it is: numbers, and a string with a bit for each example since the anchor. Can be written as JSON."""
@@ -325,6 +370,7 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
             "waiting": np.packbits(waiting).tobytes().hex(),
             "drawn": self._drawn,
             "dealt": self._dealt,
+            "dtypes": self._examples.form.described,
         }
 
     def set_state(self, state: State) -> None:
@@ -333,6 +379,7 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
             self._rng.bit_generator.state = state["drawn"]
         anchor, count = state["anchor"], state["read"] - state["anchor"]
         self._clear(anchor, state["parent"])
+        self._examples.resume(state.get("dtypes", ""))
         self._dealt = state["dealt"]
         bits = np.frombuffer(bytes.fromhex(state["waiting"]), np.uint8)
         for waiting in np.unpackbits(bits, count=count).tolist():
@@ -345,7 +392,7 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
                 ) from error
 
     def __str__(self) -> str:
-        return f"SlotFillDatasetIterator(num_sequences={self._plan.num_sequences}, buffer_size={self._buffer_size})"
+        return f"SlotFillDatasetIterator(num_sequences={self._plans[0].num_sequences}, buffer_size={self._buffer_size})"
 
 
 def _rng_state(rng: np.random.Generator | None) -> Any:

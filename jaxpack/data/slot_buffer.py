@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from jaxpack.data.cover import num_batches
 from jaxpack.plan import BucketPlan, longest_first
 
-Piece = tuple[int, int]  # a number and a length
+Piece = tuple[int, Any]  # a number and a length; where there are several time axes, a tuple of lengths
 
 
 class SlotBuffer:
@@ -92,7 +93,28 @@ class SlotBuffer:
         return list(zip(self._numbers[places].tolist(), self._lengths[places].tolist(), strict=True))
 
 
-def rounds(pieces: Iterator[Piece], buffer: SlotBuffer) -> Iterator[Sequence[list[Piece]]]:
+class Buffer(Protocol):
+    """What rounds are drawn from: a SlotBuffer or a JointBuffer."""
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to draw."""
+        ...
+
+    def add(self, piece: Piece) -> None:
+        """Holds a piece."""
+        ...
+
+    def draw(self) -> list[list[Piece]]:
+        """A round."""
+        ...
+
+    def rest(self) -> Iterator[list[list[Piece]]]:
+        """Rounds of all that are left."""
+        ...
+
+
+def rounds(pieces: Iterator[Piece], buffer: Buffer) -> Iterator[Sequence[list[Piece]]]:
     """Rounds of pieces as they come, and of those that are left."""
     for piece in pieces:
         buffer.add(piece)

@@ -71,14 +71,14 @@ class SortedChunks(Batcher):
         )
         at_least_one("window", window)
         if plans is None:
-            plans = padded_plans(tightest_boundaries(self._corpus("plans"), num_plans), batch_size, max_cells)
+            plans = padded_plans(tightest_boundaries(self._corpus("plans")[:, 0], num_plans), batch_size, max_cells)
         elif batch_size is not None or max_cells is not None:
             raise ValueError("give plans, or batch_size or max_cells to make them from.")
         self._plans = tuple(plans)
         if not self._plans:
             raise ValueError("plans is empty: at least one is needed.")
         self._window = window * max(plan.num_sequences for plan in self._plans) * shard_count
-        self._limit(max(plan.max_length for plan in self._plans))
+        self._limit([max(plan.max_length for plan in self._plans)], self._window)
 
     @property
     def plans(self) -> tuple[BucketPlan, ...]:
@@ -103,7 +103,7 @@ class SortedChunks(Batcher):
             taken = {plan: self._taken(plan, lengths[place:]) for plan in self._plans}
             plan = min((plan for plan in self._plans if taken[plan]), key=lambda plan: plan.size / taken[plan])
             batch = window[place : place + taken[plan]]
-            yield Round(plan, [batch[shard :: self.shard_count] for shard in range(self.shard_count)])
+            yield Round((plan,), [batch[shard :: self.shard_count] for shard in range(self.shard_count)])
             place += len(batch)
 
     def _taken(self, plan: BucketPlan, lengths: np.ndarray) -> int:

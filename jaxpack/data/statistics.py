@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxpack.data.ranks import rank_correlation
+from jaxpack.data.source import Length
 from jaxpack.pictures import html_counts
 from jaxpack.plan import BucketPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisStatistics:
+    """The part of `Statistics` that one of several time axes has.
+
+    Examples:
+      >>> AxisStatistics(tokens=6, cells=8).efficiency
+      0.75
+
+    Attributes:
+      tokens: how many steps rows have on it.
+      cells: how many its plans have.
+    """
+
+    tokens: int
+    cells: int
+
+    @property
+    def efficiency(self) -> float:
+        """The share of cells that are tokens; 0 where there are none."""
+        return _share(self.tokens, self.cells)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +55,7 @@ class Statistics:
       split: how many became several rows.
       rank_correlation: Spearman's, between how long a row's sequence is and in which batch it came: about 0 if the
         order is random, 1 if it is sorted.
+      axes: for each named time axis, where there are several, its share of tokens and cells, which are sums over them.
     """
 
     batches: int
@@ -41,11 +67,12 @@ class Statistics:
     dropped: int
     split: int
     rank_correlation: float
+    axes: Mapping[str, AxisStatistics] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def efficiency(self) -> float:
         """The share of cells that are tokens; 0 where there are none."""
-        return self.tokens / self.cells if self.cells else 0.0
+        return _share(self.tokens, self.cells)
 
     def __str__(self) -> str:
         programs = "1 program" if self.programs == 1 else f"{self.programs} programs"
@@ -54,58 +81,60 @@ class Statistics:
             for what, count in (("truncated", self.truncated), ("dropped", self.dropped), ("split", self.split))
             if count
         )
+        each = ", ".join(f"{name} {axis.efficiency:.1%}" for name, axis in self.axes.items())
         return (
-            f"{self.rows:,} rows in {self.batches:,} batches{cut}; {programs}; efficiency {self.efficiency:.1%}; "
-            f"rank correlation {self.rank_correlation:+.3f}"
+            f"{self.rows:,} rows in {self.batches:,} batches{cut}; {programs}; efficiency {self.efficiency:.1%}"
+            f"{f' ({each})' if each else ''}; rank correlation {self.rank_correlation:+.3f}"
         )
 
     def _repr_html_(self) -> str:
         """A table of the counts and a bar of the efficiency, for notebooks."""
-        counts = {name: value for name, value in dataclasses.asdict(self).items() if name != "rank_correlation"}
-        texts = {name: f"{count:,}" for name, count in counts.items()}
+        counts = [field.name for field in dataclasses.fields(self) if field.name not in ("rank_correlation", "axes")]
+        texts = {name: f"{getattr(self, name):,}" for name in counts}
         texts |= {"efficiency": f"{self.efficiency:.1%}", "rank correlation": f"{self.rank_correlation:+.3f}"}
+        texts |= {f"efficiency, {name}": f"{axis.efficiency:.1%}" for name, axis in self.axes.items()}
         return html_counts(texts, self.tokens, self.cells)
 
 
 class Tally:
-    """Counts batches as they come."""
+    """Counts batches as they come.
 
-    def __init__(self) -> None:
-        self._plans: list[BucketPlan] = []
-        self._lengths: list[Sequence[int]] = []
+    Args:
+      names: of the time axes; none if there is one without a name.
+    """
 
-    def add(self, plan: BucketPlan, lengths: Sequence[int]) -> None:
-        """Counts a batch of sequences of these lengths."""
-        self._plans.append(plan)
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._plans: list[tuple[BucketPlan, ...]] = []
+        self._lengths: list[Sequence[Length]] = []
+
+    def add(self, plans: tuple[BucketPlan, ...], lengths: Sequence[Length]) -> None:
+        """Counts a batch of sequences of these lengths, under a plan for each time axis."""
+        self._plans.append(plans)
         self._lengths.append(lengths)
 
     def statistics(self, too_long: str, cut: int) -> Statistics:
         """What was counted; `cut` examples were too long, and that was done about them."""
+        num_axes = max(1, len(self._names))
         counts = [len(lengths) for lengths in self._lengths]
-        lengths = np.concatenate([np.asarray(lengths, int) for lengths in self._lengths] or [np.zeros(0, int)])
-        sizes = {plan: plan.size for plan in set(self._plans)}
+        lengths = np.array(list(itertools.chain.from_iterable(self._lengths)), int).reshape(-1, num_axes)
+        sizes = {plans: np.array([plan.size for plan in plans]) for plans in set(self._plans)}
+        tokens = lengths.sum(axis=0).tolist()
+        cells = sum((sizes[plans] for plans in self._plans), np.zeros(num_axes, int)).tolist()
+        axes = zip(self._names, map(AxisStatistics, tokens, cells), strict=False)
         return Statistics(
             batches=len(self._plans),
             programs=len(sizes),
             rows=len(lengths),
-            tokens=int(lengths.sum()),
-            cells=sum(sizes[plan] for plan in self._plans),
+            tokens=sum(tokens),
+            cells=sum(cells),
             truncated=cut if too_long == "truncate" else 0,
             dropped=cut if too_long == "drop" else 0,
             split=cut if too_long == "split" else 0,
-            rank_correlation=_rank_correlation(lengths, np.repeat(np.arange(len(counts)), counts)),
+            rank_correlation=rank_correlation(lengths.sum(axis=1), np.repeat(np.arange(len(counts)), counts)),
+            axes=dict(axes) if num_axes > 1 else {},
         )
 
 
-def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation, ties given the mean of their ranks; 0 where all are tied."""
-    if len(x) < 2:
-        return 0.0
-    x, y = _ranks(x), _ranks(y)
-    spread = x.std() * y.std()
-    return float(np.mean((x - x.mean()) * (y - y.mean())) / spread) if spread else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+def _share(tokens: int, cells: int) -> float:
+    return tokens / cells if cells else 0.0

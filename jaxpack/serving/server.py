@@ -140,8 +140,8 @@ class Server:
 
     def run(self, plan: BucketPlan, requests: Sequence[Request]) -> list[PyTree]:
         """The results of requests that fit a plan together, in order."""
-        packed = pack_on_host([request.arrays for request in requests], plan)
         with jax.enable_x64(self._x64):
+            packed = pack_on_host([request.arrays for request in requests], plan)
             output = jax.device_get(self._compiled[plan](self._weights, packed))
         return results_of(output, len(requests))
 
