@@ -85,6 +85,7 @@ class Server:
         """Compiles every program, and runs it once on an empty batch."""
         self._programs, self._weights, self._schema, self._cost_model = programs, weights, schema, cost_model
         self._x64 = jax.config.read("jax_enable_x64")  # of this thread; the server's own in every other
+        self._process = os.getpid()
         self._router = Router.of(tuple(programs), cost_model)
         lowered = {plan: jax.jit(program).lower(weights, schema.packed(plan)) for plan, program in programs.items()}
         check_forms({plan: form_of(one.out_info, plan) for plan, one in lowered.items()})
@@ -114,6 +115,7 @@ class Server:
           ValueError: naming the first sequence that is longer than every plan, or whose structure or features are not
             the example's.
           TypeError: naming the first whose dtype cannot be cast to the example's; if sequences is no list.
+          RuntimeError: in a forked child of the process that made the server, where JAX would hang.
         """
         if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
             raise TypeError(f"a server takes a list of sequences, got {type(sequences).__name__}.")
@@ -125,7 +127,8 @@ class Server:
         return results
 
     def check(self, sequence: PyTree, name: str = "sequence") -> Request:
-        """The door of every sequence: what `run` takes. Raises as a call does, with the name in front."""
+        """The entrance of every sequence: what `run` takes. Raises as a call does, with the name in front."""
+        self._check_process()
         request = self._schema.read(sequence, name)
         if request.length > self.max_length:
             raise ValueError(
@@ -159,8 +162,10 @@ class Server:
         Raises:
           ModuleNotFoundError: if flatbuffers is not installed (extra `serving`).
           TypeError: if a parameter is a PRNG key.
+          RuntimeError: in a forked child, as a call.
         """
         check_flatbuffers()
+        self._check_process()
         weights = [_saveable(leaf) for leaf in self._weights]
         with jax.enable_x64(self._x64):
             programs = [
@@ -195,6 +200,14 @@ class Server:
                 cost_model or CostModel(**saved.settings["cost_model"]),
             )
         return server
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "the server was made in another process, of which this is a fork, and JAX's threads do not live on in "
+                "a fork. Make or load a server in this process, which must be started before JAX computes, or by "
+                "multiprocessing.get_context('spawn')."
+            )
 
     def __repr__(self) -> str:
         return f"Server({len(self.plans)} plans, max_length={self.max_length}, batch_size={self.batch_size})"
