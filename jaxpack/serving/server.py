@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from jaxpack.cost import CostModel
 from jaxpack.data.packing import pack_on_host
+from jaxpack.dtypes import canonical
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PackedSequence, PyTree, unchecked
 from jaxpack.serving.files import Saved, check_flatbuffers, read_server, write_server
@@ -31,6 +32,9 @@ class Server:
     Each call lays its sequences out on the host, runs them under the cheapest plan that they fit together, in several
     batches if they fit none, and takes the results apart on the host again: nothing is left to compile. A server may be
     called from several threads; for many small calls see `jaxpack.serving.Queue`.
+
+    The example fixes the dtypes: whatever values they hold are taken, in any dtype, and others are an error. float64 is
+    rounded to float32, as JAX does by default; Python's floats to any float.
 
     Examples:
       >>> plans = [jaxpack.plan_padded(2, 3)]
@@ -52,8 +56,8 @@ class Server:
       cost_model: says which plan is cheapest, by its run_time. Default: CostModel().
 
     Raises:
-      ValueError: if there is no plan, example is no sequence, or the function's results are not per sequence or have
-        a form that depends on the plan.
+      ValueError: if there is no plan, example is no sequence, params hold an integer that JAX does not, or the
+        function's results are not per sequence or have a form that depends on the plan.
       TypeError: if plans holds something else, or example no arrays.
     """
 
@@ -66,7 +70,7 @@ class Server:
         *,
         cost_model: CostModel | None = None,
     ) -> None:
-        weights, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        weights, structure = jax.tree.flatten(jax.tree_util.tree_map_with_path(_weight, params))
 
         @unchecked
         def program(weights: list[jax.Array], packed: PackedSequence) -> PyTree:
@@ -112,9 +116,10 @@ class Server:
         """The result of each sequence, in order, as NumPy arrays: [...] for an array [B, ...], [L, ...] where packed.
 
         Raises:
-          ValueError: naming the first sequence that is longer than every plan, or whose structure or features are not
-            the example's.
-          TypeError: naming the first whose dtype cannot be cast to the example's; if sequences is no list.
+          ValueError: naming the first sequence that is longer than every plan, whose structure or features are not the
+            example's, or with a value that the example's dtype does not hold.
+          TypeError: naming the first that holds no numbers, or numbers of another kind (floats for integers); if
+            sequences is no list.
           RuntimeError: in a forked child of the process that made the server, where JAX would hang.
         """
         if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
@@ -223,6 +228,12 @@ def _checked_plans(plans: Iterable[BucketPlan]) -> tuple[BucketPlan, ...]:
         if not isinstance(plan, BucketPlan):
             raise TypeError(f"plans must hold BucketPlans, got {type(plan).__name__} as plans[{i}].")
     return plans
+
+
+def _weight(path: Any, leaf: Any) -> jax.Array:
+    if isinstance(leaf, (np.ndarray, np.generic)) and np.issubdtype(leaf.dtype, np.integer):
+        leaf = canonical(np.asarray(leaf), f"params{jax.tree_util.keystr(path)}")
+    return jnp.asarray(leaf)
 
 
 def _saveable(leaf: jax.Array) -> np.ndarray:
