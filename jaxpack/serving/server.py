@@ -18,7 +18,7 @@ from jaxpack.data.packing import pack_on_host
 from jaxpack.dtypes import canonical
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PackedSequence, PyTree, unchecked
-from jaxpack.serving.files import Saved, check_flatbuffers, read_server, write_server
+from jaxpack.serving.files import Saved, check_flatbuffers, read_server, undamaged, write_server
 from jaxpack.serving.results import check_forms, form_of, results_of
 from jaxpack.serving.routing import Route, Router
 from jaxpack.serving.schema import Request, Schema
@@ -190,19 +190,29 @@ class Server:
 
         Raises:
           ModuleNotFoundError: if flatbuffers is not installed (extra `serving`).
-          FileNotFoundError: if the folder holds no server.
-          ValueError: if it is damaged, or was saved for other platforms or by an incompatible version.
+          FileNotFoundError: if there is no folder, or no server in it; it is a ValueError too.
+          ValueError: naming the file that is damaged or missing; if the server was saved for other platforms or by an
+            incompatible version.
         """
         saved = read_server(directory)
-        shapes = [jax.tree.unflatten(program.in_tree, program.in_avals) for program in saved.programs]
-        batches: list[PackedSequence] = [arguments[1] for arguments, _ in shapes]
+        batches = []
+        for i, program in enumerate(saved.programs):
+            with undamaged(directory, i):
+                batches.append(_batch_of(program, saved.weights))
+                if Schema.of(batches[i].data) != Schema.of(batches[0].data):
+                    raise ValueError("it takes other sequences than the first program")
+        with undamaged(directory):
+            x64, costs = (saved.settings[key] for key in ("x64", "cost_model"))
+            saved_model = CostModel(**costs)
+            if not isinstance(x64, bool):
+                raise TypeError(f"x64 is {x64!r}")
         server = cls.__new__(cls)
-        with jax.enable_x64(saved.settings["x64"]):
+        with jax.enable_x64(x64):
             server._start(
                 {batch.plan: program.call for batch, program in zip(batches, saved.programs, strict=True)},
                 jax.device_put(list(saved.weights)),
                 Schema.of(batches[0].data),
-                cost_model or CostModel(**saved.settings["cost_model"]),
+                cost_model or saved_model,
             )
         return server
 
@@ -240,3 +250,14 @@ def _saveable(leaf: jax.Array) -> np.ndarray:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError(f"params hold a PRNG key of shape {leaf.shape}, which is not saved. Serve without randomness.")
     return np.asarray(leaf)
+
+
+def _batch_of(program: jax.export.Exported, weights: Sequence[np.ndarray]) -> PackedSequence:
+    """The batch that a saved program takes, in shapes and dtypes, after these weights."""
+    (taken, batch), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    if not isinstance(batch, PackedSequence):
+        raise TypeError(f"it takes no packed batch, but a {type(batch).__name__}")
+    found, expected = ([(each.shape, each.dtype) for each in leaves] for leaves in (weights, taken))
+    if found != expected:
+        raise ValueError(f"it takes parameters of other shapes and dtypes than those saved: {expected}, not {found}")
+    return batch
