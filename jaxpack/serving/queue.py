@@ -94,8 +94,8 @@ class Queue:
         self._cancelled = False
         self._tallies = dict.fromkeys(server.plans, Tally())
         self._thread = threading.Thread(target=self._work, name="jaxpack.serving.Queue", daemon=True)
-        self._thread.start()
         atexit.register(self._leave)  # after jax's, so it is called before jax takes its clients down
+        self._thread.start()
 
     def submit(self, sequence: PyTree, *, timeout: float | None = None) -> Future[PyTree]:
         """Puts a sequence into the queue. Its arrays are copied: they may be written over at once.
