@@ -188,6 +188,20 @@ def test_a_future_that_its_owner_settles_first_keeps_that_and_disturbs_nobody(se
             assert isinstance(settled.exception(0), KeyError)
 
 
+def test_a_future_is_awaited_under_asyncio_whatever_it_brings(server):
+    async def ask(requests):
+        return await asyncio.wait_for(asyncio.wrap_future(requests.submit([1])), SOON)
+
+    def leave(*_):
+        raise StopIteration
+
+    with Queue(server, max_wait=0) as requests:
+        check([1], asyncio.run(ask(requests)))
+        server.run = leave
+        with pytest.raises(RuntimeError, match=re.escape("ended with StopIteration()")):
+            asyncio.run(ask(requests))
+
+
 def test_a_future_that_its_owner_has_begun_is_answered(server):
     with Queue(server, max_wait=FOREVER) as requests:
         future = requests.submit([1])
@@ -304,7 +318,9 @@ def test_waiters_hear_of_what_a_shutdown_cancels(server):
 @pytest.mark.parametrize("max_wait", [float("inf"), 1e300])
 def test_a_request_may_wait_for_others_for_ever(server, max_wait):
     with Queue(server, max_wait=max_wait) as requests:
-        futures = [requests.submit([i]) for i in range(server.batch_size)]
+        futures = [requests.submit([0])]
+        assert not concurrent.futures.wait(futures, timeout=0.05).done
+        futures += [requests.submit([i]) for i in range(1, server.batch_size)]
         for i, future in enumerate(futures):
             check([i], future.result(SOON))
 
