@@ -1,14 +1,19 @@
 """Servers: results, order, routes, refusals, no compilation after warm-up, and what is saved and loaded."""
 
 import concurrent.futures
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -320,27 +325,143 @@ def test_a_loaded_server_is_the_saved_one(small, tmp_path):
         loaded([np.zeros((5, F))])
 
 
-def test_a_folder_that_holds_no_whole_server_is_refused(small, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no server that Server\.save wrote"):
-        Server.load(tmp_path)
-    small.save(tmp_path)
-    program = tmp_path / "plan-000.jaxexport"
-    program.write_bytes(program.read_bytes()[:-9])
+MANIFEST, WEIGHTS, PROGRAM = "manifest.json", "weights.msgpack", "plan-000.jaxexport"
+
+
+@pytest.fixture(scope="module")
+def folders(small, tmp_path_factory):
+    """Two servers on disk, the second of other sequences and parameters."""
+    folder = tmp_path_factory.mktemp("servers")
+    small.save(folder / "small")
+    weight = np.ones(2, np.float32)
+    other = Server(lambda w, x: w[0] * jaxpack.segment_sum(x), weight, [plan_padded(1, 1)], np.zeros(1))
+    other.save(folder / "other")
+    return folder / "small", folder / "other"
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def listed(path, data=None):
+    """The manifest gives the checksum of what is there now, as if it had been saved so."""
+    if data is not None:
+        path.write_bytes(data)
+    manifest = json.loads((path.parent / MANIFEST).read_text())
+    manifest["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / MANIFEST).write_text(json.dumps(manifest))
+
+
+def edited(**entries):
+    """A manifest with other entries; None: without one."""
+
+    def damage(folder, other):
+        manifest = json.loads((folder / MANIFEST).read_text()) | entries
+        (folder / MANIFEST).write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))
+
+    return damage
+
+
+def manifest_of(data):
+    return lambda folder, other: (folder / MANIFEST).write_bytes(data)
+
+
+SETTINGS = {"x64": False, "cost_model": dataclasses.asdict(COSTS)}
+DAMAGES = {
+    "truncated program": (PROGRAM, lambda folder, other: truncated(folder / PROGRAM)),
+    "empty program": (PROGRAM, lambda folder, other: (folder / PROGRAM).write_bytes(b"")),
+    "missing program": (PROGRAM, lambda folder, other: (folder / PROGRAM).unlink()),
+    "program is a folder": (PROGRAM, lambda folder, other: [(folder / PROGRAM).unlink(), (folder / PROGRAM).mkdir()]),
+    "another's program": (PROGRAM, lambda folder, other: shutil.copy(other / PROGRAM, folder)),
+    "another's program, listed": (PROGRAM, lambda folder, other: listed(Path(shutil.copy(other / PROGRAM, folder)))),
+    "no program, listed": (PROGRAM, lambda folder, other: listed(folder / PROGRAM, b"no program")),
+    "empty program, listed": (PROGRAM, lambda folder, other: listed(folder / PROGRAM, b"")),
+    "no packed batch": (PROGRAM, lambda folder, other: listed(folder / PROGRAM, exported())),
+    "truncated weights": (WEIGHTS, lambda folder, other: truncated(folder / WEIGHTS)),
+    "missing weights": (WEIGHTS, lambda folder, other: (folder / WEIGHTS).unlink()),
+    "no weights, listed": (WEIGHTS, lambda folder, other: listed(folder / WEIGHTS, b"no weights")),
+    "other weights, listed": (PROGRAM, lambda folder, other: listed(Path(shutil.copy(other / WEIGHTS, folder)))),
+    "another's manifest": (PROGRAM, lambda folder, other: shutil.copy(other / MANIFEST, folder)),
+    "truncated manifest": (MANIFEST, lambda folder, other: truncated(folder / MANIFEST)),
+    **{
+        f"manifest {data}": (MANIFEST, manifest_of(data))
+        for data in (b"", b"\xff\xfe", b"[]", b"null", b"{}", b"server")
+    },
+    **{f"no {key}": (MANIFEST, edited(**{key: None})) for key in ("format", "jax", "settings", "sha256")},
+    "further key": (MANIFEST, edited(more=1)),
+    "no files": (MANIFEST, edited(sha256={})),
+    "a list of files": (MANIFEST, edited(sha256=[PROGRAM, WEIGHTS])),
+    "only weights": (MANIFEST, edited(sha256={WEIGHTS: ""})),
+    "other files": (MANIFEST, edited(sha256={WEIGHTS: "", "../" + PROGRAM: ""})),
+    "other checksums": (PROGRAM, edited(sha256={WEIGHTS: 1, PROGRAM: None})),
+    "settings of no kind": (MANIFEST, edited(settings=[])),
+    "no x64": (MANIFEST, edited(settings={"cost_model": SETTINGS["cost_model"]})),
+    "x64 of no kind": (MANIFEST, edited(settings=SETTINGS | {"x64": "no"})),
+    "other costs": (MANIFEST, edited(settings=SETTINGS | {"cost_model": {"price": 1}})),
+    "costs of no kind": (MANIFEST, edited(settings=SETTINGS | {"cost_model": {"cell": "dear"}})),
+    "costs out of range": (MANIFEST, edited(settings=SETTINGS | {"cost_model": {"cell": -1}})),
+}
+
+
+def exported():
+    return bytes(jax.export.export(jax.jit(lambda x, y: x))(1, 2).serialize())
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_folder_is_refused_by_the_name_of_the_file(folders, tmp_path, case):
+    name, damage = DAMAGES[case]
+    folder = shutil.copytree(folders[0], tmp_path / "server")
+    damage(folder, folders[1])
+    with pytest.raises(ValueError, match=re.escape(str(folder / name))):
+        Server.load(folder)
+
+
+def test_a_program_that_is_not_what_was_saved_and_another_format_are_told_apart(folders, tmp_path):
+    folder = shutil.copytree(folders[0], tmp_path / "server")
+    truncated(folder / PROGRAM)
     with pytest.raises(ValueError, match=r"plan-000\.jaxexport is not what manifest\.json says was written"):
-        Server.load(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 7}))
-    with pytest.raises(ValueError, match="has format 7, but this jaxpack reads 1"):
-        Server.load(tmp_path)
+        Server.load(folder)
+    edited(format=7)(folder, None)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))} has format 7, but this jaxpack reads 1"):
+        Server.load(folder)
 
 
-def test_a_save_that_fails_leaves_no_server(small, tmp_path, monkeypatch):
-    small.save(tmp_path)
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+@pytest.mark.parametrize("case", ["no folder", "empty folder", "a file"])
+def test_where_there_is_no_server_the_error_names_the_folder(folders, tmp_path, case):
+    folder = tmp_path / "server"
+    if case == "empty folder":
+        folder.mkdir()
+    elif case == "a file":
+        shutil.copy(folders[0] / MANIFEST, folder)
+    for kind in (FileNotFoundError, ValueError):
+        with pytest.raises(kind, match=f"{re.escape(str(folder))} .* no server that Server\\.save wrote"):
+            Server.load(folder)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["", "in the middle of a file"])
+@pytest.mark.parametrize("after", range(4))
+def test_a_save_that_fails_leaves_no_server(small, folders, tmp_path, monkeypatch, after, half):
+    folder = shutil.copytree(folders[1], tmp_path / "server")
+    left = [after]
+
+    def failing(write):
+        def fail(path, *arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                if half and hasattr(arguments[0], "__len__"):
+                    write(path, arguments[0][: len(arguments[0]) // 2], **options)
+                raise OSError("disk full")
+            return write(path, *arguments, **options)
+
+        return fail
+
+    for name in ("write_bytes", "write_text", "replace"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
     with pytest.raises(OSError, match="disk full"):
-        small.save(tmp_path)
+        small.save(folder)
+    monkeypatch.undo()
     with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
-        Server.load(tmp_path)
+        Server.load(folder)
 
 
 def test_a_prng_key_is_not_saved(tmp_path):

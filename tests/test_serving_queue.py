@@ -1,8 +1,13 @@
 """The queue: each future its own answer or error, waiting, limits, shutdown; and what the load test finds."""
 
+import asyncio
 import concurrent.futures
+import os
 import queue
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -17,6 +22,8 @@ from jaxpack.serving import LoadReport, Queue, Server, Tally, load_test
 
 WIDE, LONG = plan_padded(4, 3), plan_padded(1, 9)
 FOREVER = 3600  # seconds that no test waits for
+SOON = 20  # seconds in which whatever comes, comes, on a busy machine too
+EXITS = [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,284 @@ def test_an_exception_in_routing_fails_the_batch(server, monkeypatch):
         assert isinstance(requests.submit([1]).exception(), MemoryError)
         monkeypatch.undo()
         check([1], requests.submit([1]).result())
+
+
+@pytest.mark.parametrize("error", [*EXITS, StopIteration()], ids=repr)
+@pytest.mark.parametrize("where", ["run", "route"])
+def test_an_exit_in_the_model_fails_its_batch_by_name_and_no_other(server, monkeypatch, where, error):
+    def leave(*_):
+        raise error
+
+    with Queue(server, max_wait=0) as requests:
+        with monkeypatch.context() as patch:
+            patch.setattr(server, where, leave)
+            found = requests.submit([1]).exception(SOON)
+        assert isinstance(found, RuntimeError)
+        assert str(found) == f"the batch of this request ended with {error!r}."
+        check([1], requests.submit([1]).result(SOON))
+
+
+@pytest.mark.parametrize("error", [*EXITS, ValueError()], ids=repr)
+def test_a_callback_that_exits_holds_up_neither_the_other_callbacks_nor_the_queue(server, error):
+    def leave(future):
+        raise error
+
+    called = queue.SimpleQueue()
+    with Queue(server, max_wait=FOREVER) as requests:
+        futures = [requests.submit([i]) for i in range(3)]
+        for future in futures:
+            future.add_done_callback(leave)
+            future.add_done_callback(called.put)
+        futures.append(requests.submit([3]))
+        assert {called.get(timeout=SOON) for _ in range(3)} == set(futures[:3])
+        futures += [requests.submit([i]) for i in range(4, 8)]
+        for i, future in enumerate(futures):
+            check([i], future.result(SOON))
+
+
+def test_an_exit_in_a_callback_that_the_caller_runs_is_the_callers(server):
+    def leave(future):
+        raise SystemExit
+
+    with Queue(server, max_wait=FOREVER) as requests:
+        dropped = requests.submit([1])
+        dropped.add_done_callback(leave)
+        with pytest.raises(SystemExit):
+            dropped.cancel()
+
+
+OWNERS = {
+    "result": lambda future: future.set_result("mine"),
+    "exception": lambda future: future.set_exception(KeyError("mine")),
+    "cancelled": lambda future: future.cancel(),
+    "cancelled and told": lambda future: future.cancel() and future.set_running_or_notify_cancel(),
+}
+
+
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("how", OWNERS)
+def test_a_future_that_its_owner_settles_first_keeps_that_and_disturbs_nobody(server, gate, how, running):
+    with Queue(server, max_wait=0 if running else FOREVER) as requests:
+        futures = [requests.submit([0])]
+        if running:
+            assert gate.entered.wait(SOON)
+        futures += [requests.submit([i]) for i in (1, 2)]
+        settled = futures[0]
+        OWNERS[how](settled)
+        cancelled = settled.cancelled()
+        gate.set()
+        futures.append(requests.submit([3]))
+        for i, future in enumerate(futures[1:], 1):
+            check([i], future.result(SOON))
+        if cancelled:
+            assert concurrent.futures.wait([settled], SOON).done == {settled}
+        elif how == "result":
+            assert settled.result(0) == "mine"
+        elif how == "exception":
+            assert isinstance(settled.exception(0), KeyError)
+
+
+def test_a_future_is_awaited_under_asyncio_whatever_it_brings(server):
+    async def ask(requests):
+        return await asyncio.wait_for(asyncio.wrap_future(requests.submit([1])), SOON)
+
+    def leave(*_):
+        raise StopIteration
+
+    with Queue(server, max_wait=0) as requests:
+        check([1], asyncio.run(ask(requests)))
+        server.run = leave
+        with pytest.raises(RuntimeError, match=re.escape("ended with StopIteration()")):
+            asyncio.run(ask(requests))
+
+
+def test_a_future_that_its_owner_has_begun_is_answered(server):
+    with Queue(server, max_wait=FOREVER) as requests:
+        future = requests.submit([1])
+        assert future.set_running_or_notify_cancel()
+        requests.shutdown()
+        check([1], future.result(0))
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["", "a submit waits"])
+def test_when_the_thread_dies_all_that_wait_and_come_get_an_error_that_names_it(server, monkeypatch, gate, blocked):
+    requests = Queue(server, max_wait=0, max_size=2)
+    futures = [requests.submit([0])]
+    assert gate.entered.wait(SOON)
+    futures += [requests.submit([i]) for i in (1, 2)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        late = pool.submit(requests.submit, [3]) if blocked else None
+        monkeypatch.setattr(requests, "_answer", lambda batch: sys.exit("gone"))  # where nothing is expected to fail
+        gate.set()
+        check([0], futures[0].result(SOON))
+        found = [future.exception(SOON) for future in futures[1:]]
+        assert [type(error) for error in found] == [RuntimeError] * 2
+        assert str(found[0]).startswith("the queue's thread has ended with SystemExit('gone'), before this request")
+        if late is not None:
+            with pytest.raises(RuntimeError, match=re.escape("has ended with SystemExit('gone')")):
+                late.result(SOON).result(SOON)
+    with pytest.raises(RuntimeError, match=re.escape("has ended with SystemExit('gone'): it takes no more requests")):
+        requests.submit([1])
+    requests.shutdown()
+    requests.shutdown(wait=False, cancel_futures=True)
+
+
+WAITS = {
+    "result": lambda requests: requests.submit([1]).result(),
+    "exception": lambda requests: requests.submit([1]).exception(),
+    "a full queue": lambda requests: [requests.submit([i]) for i in range(3)],
+    "shutdown": lambda requests: requests.shutdown(),
+    "the context's end": lambda requests: requests.__exit__(None, None, None),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_callback_that_would_wait_for_its_own_queue_is_told(server, wait):
+    told, submitted = queue.SimpleQueue(), []
+    requests = Queue(server, max_wait=0.05, max_size=2)
+
+    def callback(future):
+        try:
+            WAITS[wait](requests)
+        except BaseException as error:
+            told.put(error)
+
+    submit = requests.submit
+    requests.submit = lambda *arguments: submitted.append(submit(*arguments)) or submitted[-1]
+    requests.submit([5]).add_done_callback(callback)
+    error = told.get(timeout=SOON)
+    if wait == "a full queue":
+        assert isinstance(error, queue.Full)
+    else:
+        assert isinstance(error, RuntimeError)
+        assert str(error).startswith("a callback ")
+    requests.shutdown()
+    assert all(future.exception(0) is None for future in submitted)
+    with pytest.raises(RuntimeError, match="has been shut down"):
+        submit([1])
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_whichever_thread_shuts_down_nothing_is_unsettled_when_it_has_waited(server, cancel):
+    unsettled, settled = queue.SimpleQueue(), queue.SimpleQueue()
+    requests = Queue(server, max_wait=0.001, max_size=8)
+    futures, start = [], threading.Barrier(6)
+
+    def client():
+        start.wait(SOON)
+        try:
+            for i in range(1000):
+                future = requests.submit([i])
+                future.add_done_callback(settled.put)
+                futures.append(future)
+        except RuntimeError:
+            pass
+
+    def owner():
+        start.wait(SOON)
+        time.sleep(0.02)
+        requests.shutdown(cancel_futures=cancel)
+        for future in list(futures):
+            if not future.done():
+                unsettled.put(future)
+
+    threads = [threading.Thread(target=target, daemon=True) for target in [client] * 3 + [owner] * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
+    assert unsettled.empty()
+    assert concurrent.futures.wait(futures, SOON).not_done == set()
+    assert settled.qsize() == len(futures)
+    if not cancel:
+        assert all(future.exception(0) is None for future in futures)
+
+
+def test_waiters_hear_of_what_a_shutdown_cancels(server):
+    requests = Queue(server, max_wait=FOREVER)
+    futures = [requests.submit([i]) for i in range(3)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        heard = pool.submit(concurrent.futures.wait, futures, SOON)
+        requests.shutdown(wait=False, cancel_futures=True)
+        assert all(future.cancelled() for future in futures)
+        assert not heard.result(2 * SOON).not_done
+
+
+@pytest.mark.parametrize("max_wait", [float("inf"), 1e300])
+def test_a_request_may_wait_for_others_for_ever(server, max_wait):
+    with Queue(server, max_wait=max_wait) as requests:
+        futures = [requests.submit([0])]
+        assert not concurrent.futures.wait(futures, timeout=0.05).done
+        futures += [requests.submit([i]) for i in range(1, server.batch_size)]
+        for i, future in enumerate(futures):
+            check([i], future.result(SOON))
+
+
+IN_A_FORK = {
+    "submit": (lambda requests, future, server: requests.submit([1]), "the server was made in another process"),
+    "a queue made there": (lambda requests, future, server: Queue(server).submit([1]), "the server was made in anoth"),
+    "a call": (lambda requests, future, server: server([[1]]), "the server was made in another process"),
+    "save": (lambda requests, future, server: server.save("/dev/null/no"), "the server was made in another process"),
+    "result": (lambda requests, future, server: future.result(), "the answer comes in the process that made the que"),
+    "exception": (lambda requests, future, server: future.exception(), "the answer comes in the process that made t"),
+    "shutdown": (lambda requests, future, server: requests.shutdown(), ""),
+    "shutdown, cancelled": (lambda requests, future, server: requests.shutdown(cancel_futures=True), ""),
+    "tallies": (lambda requests, future, server: requests.tallies, ""),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # Python's, JAX's: forks may hang
+@pytest.mark.parametrize("use", IN_A_FORK)
+def test_a_forked_child_gets_an_error_and_waits_for_nobody(server, use):
+    function, message = IN_A_FORK[use]
+    with Queue(server, max_wait=FOREVER) as requests:
+        future = requests.submit([2])
+        with requests._changed:  # as if another thread had held it
+            process = os.fork()
+            if not process:
+                signal.alarm(SOON)
+                found = ""
+                try:
+                    function(requests, future, server)
+                except RuntimeError as error:
+                    found = str(error)
+                finally:
+                    os._exit(not (found.startswith(message) if message else found == ""))
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        requests.shutdown()
+        check([2], future.result(0))
+
+
+EXIT = """
+import concurrent.futures, sys, threading, time
+import numpy as np
+import jaxpack
+from jaxpack.serving import Queue, Server
+
+server = Server(lambda _, packed: jaxpack.segment_sum(packed), None, [jaxpack.plan_padded(2, 3)], np.zeros(1, int))
+if "a batch runs" in sys.argv:
+    entered = threading.Event()
+    server.run = lambda *_: entered.set() or time.sleep(3600)
+requests = Queue(server, max_wait=0 if "a batch runs" in sys.argv else 3600)
+future = requests.submit([1])
+if "a batch runs" in sys.argv:
+    entered.wait()
+    waiting = requests.submit([2])
+else:
+    future.add_done_callback(lambda future: print("cancelled", future.cancelled()))
+    threading.Thread(target=concurrent.futures.wait, args=[[future]], daemon=True).start()
+print("end of main", flush=True)
+"""
+
+
+@pytest.mark.parametrize("case", ["requests wait", "a batch runs"])
+def test_the_interpreter_exits_while_requests_are_pending(case):
+    command = [sys.executable, "-c", EXIT, case]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout == "end of main\n" + ("cancelled True\n" if case == "requests wait" else "")
 
 
 def test_requests_wait_for_others_until_the_largest_batch_is_full(server):
@@ -246,6 +531,10 @@ def refused(_):
     raise queue.Full
 
 
+def ended(_):
+    raise SystemExit
+
+
 def compiling(request):
     jax.jit(lambda x: x + request)(0.0)
     return answered(request)
@@ -258,6 +547,7 @@ FAULTS = {
     "lost": failed,
     "lost, cancelled": cancelled,
     "lost, refused": refused,
+    "lost, the client ended": ended,
     "lost, no answer": lambda request: Future(),
     "compiled": compiling,
 }

@@ -10,11 +10,12 @@ is left to the functions that need it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,13 +36,17 @@ class Saved(NamedTuple):
     settings: Mapping[str, Any]
 
 
+class NoServerError(FileNotFoundError, ValueError):
+    """There is no server in a folder, or no folder."""
+
+
 def write_server(directory: str | os.PathLike[str], saved: Saved) -> None:
     """Writes a server. The manifest goes last and an old one first, so that half of a server is never taken for one."""
     check_flatbuffers()
     from flax import serialization
 
     folder = pathlib.Path(directory)
-    files = {f"plan-{i:03}.jaxexport": bytes(program.serialize()) for i, program in enumerate(saved.programs)}
+    files = {_program(i): bytes(program.serialize()) for i, program in enumerate(saved.programs)}
     files[_WEIGHTS] = serialization.msgpack_serialize({str(i): leaf for i, leaf in enumerate(saved.weights)})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MANIFEST).unlink(missing_ok=True)
@@ -49,25 +54,42 @@ def write_server(directory: str | os.PathLike[str], saved: Saved) -> None:
         (folder / name).write_bytes(data)
     checksums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     manifest = {"format": _FORMAT, "jax": jax.__version__, "settings": saved.settings, "sha256": checksums}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    unfinished = folder / f"{_MANIFEST}.unfinished"
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / _MANIFEST)
 
 
 def read_server(directory: str | os.PathLike[str]) -> Saved:
-    """Reads what `write_server` wrote."""
+    """Reads what `write_server` wrote.
+
+    Raises:
+      NoServerError: if there is no manifest.
+      ValueError: naming the file that is damaged.
+    """
     check_flatbuffers()
     from flax import serialization
 
     folder = pathlib.Path(directory)
+    settings, checksums = _manifest(folder)
+    data = {name: _checked(folder / name, checksum) for name, checksum in checksums.items()}
+    with undamaged(folder, _WEIGHTS):
+        restored = serialization.msgpack_restore(data.pop(_WEIGHTS))
+        weights = [restored[str(i)] for i in range(len(restored))]
+    programs = []
+    for name in data:
+        with undamaged(folder, name):
+            programs.append(jax.export.deserialize(bytearray(data[name])))
+    return Saved(programs, weights, settings)
+
+
+@contextlib.contextmanager
+def undamaged(directory: str | os.PathLike[str], name: str | int = _MANIFEST) -> Iterator[None]:
+    """Makes any exception a ValueError that names the folder and its file: a name, or a program's number."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} has no {_MANIFEST}, so it is no server that Server.save wrote.") from error
-    if manifest["format"] != _FORMAT:
-        raise ValueError(f"{folder} has format {manifest['format']}, but this jaxpack reads {_FORMAT}. Save it anew.")
-    files = {name: _checked(folder / name, checksum) for name, checksum in manifest["sha256"].items()}
-    weights = serialization.msgpack_restore(files.pop(_WEIGHTS))
-    programs = [jax.export.deserialize(bytearray(data)) for data in files.values()]
-    return Saved(programs, [weights[str(i)] for i in range(len(weights))], manifest["settings"])
+        yield
+    except Exception as error:
+        path = pathlib.Path(directory) / (name if isinstance(name, str) else _program(name))
+        raise ValueError(f"{path} is damaged, or of another server ({error!r}). Save the server anew.") from error
 
 
 def check_flatbuffers() -> None:
@@ -75,9 +97,38 @@ def check_flatbuffers() -> None:
     import_extra("flatbuffers", "serving", "servers on disk")
 
 
+def _program(i: int) -> str:
+    return f"plan-{i:03}.jaxexport"
+
+
+def _manifest(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings, and the checksums of the files."""
+    try:
+        text = (folder / _MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        missing = f"has no {_MANIFEST}" if folder.is_dir() else "is no folder"
+        raise NoServerError(f"{folder} {missing}, so it is no server that Server.save wrote.") from error
+    with undamaged(folder):
+        manifest = json.loads(text)
+        found = manifest["format"]
+    if found != _FORMAT:
+        raise ValueError(f"{folder} has format {found}, but this jaxpack reads {_FORMAT}. Save it anew.")
+    with undamaged(folder):
+        settings, checksums = manifest["settings"], manifest["sha256"]
+        names = [*map(_program, range(len(checksums) - 1)), _WEIGHTS]
+        if manifest.keys() != {"format", "jax", "settings", "sha256"} or sorted(checksums) != sorted(names):
+            raise ValueError(f"it has the keys {sorted(manifest)}, and lists the files {sorted(checksums)}")
+        if len(names) < 2:
+            raise ValueError("it lists no program")
+        return settings, {name: checksums[name] for name in names}
+
+
 def _checked(path: pathlib.Path, checksum: str) -> bytes:
     """A file's content, unless it is not what was written."""
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is missing, though {_MANIFEST} lists it. Save the server anew.") from error
     if hashlib.sha256(data).hexdigest() != checksum:
         raise ValueError(f"{path} is not what {_MANIFEST} says was written: damaged, or of another save. Save it anew.")
     return data

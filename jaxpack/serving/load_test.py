@@ -132,7 +132,7 @@ def load_test(
 
     with counted_compilations() as compiled:
         start = time.perf_counter()
-        clients = [threading.Thread(target=client, args=(number,)) for number in range(threads)]
+        clients = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(threads)]
         for thread in clients:
             thread.start()
         for thread in clients:
@@ -178,7 +178,7 @@ def _burst(submit: Submit, requests: Sequence[PyTree], indices: Sequence[int], t
         def arrive(future: Future[PyTree], index: int = index, start: float = start) -> None:
             done.put((index, time.perf_counter() - start, future))
 
-        with contextlib.suppress(Exception):  # one that is not taken is lost
+        with contextlib.suppress(BaseException):  # one that is not taken is lost, whatever ended the call
             submit(requests[index]).add_done_callback(arrive)
             taken += 1
     deadline = time.monotonic() + timeout

@@ -1,4 +1,4 @@
-"""Schema: what the requests of a server have in common, and the door that each of them passes."""
+"""Schema: what the requests of a server have in common, and the entrance that each of them passes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
+from jaxpack.dtypes import cast
 from jaxpack.inputs import without_torch
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PackedSequence, PyTree
@@ -18,7 +19,7 @@ _ARRAY = jax.tree.structure(0)
 
 
 class Request(NamedTuple):
-    """A sequence that passed the door: NumPy arrays [L, *F] of the schema's structure and dtypes, and its length L."""
+    """A sequence that was checked: NumPy arrays [L, *F] of the schema's structure and dtypes, and its length L."""
 
     arrays: PyTree
     length: int
@@ -70,8 +71,9 @@ class Schema:
         """A request from what a user passed; `name` is what errors call it.
 
         Raises:
-          ValueError: if its structure, features or time axes are others than the example's.
-          TypeError: if a dtype cannot be cast to the example's without changing its kind.
+          ValueError: if its structure, features or time axes are others than the example's, or the example's dtype
+            does not hold one of its values.
+          TypeError: if it holds no numbers, or numbers of a kind that the example's dtype does not hold.
         """
         leaves = [self._array(leaf, k, name) for k, leaf in enumerate(self._leaves(sequence, name))]
         steps = [len(leaf) for leaf in leaves]
@@ -108,11 +110,43 @@ class Schema:
             array = np.asarray(without_torch(leaf))
         except ValueError as error:
             raise ValueError(f"{name} is a nested list whose rows have different lengths: {error}") from error
+        if array.shape == (0,) and not hasattr(leaf, "dtype"):  # an empty list is one of whatever is expected
+            return np.zeros((0, *self.features[k]), dtype)
         if not array.ndim or array.shape[1:] != self.features[k]:
             wanted = ", ".join(map(str, ("L", *self.features[k])))
             raise ValueError(f"{name} must have shape [{wanted}] for its L steps, got {list(array.shape)}.")
-        if not np.can_cast(array.dtype, dtype, "same_kind"):
-            raise TypeError(
-                f"{name} has dtype {array.dtype}, which is not cast to the example's {dtype}: cast it first."
-            )
+        return _held(array, dtype, name, rounds=not hasattr(leaf, "dtype"))  # Python's numbers have no dtype
+
+
+def _held(array: np.ndarray, dtype: np.dtype, name: str, rounds: bool) -> np.ndarray:
+    """The array in the dtype that the programs were compiled for, which must hold its values.
+
+    float64 is rounded to float32, as JAX does by default, and to any float if it `rounds`. Other floats are not: they
+    would be other values.
+    """
+    if array.dtype == dtype or not array.size:
         return array.astype(dtype, copy=False)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_)):
+        raise TypeError(f"{name} must hold numbers, got dtype {array.dtype}, where the server's example has {dtype}.")
+    if not any(all(jnp.issubdtype(each, kind) for each in (array.dtype, dtype)) for kind in _KINDS):
+        return cast(array, dtype, name)
+    with np.errstate(over="ignore"):
+        held = array.astype(dtype)
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        wrong = (array < int(limits.min)) | (array > int(limits.max))
+    elif rounds or _ROUNDED.get(array.dtype) == dtype:
+        wrong = np.isfinite(array) & ~np.isfinite(held)
+    else:
+        wrong = (held.astype(array.dtype) != array) & ~np.isnan(array)
+    if wrong.any():
+        place = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{name} has dtype {array.dtype} and holds {array[place]} at {list(place)}, which {dtype} cannot hold, the "
+            f"dtype of the server's example. Send other values, or make the server with an example of a wider dtype."
+        )
+    return held
+
+
+_KINDS = (jnp.integer, jnp.floating, jnp.complexfloating)
+_ROUNDED = {np.dtype(np.float64): np.dtype(np.float32), np.dtype(np.complex128): np.dtype(np.complex64)}

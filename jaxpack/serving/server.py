@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from jaxpack.cost import CostModel
 from jaxpack.data.packing import pack_on_host
+from jaxpack.dtypes import canonical
 from jaxpack.plan import BucketPlan
 from jaxpack.sequence import PackedSequence, PyTree, unchecked
-from jaxpack.serving.files import Saved, check_flatbuffers, read_server, write_server
+from jaxpack.serving.files import Saved, check_flatbuffers, read_server, undamaged, write_server
 from jaxpack.serving.results import check_forms, form_of, results_of
 from jaxpack.serving.routing import Route, Router
 from jaxpack.serving.schema import Request, Schema
@@ -31,6 +32,9 @@ class Server:
     Each call lays its sequences out on the host, runs them under the cheapest plan that they fit together, in several
     batches if they fit none, and takes the results apart on the host again: nothing is left to compile. A server may be
     called from several threads; for many small calls see `jaxpack.serving.Queue`.
+
+    The example fixes the dtypes: whatever values they hold are taken, in any dtype, and others are an error. float64 is
+    rounded to float32, as JAX does by default; Python's floats to any float.
 
     Examples:
       >>> plans = [jaxpack.plan_padded(2, 3)]
@@ -52,8 +56,8 @@ class Server:
       cost_model: says which plan is cheapest, by its run_time. Default: CostModel().
 
     Raises:
-      ValueError: if there is no plan, example is no sequence, or the function's results are not per sequence or have
-        a form that depends on the plan.
+      ValueError: if there is no plan, example is no sequence, params hold an integer that JAX does not, or the
+        function's results are not per sequence or have a form that depends on the plan.
       TypeError: if plans holds something else, or example no arrays.
     """
 
@@ -66,7 +70,7 @@ class Server:
         *,
         cost_model: CostModel | None = None,
     ) -> None:
-        weights, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
+        weights, structure = jax.tree.flatten(jax.tree_util.tree_map_with_path(_weight, params))
 
         @unchecked
         def program(weights: list[jax.Array], packed: PackedSequence) -> PyTree:
@@ -85,6 +89,7 @@ class Server:
         """Compiles every program, and runs it once on an empty batch."""
         self._programs, self._weights, self._schema, self._cost_model = programs, weights, schema, cost_model
         self._x64 = jax.config.read("jax_enable_x64")  # of this thread; the server's own in every other
+        self._process = os.getpid()
         self._router = Router.of(tuple(programs), cost_model)
         lowered = {plan: jax.jit(program).lower(weights, schema.packed(plan)) for plan, program in programs.items()}
         check_forms({plan: form_of(one.out_info, plan) for plan, one in lowered.items()})
@@ -111,9 +116,11 @@ class Server:
         """The result of each sequence, in order, as NumPy arrays: [...] for an array [B, ...], [L, ...] where packed.
 
         Raises:
-          ValueError: naming the first sequence that is longer than every plan, or whose structure or features are not
-            the example's.
-          TypeError: naming the first whose dtype cannot be cast to the example's; if sequences is no list.
+          ValueError: naming the first sequence that is longer than every plan, whose structure or features are not the
+            example's, or with a value that the example's dtype does not hold.
+          TypeError: naming the first that holds no numbers, or numbers of another kind (floats for integers); if
+            sequences is no list.
+          RuntimeError: in a forked child of the process that made the server, where JAX would hang.
         """
         if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
             raise TypeError(f"a server takes a list of sequences, got {type(sequences).__name__}.")
@@ -125,7 +132,8 @@ class Server:
         return results
 
     def check(self, sequence: PyTree, name: str = "sequence") -> Request:
-        """The door of every sequence: what `run` takes. Raises as a call does, with the name in front."""
+        """The entrance of every sequence: what `run` takes. Raises as a call does, with the name in front."""
+        self._check_process()
         request = self._schema.read(sequence, name)
         if request.length > self.max_length:
             raise ValueError(
@@ -159,8 +167,10 @@ class Server:
         Raises:
           ModuleNotFoundError: if flatbuffers is not installed (extra `serving`).
           TypeError: if a parameter is a PRNG key.
+          RuntimeError: in a forked child, as a call.
         """
         check_flatbuffers()
+        self._check_process()
         weights = [_saveable(leaf) for leaf in self._weights]
         with jax.enable_x64(self._x64):
             programs = [
@@ -180,21 +190,39 @@ class Server:
 
         Raises:
           ModuleNotFoundError: if flatbuffers is not installed (extra `serving`).
-          FileNotFoundError: if the folder holds no server.
-          ValueError: if it is damaged, or was saved for other platforms or by an incompatible version.
+          FileNotFoundError: if there is no folder, or no server in it; it is a ValueError too.
+          ValueError: naming the file that is damaged or missing; if the server was saved for other platforms or by an
+            incompatible version.
         """
         saved = read_server(directory)
-        shapes = [jax.tree.unflatten(program.in_tree, program.in_avals) for program in saved.programs]
-        batches: list[PackedSequence] = [arguments[1] for arguments, _ in shapes]
+        batches = []
+        for i, program in enumerate(saved.programs):
+            with undamaged(directory, i):
+                batches.append(_batch_of(program, saved.weights))
+                if Schema.of(batches[i].data) != Schema.of(batches[0].data):
+                    raise ValueError("it takes other sequences than the first program")
+        with undamaged(directory):
+            x64, costs = (saved.settings[key] for key in ("x64", "cost_model"))
+            saved_model = CostModel(**costs)
+            if not isinstance(x64, bool):
+                raise TypeError(f"x64 is {x64!r}")
         server = cls.__new__(cls)
-        with jax.enable_x64(saved.settings["x64"]):
+        with jax.enable_x64(x64):
             server._start(
                 {batch.plan: program.call for batch, program in zip(batches, saved.programs, strict=True)},
                 jax.device_put(list(saved.weights)),
                 Schema.of(batches[0].data),
-                cost_model or CostModel(**saved.settings["cost_model"]),
+                cost_model or saved_model,
             )
         return server
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "the server was made in another process, of which this is a fork, and JAX's threads do not live on in "
+                "a fork. Make or load a server in this process, which must be started before JAX computes, or by "
+                "multiprocessing.get_context('spawn')."
+            )
 
     def __repr__(self) -> str:
         return f"Server({len(self.plans)} plans, max_length={self.max_length}, batch_size={self.batch_size})"
@@ -212,7 +240,24 @@ def _checked_plans(plans: Iterable[BucketPlan]) -> tuple[BucketPlan, ...]:
     return plans
 
 
+def _weight(path: Any, leaf: Any) -> jax.Array:
+    if isinstance(leaf, (np.ndarray, np.generic)) and np.issubdtype(leaf.dtype, np.integer):
+        leaf = canonical(np.asarray(leaf), f"params{jax.tree_util.keystr(path)}")
+    return jnp.asarray(leaf)
+
+
 def _saveable(leaf: jax.Array) -> np.ndarray:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         raise TypeError(f"params hold a PRNG key of shape {leaf.shape}, which is not saved. Serve without randomness.")
     return np.asarray(leaf)
+
+
+def _batch_of(program: jax.export.Exported, weights: Sequence[np.ndarray]) -> PackedSequence:
+    """The batch that a saved program takes, in shapes and dtypes, after these weights."""
+    (taken, batch), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+    if not isinstance(batch, PackedSequence):
+        raise TypeError(f"it takes no packed batch, but a {type(batch).__name__}")
+    found, expected = ([(each.shape, each.dtype) for each in leaves] for leaves in (weights, taken))
+    if found != expected:
+        raise ValueError(f"it takes parameters of other shapes and dtypes than those saved: {expected}, not {found}")
+    return batch
