@@ -18,7 +18,7 @@ import numpy.typing as npt
 from jaxpack.arguments import at_least_one, concrete_lengths
 from jaxpack.best_fit import Distinct, Rows, best_fit, slot_starts
 from jaxpack.cost import CostModel
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import INDEX_MAX, SPLIT, BucketPlan
 
 _WIDER = 32  # plan_rows tries rows wider by 1/32 each time,
 _CLOSE = 0.99  # until no width could save more than 1 %.
@@ -37,7 +37,7 @@ def plan_exact(lengths: npt.ArrayLike) -> BucketPlan:
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if they are empty, negative or not whole.
+      ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index.
     """
     boundaries, rows = _stairs(_at_least_one(lengths))
     return BucketPlan(tuple(boundaries.tolist()), tuple(rows.tolist()))
@@ -90,7 +90,8 @@ def plan_buckets(
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if lengths are empty, negative or not whole, or an option is below its least value.
+      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; or if an
+        option is below its least value.
     """
     if num_buckets is not None:
         at_least_one("num_buckets", num_buckets)
@@ -131,7 +132,8 @@ def plan_rows(
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if lengths are empty, negative or not whole, or num_rows or num_buckets is below 1.
+      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; or if
+        num_rows or num_buckets is below 1.
     """
     if num_rows is not None:
         at_least_one("num_rows", num_rows)
@@ -158,7 +160,7 @@ def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) ->
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if they are empty, negative or not whole.
+      ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index.
     """
     cost_model = cost_model or CostModel()
     plans = [planner(lengths, cost_model=cost_model) for planner in (plan_buckets, plan_rows)]
@@ -170,6 +172,9 @@ def _at_least_one(lengths: npt.ArrayLike) -> np.ndarray:
     array = np.maximum(concrete_lengths(lengths), 1)
     if not array.size:
         raise ValueError("lengths is empty: a plan needs at least one sequence.")
+    total = array.sum(dtype=float)  # of float, which does not overflow
+    if total > INDEX_MAX:
+        raise ValueError(f"lengths has {total:.0f} steps in all, more than int32 can index. {SPLIT}")
     return array
 
 
