@@ -99,10 +99,8 @@ def check_directory(path: pathlib.Path | None) -> pathlib.Path | None:
     """The callback of an option for a folder, which may not be there yet: raises if it cannot be made or written to."""
     if path is None:
         return None
-    there = path.absolute()
     try:
-        while not os.path.lexists(there):
-            there = there.parent
+        there = next(place for place in (path.absolute(), *path.absolute().parents) if _is_there(place))
     except OSError as error:
         raise _refusal(path, error) from error
     if not there.is_dir():
@@ -129,20 +127,29 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 def _check_writable(path: pathlib.Path) -> None:
     """Raises unless a file can be written; one that is not there is made and removed again."""
     folder = path.absolute().parent
-    if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # not Path.is_dir, which raises where a name is too long
+        what = "is no folder" if os.path.exists(folder) else "does not exist"
         raise typer.BadParameter(f"{path} cannot be written: the folder {folder} {what}.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise typer.BadParameter(f"{path} cannot be written: it is a folder.")
     try:
-        if path.is_file():
+        if os.path.isfile(path):
             path.open("ab").close()
-        elif not os.path.lexists(path):
+        elif not _is_there(path):
             path.open("xb").close()
             path.unlink()
         # What else is there is a device or a pipe, which may wait for a reader, or a link to what is not there yet.
     except OSError as error:
         raise _refusal(path, error) from error
+
+
+def _is_there(path: pathlib.Path) -> bool:
+    """Whether there is anything of this name, be it a link to nothing; OSError if there cannot be."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _refusal(path: pathlib.Path, error: OSError) -> typer.BadParameter:
