@@ -21,6 +21,7 @@ from jaxpack import (
     planners,
 )
 from jaxpack.best_fit import Distinct, best_fit
+from jaxpack.data import coverage, plan_cover, plan_family
 
 SEED = [4, 6, 8, 5, 4, 3, 7, 8]
 CELLS_ONLY = CostModel(cell=1, step=0, bucket=0, compilation=0)
@@ -406,6 +407,11 @@ def test_more_steps_than_can_be_indexed_are_refused_before_any_plan_is_made(plan
         planner(np.full(2, 2 * 10**9))
 
 
+CORPUS_PLANNERS = [
+    lambda lengths: plan_cover(lengths, 2),
+    lambda lengths: plan_family(lengths, 2),
+    lambda lengths: coverage(lengths, plan_padded(2, 2)),
+]
 PACKED = pack_sequence([np.ones((3, 1)), np.ones((1, 1))])
 NO_VECTORS = {
     "a map": (lambda: map(int, "12"), TypeError, r"got a map. Make it a list: list\(lengths\)"),
@@ -431,7 +437,7 @@ NO_VECTORS = {
 
 
 @pytest.mark.parametrize("kind", NO_VECTORS)
-@pytest.mark.parametrize("planner", [*PLANNERS, PACKED.plan.fits, PACKED.plan.check])
+@pytest.mark.parametrize("planner", [*PLANNERS, *CORPUS_PLANNERS, PACKED.plan.fits, PACKED.plan.check])
 def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
     make, error, message = NO_VECTORS[kind]
     with pytest.raises(error, match=message):
