@@ -1,6 +1,7 @@
 """The command line: what it accepts, and that the demo's report tells the truth."""
 
 import collections
+import contextlib
 import errno
 import inspect
 import io
@@ -330,6 +331,9 @@ def test_what_cannot_be_written_is_refused_before_the_work(output, tmp_path, no_
         assert "isnofolder" in refused(output, tmp_path / "file")
     else:
         assert "doesnotexist" in refused(output, tmp_path / "nowhere" / name)
+        (tmp_path / f"link{name}").symlink_to(tmp_path / "nowhere" / name)
+        assert "doesnotexist" in refused(output, tmp_path / f"link{name}")
+        (tmp_path / f"link{name}").unlink()
         assert "itisafolder" in refused(output, tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "kept"
@@ -407,10 +411,13 @@ def test_a_report_that_nobody_can_read_ends_without_a_traceback(device, said, ar
     else:
         write = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(sys, "argv", ["jaxpack", *arguments])
-    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w", encoding="utf-8"))
+    stdout = os.fdopen(write, "w", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     sys.stdout.flush()  # as Python does at its end
+    with contextlib.suppress(BrokenPipeError):
+        stdout.close()  # which typer may have put another in the place of
     assert stopped.value.code == 1
     error = capfd.readouterr().err
     assert error.startswith(said)

@@ -126,25 +126,26 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 def _check_writable(path: pathlib.Path) -> None:
     """Raises unless a file can be written; one that is not there is made and removed again."""
-    folder = path.absolute().parent
+    target = pathlib.Path(os.path.realpath(path))  # where a link leads
+    folder = target.parent
     if not os.path.isdir(folder):  # not Path.is_dir, which raises where a name is too long
         what = "is no folder" if os.path.exists(folder) else "does not exist"
         raise typer.BadParameter(f"{path} cannot be written: the folder {folder} {what}.")
-    if os.path.isdir(path):
+    if os.path.isdir(target):
         raise typer.BadParameter(f"{path} cannot be written: it is a folder.")
     try:
-        if os.path.isfile(path):
-            path.open("ab").close()
-        elif not _is_there(path):
-            path.open("xb").close()
-            path.unlink()
-        # What else is there is a device or a pipe, which may wait for a reader, or a link to what is not there yet.
+        if os.path.isfile(target):
+            target.open("ab").close()
+        elif not _is_there(target):
+            target.open("xb").close()
+            target.unlink()
+        # What else is there is a device, or a pipe, which may wait for a reader.
     except OSError as error:
         raise _refusal(path, error) from error
 
 
 def _is_there(path: pathlib.Path) -> bool:
-    """Whether there is anything of this name, be it a link to nothing; OSError if there cannot be."""
+    """Whether there is anything of this name; OSError if there cannot be."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
