@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping, Set
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,9 @@ def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
     """Lengths as an int64 NumPy vector.
 
     Raises:
-      TypeError: if they are traced or are no numbers.
-      ValueError: if they are no vector, not whole, or negative.
+      TypeError: if they are traced, or no vector of numbers: an iterator, say, or a packed batch.
+      ValueError: if they are a number or have more axes, or one is not whole, negative or above int64.
     """
-    if lengths is None:
-        raise TypeError("lengths must be a vector [B] of integers, got None.")
     try:
         array = np.asarray(lengths)
     except TypeError as error:
@@ -24,6 +23,19 @@ def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
             "lengths are traced, but their values are needed here. Compute the plan (or unpack) outside jit, from "
             "concrete lengths."
         ) from error
+    except ValueError as error:  # a nested list whose rows differ
+        raise TypeError(
+            f"lengths must be a vector [B] of integers, got a nested {type(lengths).__name__} whose rows "
+            f"differ. Of a list of sequences they are [len(sequence) for sequence in sequences]."
+        ) from error
+    if not array.shape and array.dtype.kind not in "biufc":  # no array, but an object of another kind
+        found = "None" if lengths is None else f"a {type(lengths).__name__}"
+        way_out = ""
+        if hasattr(lengths, "lengths"):
+            way_out = " Pass its .lengths."
+        elif isinstance(lengths, Iterable) and not isinstance(lengths, (str, bytes, Mapping, Set)):
+            way_out = " Make it a list: list(lengths)."
+        raise TypeError(f"lengths must be a vector [B] of integers, got {found}.{way_out}")
     check_lengths_type(array.shape, array.dtype)
     whole = np.isfinite(array) & (array == np.floor(array))
     if not whole.all():
@@ -32,15 +44,26 @@ def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
     if array.size and array.min() < 0:
         row = int(array.argmin())
         raise ValueError(f"lengths[{row}] = {array[row]} is negative. A length is a number of steps, 0 or more.")
+    if array.size and array.max() >= 2**63:
+        row = int(array.argmax())
+        raise ValueError(f"lengths[{row}] = {array[row]} is more than int64 can hold. A length is a number of steps.")
     return array.astype(np.int64)
 
 
 def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
     """Raises unless an array of this shape and dtype can hold lengths: a vector of numbers that may be whole."""
+    kind, name = np.dtype(dtype).kind, np.dtype(dtype).name
+    if kind == "b" and len(shape) > 1:
+        raise TypeError(f"lengths must be a vector [B] of integers, got a mask {tuple(shape)}: pass mask.sum(axis=1).")
     if len(shape) != 1:
-        raise ValueError(f"lengths must be a vector [B], got shape {tuple(shape)}. For stacked batches use jax.vmap.")
-    if np.dtype(dtype).kind not in "iuf" and 0 not in shape:
-        raise TypeError(f"lengths must be integers, got dtype {np.dtype(dtype).name}.")
+        way_out = "For stacked batches use jax.vmap."
+        if not shape:
+            way_out = "Of one sequence they are [length]."
+        elif sum(size != 1 for size in shape) <= 1:
+            way_out = "Drop the axes of size 1: lengths.ravel()."
+        raise ValueError(f"lengths must be a vector [B], got shape {tuple(shape)}. {way_out}")
+    if kind not in "iuf" and 0 not in shape:
+        raise TypeError(f"lengths must be integers, got dtype {name}.")
 
 
 def as_int(name: str, value: object) -> int:

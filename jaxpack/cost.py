@@ -57,8 +57,7 @@ class CostModel:
 
     def run_time(self, plan: BucketPlan) -> float:
         """Seconds that a run takes: a training step, with the defaults."""
-        cell = self.cell + self.crossing * bool(plan.starts)
-        return cell * plan.size + self.step * plan.num_steps + self.bucket * plan.num_buckets
+        return self._run_time(plan.size, plan.num_steps, plan.num_buckets, bool(plan.starts))
 
     def compile_time(self, plan: BucketPlan) -> float:
         """Seconds that it takes to compile the program."""
@@ -66,4 +65,12 @@ class CostModel:
 
     def total(self, plan: BucketPlan) -> float:
         """Seconds of a run and of its share of the compilation: what planners minimise."""
-        return self.run_time(plan) + self.compile_time(plan) / self.runs
+        return self._total(plan.size, plan.num_steps, plan.num_buckets, bool(plan.starts))
+
+    def _run_time(self, cells: int, steps: int, buckets: int, shared: bool) -> float:
+        """As `run_time`, from the counts of a plan that is not made yet, and whether sequences share rows."""
+        return (self.cell + self.crossing * shared) * cells + self.step * steps + self.bucket * buckets
+
+    def _total(self, cells: int, steps: int, buckets: int = 1, shared: bool = False) -> float:
+        """As `total`, from the counts of a plan."""
+        return self._run_time(cells, steps, buckets, shared) + self.compilation * buckets / self.runs

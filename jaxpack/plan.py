@@ -34,7 +34,8 @@ import numpy.typing as npt
 from jaxpack.arguments import concrete_lengths
 from jaxpack.pictures import counted, html_picture, text_picture
 
-_INDEX_MAX = np.iinfo(np.int32).max
+INDEX_MAX = np.iinfo(np.int32).max  # cells at most
+SPLIT = "Split the batch; jaxpack.data.plan_cover(lengths, batch_size) makes a plan for the batches of a corpus."
 _WIDEST_REPR = 12  # buckets that repr writes out before it abbreviates
 
 
@@ -93,24 +94,24 @@ class BucketPlan:
                 f"got {len(boundaries)} boundaries and {len(rows)} rows."
             )
         if any(stop <= start for start, stop in itertools.pairwise((0, *boundaries))):
-            raise ValueError(f"boundaries must increase strictly from above 0, got {boundaries}.")
+            raise ValueError(f"boundaries must increase strictly from above 0, got {_brief(boundaries)}.")
         if any(later > earlier for earlier, later in itertools.pairwise(rows)) or (rows[-1] < 1 and rows != (0,)):
-            raise ValueError(f"rows must not increase and must be at least 1, got {rows}.")
+            raise ValueError(f"rows must not increase and must be at least 1, got {_brief(rows)}.")
         object.__setattr__(self, "boundaries", boundaries)
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "starts", self._checked_starts())
-        if self.size > _INDEX_MAX:
-            raise ValueError(f"the plan has {self.size} cells, more than int32 can index. Split the batch.")
+        if self.size > INDEX_MAX:
+            raise ValueError(f"the plan has {self.size} cells, more than int32 can index. {SPLIT}")
 
     @property
     def num_buckets(self) -> int:
         """How many buckets, and so how many loops in the program."""
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def num_sequences(self) -> int:
         """The batch size B, the number of slots; counts sequences that may stay empty."""
-        return sum(map(len, self._row_starts))
+        return sum(map(len, self.starts)) if self.starts else self.rows[0]
 
     @property
     def max_length(self) -> int:
@@ -122,7 +123,7 @@ class BucketPlan:
         """How many steps the recurrence makes, one after the other."""
         return self.boundaries[-1]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """How many cells the plan has: the leading axis of the packed data, and the cell steps computed."""
         return sum(bucket.size for bucket in self.buckets)
@@ -181,21 +182,15 @@ class BucketPlan:
     @functools.cached_property
     def _slots(self) -> np.ndarray:
         """Row, start and room of each slot, [3, B], the largest room first."""
-        if not self.rows[0]:
-            return _frozen(np.zeros((3, 0)))
-        ends = self._row_ends
-        rows = np.repeat(np.arange(len(ends)), [len(row) for row in self._row_starts])
-        steps = np.array([step for row in self._row_starts for step in row])
-        room = np.append(steps[1:], 0)
-        last = np.append(np.diff(rows) > 0, True)
-        room[last] = ends
-        slots = np.stack([rows, steps, room - steps])
+        if not self.starts:  # rows are the longest first already
+            return _frozen(np.stack([np.arange(self.rows[0]), np.zeros(self.rows[0], int), self._row_ends]))
+        counts = np.fromiter(map(len, self.starts), int, len(self.starts))
+        steps = np.fromiter(itertools.chain.from_iterable(self.starts), int, self.num_sequences)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        stops = np.append(steps[1:], 0)
+        stops[np.cumsum(counts) - 1] = self._row_ends
+        slots = np.stack([rows, steps, stops - steps])
         return _frozen(slots[:, longest_first(slots[2])])
-
-    @property
-    def _row_starts(self) -> tuple[tuple[int, ...], ...]:
-        """`starts`, written out where each row holds one slot."""
-        return self.starts or ((0,),) * self.rows[0]
 
     @property
     def _row_ends(self) -> np.ndarray:
@@ -303,16 +298,17 @@ class BucketPlan:
 
     def _checked_starts(self) -> tuple[tuple[int, ...], ...]:
         """`starts` as tuples of ints; empty if each row holds one slot, so that equal plans are equal."""
-        starts = tuple(_ints(f"starts[{i}]", row) for i, row in enumerate(self.starts))
-        if all(row == (0,) for row in starts) and len(starts) in (0, self.rows[0]):
+        starts = tuple(row if _is_ints(row) else _ints(f"starts[{i}]", row) for i, row in enumerate(self.starts))
+        if not any(map(any, starts)) and all(len(row) == 1 for row in starts) and len(starts) in (0, self.rows[0]):
             return ()
         if len(starts) != self.rows[0]:
             raise ValueError(f"starts must have one entry per row, got {len(starts)} for {self.rows[0]} rows.")
-        for i, (row, end) in enumerate(zip(starts, self._row_ends, strict=True)):
-            if row[:1] != (0,) or any(later <= earlier for earlier, later in itertools.pairwise((*row, int(end)))):
+        for i, (row, end) in enumerate(zip(starts, self._row_ends.tolist(), strict=True)):
+            # Sorted, without doubles: both are done in C.
+            if not row or row[0] != 0 or row[-1] >= end or (len(row) > 1 and list(row) != sorted(set(row))):
                 raise ValueError(
-                    f"the starts of a row must increase from 0 and lie before its end, got starts[{i}] = {row} in a "
-                    f"row of {end} steps."
+                    f"the starts of a row must increase from 0 and lie before its end, got starts[{i}] = "
+                    f"{_brief(row)} in a row of {end} steps."
                 )
         return starts
 
@@ -322,6 +318,18 @@ class BucketPlan:
         misfits = np.empty(len(lengths), bool)
         misfits[order] = lengths[order] > self.room[: len(lengths)]
         return misfits
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Every call of a jitted function asks for it, and a plan may have a million slots."""
+        return hash((self.boundaries, self.rows, self.starts))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what is computed from them need not be stored, and must not outlive this version."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:
         fields = {"boundaries": self.boundaries, "rows": self.rows} | ({"starts": self.starts} if self.starts else {})
@@ -339,10 +347,11 @@ class BucketPlan:
 
 def _brief(values: tuple[Any, ...]) -> str:
     """A tuple, abbreviated if it is long."""
-    texts = [_brief(value) if isinstance(value, tuple) else str(value) for value in values]
-    if len(texts) > _WIDEST_REPR:
-        texts = [*texts[:4], "...", *texts[-2:]]
-    return f"({', '.join(texts)}{',' * (len(texts) == 1)})"
+    shown = values if len(values) <= _WIDEST_REPR else values[:4] + values[-2:]
+    texts = [_brief(value) if isinstance(value, tuple) else str(value) for value in shown]
+    if len(shown) < len(values):
+        texts.insert(4, "...")
+    return f"({', '.join(texts)}{',' * (len(values) == 1)})"
 
 
 def longest_first(lengths: np.ndarray) -> np.ndarray:
@@ -350,7 +359,13 @@ def longest_first(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(-lengths, kind="stable")
 
 
+def _is_ints(values: object) -> bool:
+    """Whether these are a tuple of plain ints already."""
+    return type(values) is tuple and set(map(type, values)) <= {int}
+
+
 def _ints(name: str, values: object) -> tuple[int, ...]:
+    """A tuple of plain ints, or a TypeError that names the argument."""
     try:
         return tuple(operator.index(value) for value in values)  # type: ignore[attr-defined]
     except TypeError as error:

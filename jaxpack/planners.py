@@ -7,18 +7,22 @@ sequences.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left, insort
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxpack.arguments import at_least_one, concrete_lengths
+from jaxpack.best_fit import Distinct, Rows, best_fit, slot_starts
 from jaxpack.cost import CostModel
-from jaxpack.plan import BucketPlan
+from jaxpack.plan import INDEX_MAX, SPLIT, BucketPlan
 
 _WIDER = 32  # plan_rows tries rows wider by 1/32 each time,
-_CLOSE = 0.99  # until no width could save more than 1 %
+_CLOSE = 0.99  # until no width could save more than 1 %.
+_MANY = 512  # distinct lengths: of more, whose packing takes long, only the best width is narrowed
 
 
 def plan_exact(lengths: npt.ArrayLike) -> BucketPlan:
@@ -33,9 +37,9 @@ def plan_exact(lengths: npt.ArrayLike) -> BucketPlan:
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if they are empty, negative or not whole.
+      ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index.
     """
-    boundaries, rows = _stairs(lengths)
+    boundaries, rows = _stairs(_at_least_one(lengths))
     return BucketPlan(tuple(boundaries.tolist()), tuple(rows.tolist()))
 
 
@@ -63,13 +67,14 @@ def plan_buckets(
 ) -> BucketPlan:
     """The staircase of fewest cells with at most `num_buckets` buckets, or with as many as pay for themselves.
 
-    An exact dynamic programme over the distinct lengths. With e_0 = 0 < e_1 < ... the places where a row may end and
-    n_i the rows alive after e_i, the least number of cells before e_j in k buckets is
+    An exact dynamic programme over the distinct lengths. With e_0 = 0 < e_1 < ... the places where a row may end, n_i
+    the rows alive after e_i and p the price of a bucket in cells, the least cost of what is before e_j is
 
-        f_k(j) = min over i < j of  f_{k-1}(i) + (e_j - e_i) n_i
+        f(j) = min over i < j of  f(i) + (e_j - e_i) n_i + p
 
-    The cost (e_j - e_i) n_i is a Monge array, so the best i grows with j: each f_k takes U log U operations for U
-    distinct lengths, all of a level at once in NumPy; and f_k is convex in k, so the search over k may stop early.
+    Each i is a line in e_j, and slopes fall with i, so the lower envelope of the lines gives all f in U operations for
+    U distinct lengths. The least number of cells in k buckets is convex in k, because (e_j - e_i) n_i is a Monge array:
+    a higher price makes the buckets as few as `num_buckets` asks for.
 
     Examples:
       >>> jaxpack.plan_buckets([4, 2, 1], 2)
@@ -85,7 +90,8 @@ def plan_buckets(
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if lengths are empty, negative or not whole, or an option is below its least value.
+      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; or if an
+        option is below its least value.
     """
     if num_buckets is not None:
         at_least_one("num_buckets", num_buckets)
@@ -93,7 +99,7 @@ def plan_buckets(
     if cost_model is None and num_buckets is None:
         cost_model = CostModel()
     bucket_cost = cost_model.bucket_cells if cost_model else 0
-    ends, rows = _stairs(lengths)
+    ends, rows = _stairs(_at_least_one(lengths))
     rows = np.minimum(-(-rows // row_multiple) * row_multiple, rows[0])
     last_of_its_rows = np.append(rows[1:] < rows[:-1], True)
     ends, rows = ends[last_of_its_rows], rows[last_of_its_rows]
@@ -110,7 +116,8 @@ def plan_rows(
     """A rectangle whose rows hold several sequences each, end to end: one loop, and hardly any slack.
 
     Sequences are packed best fit first: the longest first, each into the fullest row that has room for it. What is left
-    of a row is room for its last, shortest sequence.
+    of a row is room for its last, shortest sequence. Sequences of one length go to rows that are equally full all at
+    once, so the time grows with the number of distinct lengths: a million sequences take seconds.
 
     Examples:
       >>> jaxpack.plan_rows([4, 2, 1], 2)
@@ -125,18 +132,19 @@ def plan_rows(
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if lengths are empty, negative or not whole, or num_rows or num_buckets is below 1.
+      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; or if
+        num_rows or num_buckets is below 1.
     """
     if num_rows is not None:
         at_least_one("num_rows", num_rows)
     at_least_one("num_buckets", num_buckets)
     cost_model = cost_model or CostModel()
-    longest_first = np.sort(_at_least_one(lengths))[::-1].tolist()
+    batch = Distinct.of(_at_least_one(lengths))
     if num_rows is None:
-        return _cheapest_rows(longest_first, num_buckets, cost_model)
+        return _cheapest_rows(batch, num_buckets, cost_model).plan(sort_rows=num_buckets > 1)
     # Best fit opens a row only where all others are filled beyond total/num_rows, so this width suffices.
-    width = longest_first[0] + -(-sum(longest_first) // num_rows)
-    return _narrowest_rows(longest_first, num_rows, width, num_buckets, cost_model)
+    width = batch.longest + -(-batch.total // num_rows)
+    return _narrowest_rows(batch, num_rows, width, num_buckets, cost_model).plan(sort_rows=num_buckets > 1)
 
 
 def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) -> BucketPlan:
@@ -152,7 +160,7 @@ def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) ->
 
     Raises:
       TypeError: if lengths are traced or no numbers.
-      ValueError: if they are empty, negative or not whole.
+      ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index.
     """
     cost_model = cost_model or CostModel()
     plans = [planner(lengths, cost_model=cost_model) for planner in (plan_buckets, plan_rows)]
@@ -164,107 +172,154 @@ def _at_least_one(lengths: npt.ArrayLike) -> np.ndarray:
     array = np.maximum(concrete_lengths(lengths), 1)
     if not array.size:
         raise ValueError("lengths is empty: a plan needs at least one sequence.")
+    total = array.sum(dtype=float)  # of float, which does not overflow
+    if total > INDEX_MAX:
+        raise ValueError(f"lengths has {total:.0f} steps in all, more than int32 can index. {SPLIT}")
     return array
 
 
-def _stairs(lengths: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The exact staircase: its end steps and the rows alive before each of them."""
-    ends, counts = np.unique(_at_least_one(lengths), return_counts=True)
+def _stairs(ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The exact staircase of rows that end at these steps: the distinct ends, and the rows alive before each."""
+    ends, counts = np.unique(ends, return_counts=True)
     return ends, np.cumsum(counts[::-1])[::-1]
 
 
 def _fewest_cells(
-    ends: np.ndarray, rows: np.ndarray, most: int, bucket_cost: float
+    stair_ends: np.ndarray, stair_rows: np.ndarray, most: int, bucket_cost: float
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Boundaries and rows of the best plan over an exact staircase: `ends` [U], and the rows alive before each."""
-    last, ends = len(rows), np.append(0, ends)
-    cells, choices = ends * rows[0], [np.zeros(last + 1, np.int64)]  # f_1: one bucket
-    while len(choices) < min(most, last):
-        fewer, choice = _one_more_bucket(cells, ends, rows, len(choices) + 1)
-        if cells[last] - fewer[last] <= bucket_cost:
-            break
-        cells = fewer
-        choices.append(choice)
-    places = [last]
-    for choice in reversed(choices):
-        places.append(int(choice[places[-1]]))
-    chosen = np.array(places[::-1])
-    return tuple(ends[chosen[1:]].tolist()), tuple(rows[chosen[:-1]].tolist())
+    """Boundaries and rows of the best plan over an exact staircase: its ends [U], and the rows alive before each.
 
-
-def _one_more_bucket(
-    cells: np.ndarray, ends: np.ndarray, rows: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """f_k from f_{k-1} for k = count >= 2, with the minimising i, by divide and conquer on the monotone minimiser.
-
-    Each pass halves the intervals of j whose minimiser is still unknown, and evaluates the middle of all of them at
-    once: `low` and `high` bound j, `left` and `right` bound its minimiser.
+    Where the buckets are more than `most` at the price `bucket_cost`, the price is raised: the next one tried is what a
+    bucket saves in the mean between a choice of too many buckets and one of few enough. Where no price is between them,
+    both are best at that one, and so is a part of one followed by a part of the other.
     """
-    last = len(rows)
-    best, choice = np.full(last + 1, np.iinfo(np.int64).max), np.zeros(last + 1, np.int64)
-    low, high = np.array([count]), np.array([last])
-    left, right = np.array([count - 1]), np.array([last - 1])
-    while low.size:
-        middle = (low + high) // 2
-        width = np.minimum(right, middle - 1) - left + 1
-        first = np.cumsum(width) - width
-        i = np.arange(width.sum()) + np.repeat(left - first, width)
-        cost = cells[i] + (np.repeat(ends[middle], width) - ends[i]) * rows[i]
-        best[middle] = np.minimum.reduceat(cost, first)
-        at_best = cost == np.repeat(best[middle], width)
-        choice[middle] = np.minimum.reduceat(np.where(at_best, i, last), first)
-        low, high = np.concatenate([low, middle + 1]), np.concatenate([middle - 1, high])
-        left, right = np.concatenate([left, choice[middle]]), np.concatenate([choice[middle], right])
-        open_ = low <= high
-        low, high, left, right = low[open_], high[open_], left[open_], right[open_]
-    return best, choice
+    ends, rows = [0, *stair_ends.tolist()], stair_rows.tolist()
+    many = _cheapest_buckets(ends, rows, math.floor(bucket_cost))
+    few = [0, len(rows)]
+    while len(many) - 1 > most > len(few) - 1:
+        saved, buckets = _cells(few, ends, rows) - _cells(many, ends, rows), len(many) - len(few)
+        between = _cheapest_buckets(ends, rows, saved // buckets)
+        if len(between) <= len(few):
+            many = _spliced(few, many, most)
+        elif len(between) - 1 > most:
+            many = between
+        else:
+            few = between
+    places = few if len(many) - 1 > most else many
+    return tuple(ends[place] for place in places[1:]), tuple(rows[place] for place in places[:-1])
 
 
-def _cheapest_rows(lengths: Sequence[int], num_buckets: int, cost_model: CostModel) -> BucketPlan:
-    """The row plan of least cost among those that ever wider rows lead to; lengths are sorted, longest first."""
-    total, width = sum(lengths), lengths[0]
-    num_rows = len(_best_fit(lengths, width))
-    best = _narrowest_rows(lengths, num_rows, width, num_buckets, cost_model)
+def _cells(places: Sequence[int], ends: Sequence[int], rows: Sequence[int]) -> int:
+    """The cells of buckets that end at these places of a staircase."""
+    return sum((ends[stop] - ends[start]) * rows[start] for start, stop in itertools.pairwise(places))
+
+
+def _cheapest_buckets(ends: Sequence[int], rows: Sequence[int], price: int) -> list[int]:
+    """The places, from 0 to U, between which the buckets of least cost are; of several choices the fewest buckets.
+
+    Cells and buckets are one int, cells * (U + 1) + buckets, so that the fewest buckets win where cells are equal.
+    """
+    scale = len(rows) + 1
+    best, choice = [0] * scale, [0] * scale
+    lines: list[tuple[int, int, int]] = []  # slope, value at 0 and place of those on the lower envelope
+    first = 0  # of them, that counts at this place and later ones
+    for stop in range(1, scale):
+        start = stop - 1
+        slope = rows[start] * scale
+        line = slope, best[start] - ends[start] * slope, start
+        while len(lines) - first > 1 and _is_hidden(lines[-1], lines[-2], line):
+            lines.pop()
+        lines.append(line)
+        end = ends[stop]
+        while first + 1 < len(lines):
+            (slope, base, _), (next_slope, next_base, _) = lines[first : first + 2]
+            if slope * end + base <= next_slope * end + next_base:
+                break
+            first += 1
+        slope, base, choice[stop] = lines[first]
+        best[stop] = slope * end + base + price * scale + 1
+    places = [len(rows)]
+    while places[-1]:
+        places.append(choice[places[-1]])
+    return places[::-1]
+
+
+def _is_hidden(line: tuple[int, int, int], before: tuple[int, int, int], after: tuple[int, int, int]) -> bool:
+    """Whether a line is nowhere below both of two others, one steeper and one flatter."""
+    return (after[1] - before[1]) * (before[0] - line[0]) <= (line[1] - before[1]) * (before[0] - after[0])
+
+
+def _spliced(few: Sequence[int], many: Sequence[int], count: int) -> list[int]:
+    """Places of `count` buckets, as good as two choices of fewer and of more that are both best at one price.
+
+    A bucket of `few` spans one of `many`, so many places further on as are to be saved. By the Monge property the two
+    choices that change from one to the other within it together cost no more than the two given.
+    """
+    ahead = len(many) - 1 - count
+    i = next(i for i in range(len(few)) if many[i + 1 + ahead] <= few[i + 1])
+    return [*few[: i + 1], *many[i + 1 + ahead :]]
+
+
+class _RowPlan(NamedTuple):
+    """A row plan whose slots are not written out yet: its stairs, its cost, and what its rows hold."""
+
+    boundaries: tuple[int, ...]
+    rows: tuple[int, ...]
+    cost: float
+    dealt: Rows
+
+    def plan(self, *, sort_rows: bool) -> BucketPlan:
+        """The plan; if asked, rows that are fuller come first, as a staircase has them."""
+        return BucketPlan(self.boundaries, self.rows, slot_starts(self.dealt, sort_rows=sort_rows))
+
+
+def _cheapest_rows(batch: Distinct, num_buckets: int, cost_model: CostModel) -> _RowPlan:
+    """The row plan of least cost among those that ever wider rows lead to.
+
+    Of many distinct lengths, whose packing takes long, only the best width is narrowed, and the search ends earlier: it
+    counts that cells cost more where sequences share rows.
+    """
+    total, width, many = batch.total, batch.longest, len(batch.lengths) > _MANY
+    best = _dealt_rows(batch, width, num_buckets, cost_model)
     while width < total:
         width = min(total, width + -(-width // _WIDER))
-        ideal = BucketPlan((width,), (total // width,))  # without slack: no wider rows cost less
-        if cost_model.total(ideal) > _CLOSE * cost_model.total(best):
+        ideal = cost_model._total(width * (total // width), width, shared=many)  # no slack: no wider rows cost less
+        if ideal > _CLOSE * best.cost:
             break
-        num_rows = len(_best_fit(lengths, width))
-        if cost_model.total(BucketPlan((-(-total // num_rows),), (num_rows,))) < cost_model.total(best):
-            rows = _narrowest_rows(lengths, num_rows, width, num_buckets, cost_model)
-            best = min(best, rows, key=cost_model.total)
+        if many:
+            best = min(best, _dealt_rows(batch, width, num_buckets, cost_model), key=_cost)
+            continue
+        num_rows = best_fit(batch, width).num_rows
+        if cost_model._total(-(-total // num_rows) * num_rows, -(-total // num_rows)) < best.cost:
+            best = min(best, _narrowest_rows(batch, num_rows, width, num_buckets, cost_model), key=_cost)
+    if many:
+        num_rows, width = best.rows[0], best.boundaries[-1]
+        best = min(best, _narrowest_rows(batch, num_rows, width, num_buckets, cost_model), key=_cost)
     return best
 
 
-def _narrowest_rows(
-    lengths: Sequence[int], num_rows: int, width: int, num_buckets: int, cost_model: CostModel
-) -> BucketPlan:
+def _narrowest_rows(batch: Distinct, num_rows: int, width: int, num_buckets: int, cost_model: CostModel) -> _RowPlan:
     """The row plan of at most num_rows rows, enough at `width`, and of the fewest steps that bisection finds to do."""
-    least = max(lengths[0], -(-sum(lengths) // num_rows))
+    least = max(batch.longest, -(-batch.total // num_rows))
     steps = range(least, width)
-    width = least + bisect_left(steps, True, key=lambda width: len(_best_fit(lengths, width)) <= num_rows)
-    rows = _best_fit(lengths, width)
-    stairs: tuple[tuple[int, ...], tuple[int, ...]] = (width,), (len(rows),)
+    width = least + bisect_left(steps, True, key=lambda width: best_fit(batch, width).num_rows <= num_rows)
+    return _dealt_rows(batch, width, num_buckets, cost_model)
+
+
+def _dealt_rows(batch: Distinct, width: int, num_buckets: int, cost_model: CostModel) -> _RowPlan:
+    """The row plan of rows of a width, which may end in a staircase."""
+    dealt = best_fit(batch, width)
+    boundaries: tuple[int, ...] = (width,)
+    rows: tuple[int, ...] = (dealt.num_rows,)
     if num_buckets > 1:
-        rows.sort(key=sum, reverse=True)
-        stairs = _fewest_cells(*_stairs([sum(row) for row in rows]), num_buckets, cost_model.bucket_cells)
-    return BucketPlan(*stairs, tuple((0, *itertools.accumulate(row[:-1])) for row in rows))
+        room, blocks = np.array(dealt.blocks).T
+        boundaries, rows = _fewest_cells(
+            *_stairs(np.repeat(width - room, blocks)), num_buckets, cost_model.bucket_cells
+        )
+    cells = _cells(range(len(rows) + 1), (0, *boundaries), rows)
+    shared = dealt.num_rows < batch.batch_size
+    return _RowPlan(boundaries, rows, cost_model._total(cells, boundaries[-1], len(rows), shared), dealt)
 
 
-def _best_fit(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Lengths, longest first, dealt to rows of a width: each to the fullest row that has room, else to a new one.
-
-    What is left of a row and its number are one int, left * B + row, so that a sorted list of ints finds the row.
-    """
-    rows: list[list[int]] = []
-    left: list[int] = []
-    for length in lengths:
-        place = bisect_left(left, length * len(lengths))
-        if place == len(left):
-            left.append(width * len(lengths) + len(rows))
-            rows.append([])
-        row = left.pop(place)
-        rows[row % len(lengths)].append(length)
-        insort(left, row - length * len(lengths))
-    return rows
+def _cost(rows: _RowPlan) -> float:
+    return rows.cost

@@ -1,9 +1,13 @@
 """The command line: what it accepts, and that the demo's report tells the truth."""
 
 import collections
+import contextlib
+import errno
 import inspect
 import io
 import logging
+import os
+import pathlib
 import re
 import runpy
 import sys
@@ -12,12 +16,18 @@ import jax
 import numpy as np
 import optax
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 import jaxpack
 from jaxpack import cli
+from jaxpack.cli import bench as bench_file
 from jaxpack.cli import demo as demo_file
+from jaxpack.cli import g2p as g2p_file
+from jaxpack.cli import g2p_checkpoint
+from jaxpack.cli import plan as plan_file
+from jaxpack.cli import serve_bench as serve_bench_file
 from jaxpack.cli.app import app
 from jaxpack.cli.measure import CountedJit
 from jaxpack.cli.report import Column, Report, print_report
@@ -266,3 +276,155 @@ def test_another_missing_module_is_not_blamed_on_the_extra(monkeypatch):
     without(monkeypatch, "optax")
     with pytest.raises(ModuleNotFoundError, match="optax"):
         cli.main()
+
+
+OUTPUTS = {
+    "plan --plot": ("plan", "4,5", "--plot", "x.svg"),
+    "bench --json": ("bench", "--json", "x.json"),
+    "bench --plot": ("bench", "--plot", "x.svg"),
+    "bench epoch --json": ("bench", "epoch", "--json", "x.json"),
+    "serve-bench --json": ("serve-bench", "--json", "x.json"),
+    "demo g2p --checkpoint": ("demo", "g2p", "--checkpoint", "x"),
+}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Commands that fail if they begin to work, and otherwise find nothing."""
+
+    def work(*args, **kwargs):
+        raise AssertionError("the work began")
+
+    for module, name in WORK:
+        monkeypatch.setattr(module, name, work)
+
+
+WORK = [
+    (plan_file, "_plan_batch"),
+    (bench_file, "measure"),
+    (bench_file, "measure_epoch"),
+    (serve_bench_file, "measure"),
+    (g2p_file, "_run"),
+]
+
+
+def refused(output, path):
+    """The error of a command whose output, named by an option, goes to a path that cannot be written."""
+    if "--plot" in output:
+        pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
+    *command, option, _ = OUTPUTS[output]
+    result = invoke(*command, option, str(path))
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", plain(result.output)).split())
+    assert result.exit_code == 2, text
+    assert f"Invalid value for '{option}'" in text
+    return text.replace(" ", "")  # paths are broken between lines
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_what_cannot_be_written_is_refused_before_the_work(output, tmp_path, no_work):
+    name = OUTPUTS[output][-1]
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    assert "cannotbewritten" in refused(output, tmp_path / "file" / name)
+    assert "cannotbewritten" in refused(output, tmp_path / ("long" * 100 + name))
+    if "--checkpoint" in output:
+        assert "isnofolder" in refused(output, tmp_path / "file")
+    else:
+        assert "doesnotexist" in refused(output, tmp_path / "nowhere" / name)
+        (tmp_path / f"link{name}").symlink_to(tmp_path / "nowhere" / name)
+        assert "doesnotexist" in refused(output, tmp_path / f"link{name}")
+        (tmp_path / f"link{name}").unlink()
+        assert "itisafolder" in refused(output, tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("output", [output for output in OUTPUTS if "--checkpoint" not in output])
+def test_a_device_without_permission_is_refused_before_the_work(output, tmp_path, no_work, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    assert "cannotbewritten:Permissiondenied" in refused(output, tmp_path / OUTPUTS[output][-1])
+
+
+def test_a_folder_of_checkpoints_without_permission_is_refused_before_the_work(tmp_path, no_work, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "doesnotpermitit" in refused("demo g2p --checkpoint", tmp_path / "new" / "x")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_check_of_an_output_leaves_nothing_and_changes_nothing(output, tmp_path, no_work):
+    if "--plot" in output:
+        pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
+    *command, option, name = OUTPUTS[output]
+    there = tmp_path / f"there.{name}"
+    there.mkdir() if "--checkpoint" in output else there.write_text("kept")
+    for path in (tmp_path / name, there):
+        assert isinstance(invoke(*command, option, str(path)).exception, AssertionError)  # the work began
+    assert list(tmp_path.iterdir()) == [there]
+    assert there.is_dir() or there.read_text() == "kept"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")
+@pytest.mark.parametrize("output", [output for output in OUTPUTS if "--checkpoint" not in output])
+def test_a_device_that_is_full_at_the_end_is_one_line(output, tmp_path, monkeypatch):
+    if "--plot" in output:
+        pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
+    for module, name in WORK[1:]:
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: {"passed": True})
+    for module in (bench_file, serve_bench_file):
+        for name in {"print_bench", "print_epoch", "print_serve_bench"} & vars(module).keys():
+            monkeypatch.setattr(module, name, lambda *args: None)
+    figure = jaxpack.plot.plot_plan if "--plot" in output else None
+    monkeypatch.setattr(jaxpack.plot, "plot_bench", lambda result: figure(jaxpack.plan_padded(1, 1)))
+    *command, option, name = OUTPUTS[output]
+    path = tmp_path / name
+    path.symlink_to("/dev/full")
+    result = invoke(*command, option, str(path))
+    assert result.exit_code == 1
+    assert result.stderr.lstrip() == f"{path} cannot be written: No space left on device.\n"  # after the progress bar
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    pytest.importorskip("orbax.checkpoint")
+    checkpoints = g2p_checkpoint.Checkpoints(tmp_path / "run", {})
+
+    def save(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints._manager.save = save
+    with pytest.raises(typer.Exit) as stopped:
+        checkpoints.save(g2p_checkpoint.TrainState({}, (), jax.numpy.int32(0)), g2p_checkpoint.History())
+    assert stopped.value.exit_code == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'run'} cannot be written: No space left on device.\n"
+
+
+@pytest.mark.parametrize(("device", "said"), [("full", "The report cannot be written: No space left"), ("pipe", "")])
+@pytest.mark.parametrize("arguments", [["--version"], ["plan", "4,5"]])
+def test_a_report_that_nobody_can_read_ends_without_a_traceback(device, said, arguments, monkeypatch, capfd):
+    if device == "pipe":
+        read, write = os.pipe()
+        os.close(read)
+    elif not os.path.exists("/dev/full"):
+        pytest.skip("there is no device that is always full")
+    else:
+        write = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(sys, "argv", ["jaxpack", *arguments])
+    stdout = os.fdopen(write, "w", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    sys.stdout.flush()  # as Python does at its end
+    with contextlib.suppress(BrokenPipeError):
+        stdout.close()  # which typer may have put another in the place of
+    assert stopped.value.code == 1
+    error = capfd.readouterr().err
+    assert error.startswith(said)
+    assert error.count("\n") == bool(said)
+
+
+def test_lengths_on_standard_input_cannot_be_measured_twice():
+    result = invoke("bench", "--lengths", "-", "--huge-pages")
+    assert result.exit_code == 2
+    assert "standard input" in plain(result.output) or "glibc" in plain(result.output)

@@ -1,6 +1,8 @@
 """Plans for a corpus: what they promise is what simulation finds."""
 
+import fractions
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpack import BucketPlan, plan_buckets, plan_padded
-from jaxpack.data import SlotFilling, coverage, plan_cover, plan_family
+from jaxpack.data import SlotFilling, cover, coverage, plan_cover, plan_family
 
 corpora = st.lists(st.integers(0, 12), min_size=1, max_size=40)
 
@@ -108,6 +110,61 @@ def test_a_plan_too_short_for_the_corpus_has_no_efficiency_but_a_miss_probabilit
     assert expected.efficiency == 0
     assert expected.miss == pytest.approx(2 / 3)
     assert "66.67% miss" in str(expected)
+
+
+def miss_by_sampling_theory(corpus, room):
+    """P(a batch of len(room) does not fit), from hypergeometric draws of one room after the other, in exact numbers."""
+    room, drawn = sorted(room, reverse=True), min(len(room), len(corpus))
+    ways, left = {0: 1}, len(corpus)  # ways to draw so many of the sequences longer than the room reached
+    for slot in range(drawn):
+        longer = sum(length > room[slot] for length in corpus)
+        new = longer - (len(corpus) - left)
+        ways = {
+            total: sum(ways[before] * math.comb(new, total - before) for before in ways if before <= total)
+            for total in range(slot + 1)
+        }
+        left -= new
+    fitting = sum(count * math.comb(left, drawn - before) for before, count in ways.items())
+    return 1 - fractions.Fraction(fitting, math.comb(len(corpus), drawn))
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(300, 20), (100, 99), (100, 100), (40, 64), (2000, 64)])
+def test_miss_is_exact_where_batches_are_large(size, batch_size):
+    rng = np.random.default_rng(size + batch_size)
+    corpus = rng.integers(1, 60, size)
+    for looser in (0, 3, 10, 60):
+        room = np.minimum(60, np.sort(rng.choice(corpus, batch_size))[::-1] + looser)
+        expected = float(miss_by_sampling_theory(corpus.tolist(), room.tolist()))
+        assert coverage(corpus, plan_buckets(room, 60)).miss == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_plan_of_thousands_of_slots_can_be_weighed():
+    halves = np.repeat([10, 1], 50_000)
+    expected = [coverage(halves, BucketPlan((1, 10), (4000, long))).miss for long in (1, 1000, 2000, 2100, 4000)]
+    assert expected[:2] == [1, 1]
+    assert expected[2] == pytest.approx(0.4936, abs=1e-3)  # less than half by P(just 2,000 of 4,000) / 2
+    assert 1e-4 < expected[3] < 1e-2
+    assert expected[4] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_budget_of_cells_for_thousands_of_sequences_takes_few_plans():
+    lengths, planned = gamma(50_000), []
+
+    def planner(rooms):
+        planned.append(len(rooms))
+        return plan_buckets(rooms, 8)
+
+    plan = plan_cover(lengths, max_cells=200_000, planner=planner)
+    assert 0.995 * 200_000 < plan.size <= 200_000
+    assert plan.num_sequences > 5000
+    assert len(planned) < 25
+
+
+def test_rooms_of_very_many_distinct_lengths_miss_as_often_as_said(monkeypatch):
+    monkeypatch.setattr(cover, "_CHANCES", 2000)  # of 16 * 1500: every twelfth length is looked at
+    lengths = np.random.default_rng(3).permutation(1500) + 1
+    plan = plan_cover(lengths, 16, miss=0.1)
+    assert 0.03 < coverage(lengths, plan).miss <= 0.1
 
 
 @pytest.mark.parametrize(

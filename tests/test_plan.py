@@ -1,5 +1,6 @@
 import itertools
 import pickle
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -151,6 +152,21 @@ def test_a_plan_is_equal_to_its_copy_and_its_repr_and_hashes_alike(plan):
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
+def test_a_pickle_holds_the_fields_alone():
+    plan = BucketPlan((2, 4), (3, 1))
+    small = pickle.dumps(plan)
+    _ = hash(plan), plan.cell_slots, plan.room
+    assert pickle.dumps(plan) == small
+    assert vars(pickle.loads(small)) == {"boundaries": (2, 4), "rows": (3, 1), "starts": ()}
+
+
+def test_a_hash_is_computed_once(monkeypatch):
+    plan = BucketPlan((50,), (20_000,), ((0, 9, 40),) * 20_000)
+    first = hash(plan)
+    object.__setattr__(plan, "starts", ())  # would change it
+    assert hash(plan) == first
+
+
 def test_plans_that_differ_in_starts_are_different():
     assert BucketPlan((4,), (2,), ((0,), (0, 3))) != ROWS
     assert BucketPlan((4,), (2,), ((0, 2), (0,))) != ROWS
@@ -174,6 +190,52 @@ def test_repr_of_many_slots_is_short():
     row = "(0, 1, 2, 3, ..., 48, 49)"
     rows = f"{row}, {row}, {row}, {row}, ..., {row}, {row}"
     assert repr(plan) == f"BucketPlan(boundaries=(50,), rows=(20,), starts=({rows}))"
+
+
+class Counted(int):
+    """An int that counts how often it is written."""
+
+    written = 0
+
+    def __repr__(self):
+        Counted.written += 1
+        return int.__repr__(self)
+
+    __str__ = __repr__
+
+
+def test_repr_writes_no_more_slots_than_it_shows():
+    plan = BucketPlan((50,), (1000,), ((0, 20),) * 1000)
+    object.__setattr__(plan, "starts", (tuple(map(Counted, range(50))),) * 1000)
+    assert len(repr(plan)) < 300
+    assert Counted.written <= 36
+
+
+def test_errors_of_many_buckets_are_short():
+    with pytest.raises(ValueError, match="increase strictly") as caught:
+        BucketPlan((*range(1, 10_000), 5), range(10_000, 0, -1))
+    assert len(str(caught.value)) < 200
+
+
+def test_starts_that_are_wrong_in_the_last_of_many_rows_are_named():
+    good = ((0, 5),) * 99_999
+    for bad in ((0, 5, 5), (0, 50), (1, 5), (5, 0), (), (0, -1)):
+        with pytest.raises(ValueError, match=rf"got starts\[99999\] = {re.escape(repr(bad))} in a row of 50 steps"):
+            BucketPlan((50,), (100_000,), (*good, bad))
+
+
+def test_slots_of_many_rows_are_those_that_starts_say():
+    starts = ((0, 20), (0,), (0, 10, 15)) * 3000
+    plan = BucketPlan((40,), (9000,), starts)
+    assert plan.num_sequences == 18_000
+    found = zip(plan.slot_rows.tolist(), plan.slot_starts.tolist(), plan.room.tolist(), strict=True)
+    expected = [
+        (row, start, stop - start)
+        for row, steps in enumerate(starts)
+        for start, stop in zip(steps, (*steps[1:], 40), strict=True)
+    ]
+    assert sorted(found) == expected
+    assert (np.diff(plan.room) <= 0).all()
 
 
 def test_repr_of_many_buckets_is_short():

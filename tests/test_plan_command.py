@@ -1,5 +1,6 @@
 """`jaxpack plan`: what it counts and estimates, what it chooses, what it reads, what it refuses."""
 
+import codecs
 import re
 
 import numpy as np
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 import jaxpack
 from jaxpack.cli.app import app
+from jaxpack.data import coverage, plan_cover
 
 LENGTHS = [4, 6, 8, 5, 4, 3, 7, 8]
 LIST = ",".join(map(str, LENGTHS))
@@ -18,9 +20,9 @@ PLANS = {
 }
 
 
-def invoke(*arguments):
+def invoke(*arguments, standard_input=None):
     environment = {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
-    return CliRunner().invoke(app, [str(a) for a in ("plan", *arguments)], env=environment)
+    return CliRunner().invoke(app, [str(a) for a in ("plan", *arguments)], env=environment, input=standard_input)
 
 
 def message(result):
@@ -146,33 +148,111 @@ def test_lengths_of_0_and_a_single_sequence_are_planned():
     assert counts(invoke("5"), "loops, one a bucket") == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "holds no lengths"),
-        (" \n , \n", "holds no lengths"),
-        ("4\n5.5\n", "line 2: '5.5' is not a whole number"),
-        ("4\nfive\n", "line 2: 'five' is not a whole number"),
-        ("4\n6 -3\n", "line 2: -3 is negative"),
-        (f"{10**12}", "is longer than int32 can count"),
-    ],
-)
+SAME = {
+    "a byte order mark": codecs.BOM_UTF8 + b"4\n6\n12\n",
+    "CRLF": b"4\r\n6\r\n12\r\n",
+    "CR": b"4\r6\r12",
+    "form feeds": b"4\f6\n\f12\n",
+    "tabs and blanks": b"\t4 \v 6\n  \n12",
+    "comments": b"# lengths of a corpus, 1 a line\n4\n6 # short\n12\n",
+    "floats": b"4.0\n6.\n1.2e+01\n",
+    "numpy.savetxt": b"4.000000000000000000e+00\n6.000000000000000000e+00\n1.200000000000000000e+01\n",
+    "leading zeros and signs": b"0000000000004\n+6\n012\n",
+    "a header": b"Length\n4\n6\n12\n",
+    "a table": b"id,length\n100,4\n101,6\n102,12\n",
+    "a table of pandas": b",lengths,label\n0,4,a\n1,6,b\n2,12,c\n",
+    "a quoted table": b'"name";"LENGTH"\n"a;b";"4"\n"c";6\n"d";12\n',
+    "a table of tabs": b"length\tid\n4\t0\n6\t1\n12\t2\n",
+    "a table of blanks": b"id length\n0 4\n1 6\n2 12\n",
+    "a wrapped list": b"4, 6,\n12,\n",
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_lengths_are_read_however_they_are_written(tmp_path, kind, source):
+    (tmp_path / "lengths").write_bytes(SAME[kind])
+    result = invoke(tmp_path / "lengths") if source == "file" else invoke("-", standard_input=SAME[kind])
+    assert result.exit_code == 0, result.output
+    assert result.output == invoke("4,6,12").output
+
+
+@pytest.mark.parametrize("text", ["1 2 3\n4 5\n", "1 4 5\n2 6 7\n9 8 3\n", "7\n8\n9\n"])
+def test_lists_of_several_lines_are_no_tables(tmp_path, text):
+    (tmp_path / "lengths").write_text(text)
+    assert invoke(tmp_path / "lengths").output == invoke(",".join(text.split())).output
+
+
+REFUSED = {
+    "": "holds no lengths",
+    " \n , \n": "holds no lengths",
+    "# nothing\n": "holds no lengths",
+    "length\n": "holds no lengths",
+    "4\n5.5\n": "line 2: '5.5' is not a whole number",
+    "4\nfive\n": "line 2: 'five' is not a whole number.",
+    "4\n\n6 -3\n": "line 3: -3 is negative",
+    "4\n-2.0\n": "line 2: -2.0 is negative",
+    "4\nnan\n": "line 2: 'nan' is not a whole number",
+    "4\ninf\n": "line 2: 'inf' is not a whole number",
+    "4\n1_000\n": "line 2: '1_000' is not a whole number in the digits 0 to 9",
+    "4\n٤\n": "line 2: '٤' is not a whole number in the digits 0 to 9",
+    "4\n\uff11\uff12\n": "line 2: '\uff11\uff12' is not a whole number in the digits 0 to 9",
+    "4\n²\n": "line 2: '²' is not a whole number in the digits 0 to 9",
+    "4\f\f\n\fx\n": "line 2: 'x' is not a whole number",
+    "4\r\n6\r\nx": "line 3: 'x' is not a whole number",
+    "4\n0x10\n": "line 2: '0x10' is not a whole number",
+    "4\n[red]5\n": "line 2: '[red]5' is not a whole number",
+    f"{10**12}": "is longer than int32 can count",
+    "4\n1e300\n": "line 2: 1e300 is longer than int32 can count",
+    "4\n1e999\n": "line 2: 1e999 is longer than int32 can count",
+    "4\n2147483648\n": "line 2: 2147483648 is longer than int32 can count",
+    "4\n" + "9" * 5000: "line 2: 9999999999999999999999999999999999999999... is longer than int32",
+    "4,,6\n": "line 1: a number is missing beside a comma",
+    ",0\n0,4\n1,6\n": "line 1: a number is missing beside a comma",
+    "0,4\n1,6\n2,5\n": "has 2 numbers on every line, like a table whose index or other columns are no lengths",
+    "17 4\n3 6\n": "has 2 numbers on every line",
+    "4,17,1\n6,3,2\n5,9,3\n": "has 3 numbers on every line",
+    "id,frames\n0,4\n": "line 1: 'id' is not a whole number. A first line that names columns must name one of",
+    "utt1 400\nutt2 300\n": "line 1: 'utt1' is not a whole number. A first line that names columns",
+    "length,lengths\n1,2\n": "the first line names 2 columns length. Leave one of them",
+    "id,length\n0,4\n1\n": "line 3: 1 columns, where the first line names 2",
+    "id,length\n0,\n": "line 2: '' is not a whole number",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED.items(), ids=lambda text: ascii(text)[:20])
 def test_a_bad_file_is_refused_by_line(tmp_path, text, expected):
     file = tmp_path / "lengths.txt"
-    file.write_text(text)
+    file.write_bytes(text.encode())
     found = message(invoke(file))
     assert "Invalid value for 'LENGTHS'" in found
     assert expected in found
 
 
-def test_a_file_that_is_no_text_or_no_file_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"\xff\xfe\x00", "is no text file in UTF-8, but in UTF-16. Save it as UTF-8"),
+        ("4\n6\n".encode("utf-16"), "but in UTF-16"),
+        (codecs.BOM_UTF16_BE + "4".encode("utf-16-be"), "but in UTF-16"),
+        ("4\n6\n".encode("utf-32"), "but in UTF-32"),
+        ("4\n6\n".encode("utf-16-le"), "is no text file"),
+        (b"\x93NUMPY\x01", "is no text file in UTF-8. It must hold whole numbers, such as one a line: numpy.savetxt"),
+        (b"4\xe9", "is no text file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused_by_its_encoding(tmp_path, data, expected):
     file = tmp_path / "lengths.bin"
-    file.write_bytes(b"\xff\xfe\x00")
-    assert "is no text file" in message(invoke(file))
-    assert "cannot be read" in message(invoke(tmp_path))
+    file.write_bytes(data)
+    assert expected in message(invoke(file))
+    assert f"standard input {expected[:6]}" in message(invoke("-", standard_input=data)) or expected[:3] == "but"
 
 
-@pytest.mark.parametrize("argument", ["no-such-file", "4,x", ","])
+def test_a_folder_is_no_file_of_lengths(tmp_path):
+    assert "cannot be read: Is a directory" in message(invoke(tmp_path))
+
+
+@pytest.mark.parametrize("argument", ["no-such-file", "4,x", ",", "1_000,4", "٤,5"])
 def test_what_is_neither_file_nor_list_is_refused(argument):
     assert f"{argument!r} is neither a file that exists nor a list" in message(invoke(argument))
 
@@ -181,11 +261,61 @@ def test_a_negative_length_in_a_list_is_refused():
     assert "-3 is negative" in message(invoke("4,-3"))
 
 
+def corpus_of(size, longest=200):
+    return np.clip(np.random.default_rng(0).lognormal(np.log(50), 0.7, size), 1, longest).astype(int)
+
+
+def test_more_lengths_than_a_batch_are_planned_as_a_corpus_too(tmp_path):
+    lengths = corpus_of(30_000)
+    np.savetxt(tmp_path / "lengths", lengths)
+    result = invoke(tmp_path / "lengths")
+    assert result.exit_code == 0, result.output
+    batch, corpus = result.output.split("As a corpus: one plan for all batches of 64 (--batch-size)")
+    assert "As one batch" in batch
+    assert re.search(rf"^rows x steps +30,000 x {lengths.max()} ", batch, re.MULTILINE)
+    plan, padded = plan_cover(lengths, 64), 64 * lengths.max()
+    expected = coverage(lengths, plan)
+    (cells,) = re.findall(r"^cells {2,}([\d,]+) +([\d,]+)$", corpus, re.MULTILINE)
+    assert [int(count.replace(",", "")) for count in cells] == [padded, plan.size]
+    (shares,) = re.findall(r"^cells that are real +([\d.]+)% +([\d.]+)%$", corpus, re.MULTILINE)
+    assert float(shares[1]) == round(100 * expected.efficiency, 1)
+    assert float(shares[0]) == pytest.approx(100 * lengths.sum() / (469 * padded), abs=0.051)
+    (code,) = re.findall(r"^  corpus_plan = (.*)$", corpus, re.MULTILINE)
+    assert eval(code, {"jaxpack": jaxpack, "lengths": lengths}) == plan
+    assert f"drawn at random {expected.miss:.1%} would not fit" in " ".join(corpus.split())
+    assert max(len(line.rstrip()) for line in result.output.splitlines()) <= 80
+
+
+def test_the_batch_size_of_a_corpus_can_be_chosen():
+    output = invoke(LIST, "--batch-size", 4).output
+    assert "As a corpus: one plan for all batches of 4" in output
+    assert re.search(r"^batches an epoch +2 +2$", output, re.MULTILINE)
+    assert "  corpus_plan = jaxpack.data.plan_cover(lengths, batch_size=4)\n" in output
+    assert "corpus" not in invoke(LIST).output
+
+
+def test_a_corpus_that_is_no_single_batch_is_planned_as_a_corpus(tmp_path):
+    (tmp_path / "lengths").write_text("30000000\n" * 100)
+    output = invoke(tmp_path / "lengths", "--batch-size", 10).output
+    assert "They would have more cells than int32 can index." in output
+    assert re.search(r"^cells that are real +100.0% +100.0%$", output, re.MULTILINE)
+    assert "reference layer" in output  # what * says
+
+
+def test_a_report_of_large_numbers_fits_80_columns(tmp_path):
+    (tmp_path / "lengths").write_text("499\n" + "1\n" * 999_999)
+    lines = invoke(tmp_path / "lengths").output.splitlines()
+    assert max(len(line.rstrip()) for line in lines) <= 80
+    assert any(line.startswith("saved: s to compile*  ") for line in lines)
+
+
 def test_more_cells_than_can_be_indexed_are_refused():
     assert "more than int32 can index" in message(invoke(",".join(["2000000000"] * 2)))
 
 
-@pytest.mark.parametrize(("option", "value"), [("--num-buckets", 0), ("--row-multiple", 0), ("--num-buckets", "x")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--num-buckets", 0), ("--row-multiple", 0), ("--num-buckets", "x"), ("--batch-size", 0)]
+)
 def test_bad_options_are_refused_by_name(option, value):
     assert f"Invalid value for '{option}'" in message(invoke(LIST, option, value))
 

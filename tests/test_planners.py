@@ -1,4 +1,5 @@
 import itertools
+from bisect import bisect_left, insort
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,19 @@ import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpack import BucketPlan, CostModel, plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
+from jaxpack import (
+    BucketPlan,
+    CostModel,
+    pack_sequence,
+    plan_best,
+    plan_buckets,
+    plan_exact,
+    plan_padded,
+    plan_rows,
+    planners,
+)
+from jaxpack.best_fit import Distinct, best_fit
+from jaxpack.data import coverage, plan_cover, plan_family
 
 SEED = [4, 6, 8, 5, 4, 3, 7, 8]
 CELLS_ONLY = CostModel(cell=1, step=0, bucket=0, compilation=0)
@@ -206,6 +219,132 @@ def test_rows_of_thousands_of_sequences_can_be_planned():
             assert plan_rows(lengths, num_rows).efficiency(lengths) > 0.98
 
 
+def best_fit_one_by_one(lengths, width):
+    """The packing of one sequence after the other, longest first: what each row holds."""
+    rows, left = [], []
+    for length in sorted((max(1, int(length)) for length in lengths), reverse=True):
+        place = bisect_left(left, (length, 0))
+        room, row = left.pop(place) if place < len(left) else (width, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(length)
+        insort(left, (room - length, row))
+    return rows
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.integers(1, 9))
+def test_packing_many_at_once_deals_the_same_to_each_row_as_packing_one_by_one(lengths, num_rows):
+    plan = plan_rows(lengths, num_rows)
+    rows = best_fit_one_by_one(lengths, plan.num_steps)
+    assert len(rows) == plan.rows[0]
+    starts = tuple((0, *itertools.accumulate(row[:-1])) for row in rows)
+    assert plan.starts == (starts if any(len(row) > 1 for row in rows) else ())
+    if plan.num_steps > max(1, *lengths, 1):  # no narrower rows of as many would do
+        assert len(best_fit_one_by_one(lengths, plan.num_steps - 1)) > num_rows
+
+
+def cheapest_one_by_one(lengths, model):
+    """The cost, cells and steps of the best plan that packing one by one finds, in rows wider by 1/32 each time."""
+    total, width = int(np.maximum(lengths, 1).sum()), max(1, *lengths)
+
+    def cost(rows, width):
+        return (model.cell + model.crossing * (rows < len(lengths))) * rows * width + model.step * width
+
+    tried = [(cost(rows, width), rows * width, width) for rows in [len(best_fit_one_by_one(lengths, width))]]
+    while width < total:
+        width = min(total, width + -(-width // 32))
+        if model.cell * (total // width) * width + model.step * width > 0.99 * (min(tried)[0] - model.bucket):
+            break
+        rows = len(best_fit_one_by_one(lengths, width))
+        least = max(max(lengths), -(-total // rows))
+        narrow = range(least, width)
+        width_of_rows = least + bisect_left(
+            narrow, True, key=lambda width: len(best_fit_one_by_one(lengths, width)) <= rows
+        )
+        tried.append((cost(rows, width_of_rows), rows * width_of_rows, width_of_rows))
+    return min(tried)
+
+
+CORPORA = {
+    "log-normal": lambda rng, size: lognormal(0, size),
+    "heavy tail": lambda rng, size: np.maximum(1, rng.lognormal(np.log(300), 1, size)).astype(int),
+    "gamma": lambda rng, size: np.maximum(1, rng.gamma(3, 8, size)).astype(int),
+    "uniform": lambda rng, size: rng.integers(1, 2001, size),
+    "uniform, all long": lambda rng, size: rng.integers(1001, 2001, size),
+    "words": lambda rng, size: np.maximum(1, rng.poisson(7.5, size)),
+    "equal": lambda rng, size: np.full(size, 50),
+    "bimodal": lambda rng, size: np.where(rng.random(size) < 0.5, 10, 400),
+    "just above halves": lambda rng, size: np.where(rng.random(size) < 0.5, 51, 101),
+    "adversarial": lambda rng, size: rng.choice([101, 51, 26, 27, 50, 34, 67], size),
+}
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("size", [60, 300])
+def test_rows_of_hundreds_cost_what_packing_one_by_one_finds(corpus, size):
+    lengths, model = CORPORA[corpus](np.random.default_rng(1), size), CostModel(bucket=0, compilation=0)
+    assert model.total(plan_rows(lengths, cost_model=model)) <= cheapest_one_by_one(lengths, model)[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("corpus", ["heavy tail", "uniform", "uniform, all long"])
+def test_rows_of_a_thousand_distinct_lengths_cost_at_most_1_percent_more(corpus):
+    lengths, model = CORPORA[corpus](np.random.default_rng(1), 1200), CostModel(bucket=0, compilation=0)
+    assert len(set(lengths.tolist())) > 512
+    least, cells, steps = cheapest_one_by_one(lengths, model)
+    plan = plan_rows(lengths, cost_model=model)
+    assert model.total(plan) <= 1.01 * least
+    assert plan.size <= 1.01 * cells
+    assert plan.num_steps <= 1.15 * steps
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+@pytest.mark.parametrize("num_buckets", [1, 4])
+def test_every_length_of_a_large_corpus_has_a_slot_of_its_own(corpus, num_buckets):
+    lengths = CORPORA[corpus](np.random.default_rng(2), 30_000)
+    plan = plan_rows(lengths, num_buckets=num_buckets)
+    assert plan.num_sequences == len(lengths)
+    assert plan.fits(lengths)
+    assert plan.efficiency(lengths) > 0.985
+    ends = plan.slot_starts + plan.room
+    by_row = np.lexsort((plan.slot_starts, plan.slot_rows))
+    same_row = np.diff(plan.slot_rows[by_row]) == 0
+    assert (plan.slot_starts[by_row][1:][same_row] == ends[by_row][:-1][same_row]).all()  # end to end, no overlap
+
+
+@pytest.mark.parametrize("corpus", CORPORA)
+def test_a_packing_takes_few_deals_however_many_sequences_there_are(corpus):
+    deals = []
+    for size in (10_000, 100_000):
+        batch = Distinct.of(CORPORA[corpus](np.random.default_rng(3), size))
+        deals.append(len(best_fit(batch, 3 * batch.longest).deals) / len(batch.lengths))
+    assert max(deals) < 12
+
+
+def packings(lengths, monkeypatch):
+    """The widths at which a plan of rows packs these lengths."""
+    widths = []
+    with monkeypatch.context() as patch:
+        patch.setattr(planners, "best_fit", lambda batch, width: widths.append(width) or best_fit(batch, width))
+        plan_rows(lengths)
+    return widths
+
+
+@pytest.mark.parametrize("corpus", ["heavy tail", "uniform", "uniform, all long"])
+def test_many_distinct_lengths_are_packed_few_times(corpus, monkeypatch):
+    lengths = CORPORA[corpus](np.random.default_rng(4), 100_000)
+    assert len(packings(lengths, monkeypatch)) < 100
+
+
+def test_buckets_of_ten_thousand_distinct_lengths_are_as_many_as_asked_for_and_no_fewer_are_better():
+    lengths = np.random.default_rng(0).permutation(10_000) + 1
+    plans = [plan_buckets(lengths, count) for count in (7, 8, 9)]
+    assert [plan.num_buckets for plan in plans] == [7, 8, 9]
+    saved = -np.diff([plan.size for plan in plans])
+    assert saved[0] >= saved[1] > 0  # cells are convex in the number of buckets
+    ideal = [5000 * 10_000 * (1 + 1 / count) for count in (7, 8, 9)]  # stairs of a straight slope: evenly spaced
+    assert [plan.size for plan in plans] == pytest.approx(ideal, rel=1e-3)
+
+
 def test_rows_of_huge_lengths_can_be_planned():
     assert plan_rows([10**9, 10**9 - 1, 1]) == BucketPlan((10**9,), (2,), ((0,), (0, 10**9 - 1)))
 
@@ -260,6 +399,49 @@ def test_an_empty_sequence_gets_room_for_a_step(planner):
 def test_bad_lengths_are_named(planner, lengths, error, message):
     with pytest.raises(error, match=message):
         planner(lengths)
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_more_steps_than_can_be_indexed_are_refused_before_any_plan_is_made(planner):
+    with pytest.raises(ValueError, match=r"4000000000 steps in all, more than int32 can index.*plan_cover"):
+        planner(np.full(2, 2 * 10**9))
+
+
+CORPUS_PLANNERS = [
+    lambda lengths: plan_cover(lengths, 2),
+    lambda lengths: plan_family(lengths, 2),
+    lambda lengths: coverage(lengths, plan_padded(2, 2)),
+]
+PACKED = pack_sequence([np.ones((3, 1)), np.ones((1, 1))])
+NO_VECTORS = {
+    "a map": (lambda: map(int, "12"), TypeError, r"got a map. Make it a list: list\(lengths\)"),
+    "a generator": (lambda: (n for n in [1, 2]), TypeError, r"got a generator. Make it a list"),
+    "values of a dict": (lambda: {0: 1}.values(), TypeError, "got a dict_values. Make it a list"),
+    "a dict": (lambda: {0: 1}, TypeError, "got a dict"),
+    "a set": (lambda: {1, 2}, TypeError, r"got a set\.$"),
+    "text": (lambda: "12", TypeError, "got a str"),
+    "words": (lambda: ["1", "2"], TypeError, "integers, got dtype str"),
+    "a packed batch": (lambda: PACKED, TypeError, r"got a PackedSequence. Pass its .lengths"),
+    "a plan": (lambda: PACKED.plan, TypeError, "got a BucketPlan"),
+    "sequences": (lambda: [[1], [1, 2]], TypeError, r"nested list whose rows differ.*\[len\(sequence\) for sequence"),
+    "a mask": (lambda: np.ones((2, 3), bool), TypeError, r"got a mask \(2, 3\): pass mask.sum\(axis=1\)"),
+    "booleans": (lambda: [True, False], TypeError, "integers, got dtype bool"),
+    "a column": (lambda: np.ones((3, 1), int), ValueError, r"shape \(3, 1\). Drop the axes of size 1: lengths.ravel"),
+    "a row": (lambda: [[1, 2]], ValueError, r"shape \(1, 2\). Drop the axes of size 1: lengths.ravel"),
+    "stacked batches": (lambda: np.ones((2, 3)), ValueError, r"shape \(2, 3\). For stacked batches use jax.vmap"),
+    "a number": (lambda: 3, ValueError, r"shape \(\). Of one sequence they are \[length\]"),
+    "a huge number": (lambda: [2**63], ValueError, r"lengths\[0\] = 9223372036854775808 is more than int64"),
+    "a huge float": (lambda: [1e30], ValueError, r"lengths\[0\] = 1e\+30 is more than int64"),
+    "infinity": (lambda: [np.inf], ValueError, r"whole numbers, got lengths\[0\] = inf"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_VECTORS)
+@pytest.mark.parametrize("planner", [*PLANNERS, *CORPUS_PLANNERS, PACKED.plan.fits, PACKED.plan.check])
+def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
+    make, error, message = NO_VECTORS[kind]
+    with pytest.raises(error, match=message):
+        planner(make())
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 _EXTRA = ("typer", "rich")  # what the extra `demo` brings
+_CANNOT_PRINT = (errno.EPIPE, errno.ENOSPC, errno.EIO)  # nobody reads on, or the device is full or broken
 
 
 def main() -> None:
@@ -19,4 +22,15 @@ def main() -> None:
             f"The command jaxpack needs {missing}, which is not installed: pip install 'jaxpack[demo]'", file=sys.stderr
         )
         sys.exit(1)
-    app()
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _CANNOT_PRINT or error.filename is not None:
+            raise
+        if error.errno != errno.EPIPE:
+            print(f"The report cannot be written: {error.strerror}.", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)

@@ -25,7 +25,7 @@ from jaxpack.cli.bench_measure import HUGE_PAGES, Tell, measure
 from jaxpack.cli.bench_peers import PEERS
 from jaxpack.cli.bench_report import print_bench
 from jaxpack.cli.bench_workloads import EPOCH, Workload, named_workload, workload_names
-from jaxpack.cli.files import check_json, check_plot, read_lengths
+from jaxpack.cli.files import STANDARD_INPUT, check_json, check_plot, name_of, read_lengths, writing
 
 _TUNABLES = "GLIBC_TUNABLES"
 _FIRST_GLIBC = (2, 35)  # that knows HUGE_PAGES
@@ -61,7 +61,9 @@ def bench(
     ] = None,
     lengths: Annotated[
         pathlib.Path | None,
-        typer.Option("--lengths", metavar="FILE", help="Your own lengths: whole numbers, of one batch; of epoch, all."),
+        typer.Option(
+            "--lengths", metavar="FILE", help="Your own lengths: of one batch; of epoch, all. - reads standard input."
+        ),
     ] = None,
     cell: Annotated[
         CellName | None, typer.Option(help="The cell to run on --lengths.", show_default="lstm", case_sensitive=False)
@@ -108,7 +110,7 @@ def bench(
     if is_epoch:
         _check_options_of_epoch(huge_pages, plot_file)
     if huge_pages:
-        _check_huge_pages()
+        _check_huge_pages(lengths)
     names = _peer_names(peer, BATCHERS if is_epoch else PEERS)
     chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
     repeats = repeats or (_REPEATS_OF_EPOCH if is_epoch else _REPEATS)
@@ -117,9 +119,11 @@ def bench(
         result["huge_pages"] = _with_huge_pages(_arguments(chosen, lengths, names, repeats))
     (print_epoch if is_epoch else print_bench)(result, Console())
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with writing(json_file):
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if plot_file is not None:
-        plot.plot_bench(result).savefig(plot_file)
+        with writing(plot_file):
+            plot.plot_bench(result).savefig(plot_file)
 
 
 def _peer_names(given: list[str] | None, known: Iterable[str]) -> list[str]:
@@ -155,9 +159,9 @@ def _workload(
     hint = "'--lengths'"
     if name not in (None, EPOCH):
         raise typer.BadParameter(f"give a workload ({name}) or lengths, not both.", param_hint=hint)
-    workload = Workload(path.name, read_lengths(path, "--lengths"), seed=seed, **given)
+    workload = Workload(pathlib.Path(name_of(path)).name, read_lengths(path, "--lengths"), seed=seed, **given)
     if not workload.tokens:
-        raise typer.BadParameter(f"all lengths in {path} are 0: there is nothing to compute.", param_hint=hint)
+        raise typer.BadParameter(f"all lengths in {name_of(path)} are 0: there is nothing to compute.", param_hint=hint)
     _check_size(workload, path, is_epoch=name == EPOCH)
     return workload
 
@@ -174,7 +178,7 @@ def _check_size(workload: Workload, path: pathlib.Path, *, is_epoch: bool) -> No
             cells, what = workload.tokens, f"has {workload.tokens:,} steps in all"
     size = cells * max(workload.features, workload.layer.output_size) * 4
     if size > _MOST_BYTES:
-        raise typer.BadParameter(f"{path} {what}, {size / 2**30:.0f} GiB. {way_out}", param_hint="'--lengths'")
+        raise typer.BadParameter(f"{name_of(path)} {what}, {size / 2**30:.0f} GiB. {way_out}", param_hint="'--lengths'")
 
 
 def _check_options_of_epoch(huge_pages: bool, plot_file: pathlib.Path | None) -> None:
@@ -203,10 +207,12 @@ def _with_progress(run: Callable[[Tell], dict[str, Any]]) -> dict[str, Any]:
         return run(tell)
 
 
-def _check_huge_pages() -> None:
-    """Raises unless a process with huge pages would be another one."""
+def _check_huge_pages(lengths: pathlib.Path | None) -> None:
+    """Raises unless a process with huge pages would be another one, and can read the lengths again."""
     name, version = platform.libc_ver()
     hint = "'--huge-pages'"
+    if str(lengths) == STANDARD_INPUT:
+        raise typer.BadParameter("it reads the lengths twice, and so not from standard input.", param_hint=hint)
     if name != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < _FIRST_GLIBC:
         first = ".".join(map(str, _FIRST_GLIBC))
         raise typer.BadParameter(

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import csv
+import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import typer
 
 from jaxpack import plot
 
+STANDARD_INPUT = "-"
 _MOST = np.iinfo(np.int32).max
-_LIST = re.compile(r"[-+\d,\s]*\d[-+\d,\s]*")  # 4,6,8,5
+_LIST = re.compile(r"[-+0-9,\s]*[0-9][-+0-9,\s]*")  # 4,6,8,5
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", re.ASCII)
+_SPACE = " \t\v\f"  # within a line; lines end with LF, CRLF or CR
+_COLUMN = ("length", "lengths")  # the names that choose a column of a table
+_OTHERS = {  # other encodings by their byte order marks; that of UTF-16 may begin one of UTF-32
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_LONGEST_WORD = 40  # characters of what is wrong that an error shows
 
 
 def read_lengths(path: pathlib.Path, parameter: str) -> np.ndarray:
-    """The lengths in a file, separated by white space or commas: int64 [B].
+    """The lengths in a text file, or in the standard input if the path is `-`: int64 [B].
+
+    The text is UTF-8, with or without a byte order mark. Lengths are separated by white space, commas or line ends, and
+    what follows # on a line is skipped. A number may be written as 12, 12.0 or 1.2e+01. Where the first line names
+    columns, those named length or lengths are read, and there must be one.
 
     Args:
       path: the file.
@@ -27,7 +47,7 @@ def read_lengths(path: pathlib.Path, parameter: str) -> np.ndarray:
       typer.BadParameter: naming the line that holds no length, or saying why there are none.
     """
     try:
-        return _read(path)
+        return _lengths(_read(path), name_of(path))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"'{parameter}'") from error
 
@@ -38,20 +58,26 @@ def read_or_parse_lengths(argument: str, parameter: str) -> np.ndarray:
     Raises:
       typer.BadParameter: as `read_lengths`, and if the argument is neither.
     """
-    if os.path.exists(argument):  # not Path.exists, which raises where a long list could not be a name
+    # Not Path.exists, which raises where a long list could not be a name.
+    if argument == STANDARD_INPUT or os.path.exists(argument):
         return read_lengths(pathlib.Path(argument), parameter)
     try:
         if not _LIST.fullmatch(argument):
-            raise ValueError(f"{argument!r} is neither a file that exists nor a list of lengths such as 4,6,8,5.")
-        return _lengths([(repr(argument), word) for word in _words(argument)], repr(argument))
+            raise ValueError(f"{_brief(argument)} is neither a file that exists nor a list of lengths such as 4,6,8,5.")
+        return _lengths(argument, _brief(argument), lines=False)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=f"'{parameter}'") from error
+
+
+def name_of(path: pathlib.Path) -> str:
+    """What a file of lengths is called in errors and reports."""
+    return "standard input" if str(path) == STANDARD_INPUT else str(path)
 
 
 def check_json(path: pathlib.Path | None) -> pathlib.Path | None:
     """The callback of an option for a JSON file: raises before anything is measured if it cannot be written."""
     if path is not None:
-        _check_folder(path)
+        _check_writable(path)
     return path
 
 
@@ -59,7 +85,7 @@ def check_plot(path: pathlib.Path | None) -> pathlib.Path | None:
     """The callback of an option for a plot: raises before anything is measured if it cannot be drawn or written."""
     if path is None:
         return None
-    _check_folder(path)
+    _check_writable(path)
     try:
         formats = plot.formats()
     except ModuleNotFoundError as error:
@@ -69,42 +95,203 @@ def check_plot(path: pathlib.Path | None) -> pathlib.Path | None:
     return path
 
 
-def _check_folder(path: pathlib.Path) -> None:
-    if not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
-    if path.is_dir():
-        raise typer.BadParameter(f"{path} cannot be written: it is a folder.")
-
-
-def _read(path: pathlib.Path) -> np.ndarray:
+def check_directory(path: pathlib.Path | None) -> pathlib.Path | None:
+    """The callback of an option for a folder, which may not be there yet: raises if it cannot be made or written to."""
+    if path is None:
+        return None
     try:
-        text = path.read_text(encoding="utf-8")
+        there = next(place for place in (path.absolute(), *path.absolute().parents) if _is_there(place))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file. It must hold whole numbers, such as one a line.") from error
-    lines = enumerate(text.splitlines(), start=1)
-    return _lengths([(f"{path}, line {number}", word) for number, line in lines for word in _words(line)], str(path))
+        raise _refusal(path, error) from error
+    if not there.is_dir():
+        raise typer.BadParameter(f"{path} cannot be written: {there} is no folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"{path} cannot be written: the folder {there} does not permit it.")
+    return path
 
 
-def _words(line: str) -> list[str]:
-    return line.replace(",", " ").split()
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """A context that writes a file; where that fails late, as on a full device, one line says so and the command ends.
 
-
-def _lengths(words: Sequence[tuple[str, str]], source: str) -> np.ndarray:
-    """int64 [B] from words, each with where it stands."""
-    if not words:
-        raise ValueError(f"{source} holds no lengths. It must hold at least one whole number, 0 or more.")
-    return np.array([_length(place, word) for place, word in words], np.int64)
-
-
-def _length(place: str, word: str) -> int:
+    Raises:
+      typer.Exit: of status 1, if the file could not be written.
+    """
     try:
-        length = int(word)
+        yield
+    except OSError as error:
+        typer.echo(f"{path} cannot be written: {error.strerror or error}.", err=True)
+        raise typer.Exit(1) from error
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    """Raises unless a file can be written; one that is not there is made and removed again."""
+    target = pathlib.Path(os.path.realpath(path))  # where a link leads
+    folder = target.parent
+    if not os.path.isdir(folder):  # not Path.is_dir, which raises where a name is too long
+        what = "is no folder" if os.path.exists(folder) else "does not exist"
+        raise typer.BadParameter(f"{path} cannot be written: the folder {folder} {what}.")
+    if os.path.isdir(target):
+        raise typer.BadParameter(f"{path} cannot be written: it is a folder.")
+    try:
+        if os.path.isfile(target):
+            target.open("ab").close()
+        elif not _is_there(target):
+            target.open("xb").close()
+            target.unlink()
+        # What else is there is a device, or a pipe, which may wait for a reader.
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _is_there(path: pathlib.Path) -> bool:
+    """Whether there is anything of this name; OSError if there cannot be."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _refusal(path: pathlib.Path, error: OSError) -> typer.BadParameter:
+    return typer.BadParameter(f"{path} cannot be written: {error.strerror}.")
+
+
+def _read(path: pathlib.Path) -> str:
+    """The text of a file or of the standard input; ValueError if it cannot be read or is no UTF-8."""
+    name = name_of(path)
+    try:
+        data = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
+    for mark, encoding in _OTHERS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{name} is no text file in UTF-8, but in {encoding}. Save it as UTF-8.")
+    try:
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError
     except ValueError as error:
-        raise ValueError(f"{place}: {word!r} is not a whole number.") from error
-    if length < 0:
-        raise ValueError(f"{place}: {length} is negative. A length is a number of steps, 0 or more.")
-    if length > _MOST:
-        raise ValueError(f"{place}: {length} is longer than int32 can count ({_MOST} steps).")
-    return length
+        raise ValueError(
+            f"{name} is no text file in UTF-8. It must hold whole numbers, such as one a line: "
+            f'numpy.savetxt(path, lengths, fmt="%d") writes them.'
+        ) from error
+    return text
+
+
+def _lengths(text: str, source: str, *, lines: bool = True) -> np.ndarray:
+    """The lengths in a text: int64 [B]. Raises ValueError, with the number of the line if it has lines."""
+    rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    plain = [row for row in (row.strip(_SPACE) for row in rows) if row]
+    if text.isascii() and all(map(str.isdigit, plain)) and max(map(len, plain), default=0) < len(str(_MOST)):
+        lengths = list(map(int, plain))  # one a line, as most files have them
+    else:
+        filled = [(number, row) for number, row in enumerate((row.partition("#")[0] for row in rows), start=1)]
+        filled = [(number, row) for number, row in filled if row.strip(_SPACE + ",")]
+        lengths = _of_lines(filled, source, lines=lines)
+    if not lengths:
+        raise ValueError(f"{source} holds no lengths. It must hold at least one whole number, 0 or more.")
+    return np.array(lengths, np.int64)
+
+
+def _of_lines(rows: list[tuple[int, str]], source: str, *, lines: bool) -> list[int]:
+    """The lengths in the lines that hold something, each with its number."""
+    table = _column(rows[0][1], source) if rows else None
+    words = list(_flat(rows, source) if table is None else _of_column(rows[1:], *table, source))
+    hint = " A first line that names columns must name one of them length."
+    first = rows[0][0] if rows and lines and table is None else None
+    lengths = [
+        _length(
+            f"{source}, line {number}" if lines else source,
+            word,
+            hint if number == first and any(map(str.isalpha, word)) else "",
+        )
+        for number, word in words
+    ]
+    if table is None and words:
+        _check_no_table(np.array([number for number, _ in words]), np.array(lengths), source)
+    return lengths
+
+
+def _column(first: str, source: str) -> tuple[int, int, str | None] | None:
+    """Where lengths stand in a table whose first line this is: the column, how many there are, and what parts them.
+
+    None if the line names no column length.
+    """
+    separator = next((mark for mark in ",;\t" if mark in first), None)
+    names = [name.lower() for name in _fields(first, separator)]
+    places = [place for place, name in enumerate(names) if name in _COLUMN]
+    if len(places) > 1:
+        raise ValueError(f"{source}: the first line names {len(places)} columns length. Leave one of them.")
+    return (places[0], len(names), separator) if places else None
+
+
+def _fields(row: str, separator: str | None) -> list[str]:
+    """The fields of a line of a table, which may be quoted; between white space if nothing else parts them."""
+    fields = row.split() if separator is None else next(csv.reader([row], delimiter=separator))
+    return [field.strip().strip('"') for field in fields]
+
+
+def _of_column(
+    rows: Iterable[tuple[int, str]], place: int, columns: int, separator: str | None, source: str
+) -> Iterator[tuple[int, str]]:
+    """What stands in one column of a table, each with the number of its line."""
+    for number, row in rows:
+        fields = _fields(row, separator)
+        if len(fields) != columns:
+            raise ValueError(f"{source}, line {number}: {len(fields)} columns, where the first line names {columns}.")
+        yield number, fields[place]
+
+
+def _flat(rows: Iterable[tuple[int, str]], source: str) -> Iterator[tuple[int, str]]:
+    """The words of all lines, each with the number of its line."""
+    for number, row in rows:
+        parts = [part.strip(_SPACE) for part in row.split(",")]
+        if not parts[-1]:
+            parts.pop()
+        if not all(parts):
+            raise ValueError(f"{source}, line {number}: a number is missing beside a comma.")
+        for part in parts:
+            yield from ((number, word) for word in re.split(f"[{_SPACE}]+", part))
+
+
+def _check_no_table(numbers: np.ndarray, lengths: np.ndarray, source: str) -> None:
+    """Raises ValueError if lines of several numbers look like those of a table, not all of whose columns are lengths.
+
+    So do lines that all have two numbers, and lines of more that are alike where one column counts the lines.
+
+    Args:
+      numbers: [B] the line that each length stands on.
+      lengths: [B] what stands there.
+      source: where, for the error.
+    """
+    _, counts = np.unique(numbers, return_counts=True)
+    columns = counts[0]
+    if columns < 2 or len(counts) < 2 or (counts != columns).any():
+        return
+    if columns == 2 or (len(counts) > 2 and (np.diff(lengths.reshape(-1, columns), axis=0) == 1).all(axis=0).any()):
+        raise ValueError(
+            f"{source} has {columns} numbers on every line, like a table whose index or other columns are no lengths. "
+            f"Name its columns in the first line, and the one to read length; or write one length a line."
+        )
+
+
+def _length(place: str, word: str, hint: str = "") -> int:
+    """A length from a word. Raises ValueError, with its place, and a hint where it is no number at all."""
+    if not _NUMBER.fullmatch(word):
+        digits = " in the digits 0 to 9" if "_" in word or any(c.isdigit() and not c.isascii() for c in word) else ""
+        raise ValueError(f"{place}: {_brief(word)} is not a whole number{digits}.{hint}")
+    value = int(word) if len(word) <= len(str(_MOST)) and "." not in word and "e" not in word.lower() else float(word)
+    if value < 0:
+        raise ValueError(f"{place}: {word} is negative. A length is a number of steps, 0 or more.")
+    if value > _MOST:
+        raise ValueError(f"{place}: {_brief(word, quoted=False)} is longer than int32 can count ({_MOST} steps).")
+    if value != math.floor(value):
+        raise ValueError(f"{place}: {_brief(word)} is not a whole number.")
+    return int(value)
+
+
+def _brief(text: str, *, quoted: bool = True) -> str:
+    """A text as an error shows it: quoted, and not too long."""
+    shown = text if len(text) <= _LONGEST_WORD else f"{text[:_LONGEST_WORD]}..."
+    return repr(shown) if quoted else shown

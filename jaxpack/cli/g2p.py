@@ -18,6 +18,7 @@ import optax
 import typer
 from rich.console import Console
 
+from jaxpack.cli.files import check_directory
 from jaxpack.cli.g2p_checkpoint import Checkpoints, History, Interrupt, Interrupted, import_orbax
 from jaxpack.cli.g2p_model import TrainState, Transcriber, make_decode, make_train_step
 from jaxpack.cli.g2p_report import Report, Sample, print_report
@@ -69,7 +70,9 @@ def g2p(
     ] = False,
     checkpoint: Annotated[
         pathlib.Path | None,
-        typer.Option(metavar="DIR", file_okay=False, help="Save the run here, and resume the one that is here."),
+        typer.Option(
+            metavar="DIR", callback=check_directory, help="Save the run here, and resume the one that is here."
+        ),
     ] = None,
 ) -> None:
     """Train an LSTM with CTC to pronounce English words, from a dictionary.

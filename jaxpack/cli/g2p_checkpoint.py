@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpack.cli.files import writing
 from jaxpack.cli.g2p_model import TrainState
 from jaxpack.extras import import_extra
 
@@ -91,6 +92,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]) -> None:
         self._orbax = import_orbax()
         self._config = dict(config)
+        self._directory = directory
         options = self._orbax.CheckpointManagerOptions(
             max_to_keep=_KEPT, cleanup_tmp_directories=True, enable_async_checkpointing=False
         )
@@ -98,11 +100,12 @@ class Checkpoints:
         self._check(directory)
 
     def save(self, state: TrainState, history: History) -> None:
-        """Writes a checkpoint, unless there is one of this step."""
+        """Writes a checkpoint, unless there is one of this step; ends the command in one line if it cannot."""
         args = self._orbax.args
         run = {"config": self._config, "history": dataclasses.asdict(history)}
         composite = args.Composite(state=args.StandardSave(state), run=args.JsonSave(run))
-        self._manager.save(len(history.losses), args=composite)
+        with writing(self._directory):
+            self._manager.save(len(history.losses), args=composite)
 
     def restore(self, like: TrainState) -> tuple[TrainState, History] | None:
         """The last checkpoint, its state shaped like this one; None if there is none."""

@@ -1,10 +1,10 @@
-"""`jaxpack plan`: the best staircase and the best row plan for given lengths, counted, estimated and drawn."""
+"""`jaxpack plan`: the best plans for given lengths, as one batch and as a corpus, counted, estimated and drawn."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
@@ -14,10 +14,14 @@ from rich.text import Text
 
 import jaxpack
 from jaxpack import plot
-from jaxpack.cli.files import check_plot, read_or_parse_lengths
+from jaxpack.cli.files import check_plot, read_or_parse_lengths, writing
 from jaxpack.cli.text import picture_of, print_parts
+from jaxpack.data import coverage, plan_cover
+from jaxpack.plan import INDEX_MAX
 
 _LINES = 16  # of each picture
+_BATCH_SIZE = 64  # of a corpus
+_MOST_DRAWN = 10_000  # sequences of a batch; of more the corpus is drawn
 _COST = jaxpack.CostModel()
 _ESTIMATE = (
     "* A training step, and its compilation, as jaxpack.CostModel() estimates them for its reference layer: an LSTM of "
@@ -31,8 +35,13 @@ _CAPTION = (
 
 def plan(
     lengths: Annotated[
-        str, typer.Argument(metavar="LENGTHS", help="A file of whole numbers, or a list such as 4,6,8,5.")
+        str,
+        typer.Argument(metavar="LENGTHS", help="A file of whole numbers (- is standard input), or a list: 4,6,8,5."),
     ],
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences in a batch of a corpus.", show_default=f"{_BATCH_SIZE}, if there are more"),
+    ] = None,
     num_buckets: Annotated[
         int | None,
         typer.Option(min=1, help="The most buckets to use.", show_default="as many as pay for themselves"),
@@ -42,76 +51,171 @@ def plan(
     ] = 1,
     plot_file: Annotated[
         pathlib.Path | None,
-        typer.Option("--plot", metavar="FILE", callback=check_plot, help="Draw the plan (.png, .svg, .pdf, ...)."),
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            callback=check_plot,
+            help=f"Draw the plan (.png, .svg, .pdf, ...); of more than {_MOST_DRAWN:,} sequences the corpus's.",
+        ),
     ] = None,
 ) -> None:
-    """Show the plans that jaxpack would choose for a batch of these lengths.
+    """Show the plans that jaxpack would choose for these lengths.
 
-    A file holds whole numbers, one a line or separated by spaces or commas.
-    Cells are counted and times estimated, nothing is timed: `jaxpack bench` does that.
+    A file holds whole numbers, one a line or separated by spaces or commas; a
+    table's first line names the column length. All are planned as one batch
+    and, where they are more than a batch, as a corpus whose batches share one
+    plan. Cells are counted and times estimated, nothing is timed: `jaxpack
+    bench` does that.
     """
     array = read_or_parse_lengths(lengths, "LENGTHS")
+    is_corpus = batch_size is not None or len(array) > _BATCH_SIZE
+    batch_size = batch_size or _BATCH_SIZE
     try:
-        plans = {
-            "padded": jaxpack.plan_padded(len(array), max(int(array.max()), 1)),
-            "exact": jaxpack.plan_exact(array),
-            "buckets": jaxpack.plan_buckets(array, num_buckets, row_multiple=row_multiple),
-            "rows": jaxpack.plan_rows(array),
-        }
+        batch = _plan_batch(array, num_buckets, row_multiple)
     except ValueError as error:  # more cells than can be indexed
-        raise typer.BadParameter(str(error), param_hint="'LENGTHS'") from error
+        if not is_corpus:
+            raise typer.BadParameter(str(error), param_hint="'LENGTHS'") from error
+        batch = None
+    try:
+        corpus = plan_cover(array, batch_size) if is_corpus else None
+    except ValueError as error:
+        raise typer.BadParameter(f"as a corpus: {error}", param_hint="'LENGTHS'") from error
+    parts: list[Text | Table] = [Text(_title(array), style="bold")]
+    if is_corpus:
+        parts.append(Text("As one batch", style="bold"))
+    if batch is not None:
+        parts += _describe_batch(batch, array)
+    else:
+        parts.append(Text("They would have more cells than int32 can index."))
+    if corpus is not None:
+        parts += _describe_corpus(corpus, array, batch_size)
+    parts.append(Text(_ESTIMATE))
+    print_parts((*parts, Text(_CAPTION)), Console())
+    if plot_file is not None:
+        with writing(plot_file):
+            if batch is not None and (corpus is None or len(array) <= _MOST_DRAWN):
+                plot.plot_plan(batch.plans[batch.chosen], array).savefig(plot_file)
+            elif corpus is not None:
+                plot.plot_corpus(array, corpus).savefig(plot_file)
+
+
+class _Batch(NamedTuple):
+    """The plans of one batch: all by name, the one chosen, its code, and whether plan_best picks it."""
+
+    plans: Mapping[str, jaxpack.BucketPlan]
+    chosen: str
+    code: str
+    is_best: bool
+
+
+def _plan_batch(lengths: np.ndarray, num_buckets: int | None, row_multiple: int) -> _Batch:
+    """Plans all lengths as one batch; ValueError if that has more cells than can be indexed."""
+    plans = {
+        "padded": jaxpack.plan_padded(len(lengths), max(int(lengths.max()), 1)),
+        "exact": jaxpack.plan_exact(lengths),
+        "buckets": jaxpack.plan_buckets(lengths, num_buckets, row_multiple=row_multiple),
+        "rows": jaxpack.plan_rows(lengths),
+    }
     options = ([f"{num_buckets}"] if num_buckets else []) + ([f"{row_multiple=}"] if row_multiple > 1 else [])
     code = {
         "buckets": f"plan = jaxpack.plan_buckets({', '.join(['lengths', *options])})",
         "rows": "plan = jaxpack.plan_rows(lengths)",
     }
     chosen = min(code, key=lambda name: _COST.total(plans[name]))
-    print_plans(plans, chosen, code[chosen], array, Console())
-    if plot_file is not None:
-        plot.plot_plan(plans[chosen], array).savefig(plot_file)
+    without_options = jaxpack.plan_buckets(lengths) if options else plans["buckets"]
+    best = min((without_options, plans["rows"]), key=_COST.total)  # as plan_best has it
+    return _Batch(plans, chosen, code[chosen], plans[chosen] == best)
 
 
-def print_plans(
-    plans: Mapping[str, jaxpack.BucketPlan], chosen: str, code: str, lengths: np.ndarray, console: Console
-) -> None:
-    """Prints plans: counted and estimated side by side, the chosen one's code, and pictures of "buckets" and "rows"."""
+def _title(lengths: np.ndarray) -> str:
     sequences = "1 sequence" if len(lengths) == 1 else f"{len(lengths):,} sequences"
-    title = f"{sequences} of {lengths.min():,} to {lengths.max():,} steps, {lengths.sum():,} in all"
-    who = "jaxpack.plan_best(lengths) picks" if plans[chosen] == jaxpack.plan_best(lengths) else "With these options:"
-    choice = f"{who} {chosen}, the cheaper of the two if compiled once for {_COST.runs:,} training steps."
+    return f"{sequences} of {lengths.min():,} to {lengths.max():,} steps, {lengths.sum():,} in all"
+
+
+def _describe_batch(batch: _Batch, lengths: np.ndarray) -> list[Text | Table]:
+    """Plans of one batch, counted and estimated side by side; the chosen one's code; pictures of the two to choose."""
+    plans = batch.plans
+    who = "jaxpack.plan_best(lengths) picks" if batch.is_best else "With these options:"
+    choice = f"{who} {batch.chosen}, the cheaper of the two if compiled once for {_COST.runs:,} training steps."
     parts: list[Text | Table] = [
-        Text(title, style="bold"),
-        _table(plans, chosen, lengths),
-        Text(_ESTIMATE),
-        Text(f"{choice}\n\n  {code}"),
+        _batch_table(plans, batch.chosen, int(lengths.sum())),
+        Text(f"{choice}\n\n  {batch.code}"),
     ]
     names: dict[jaxpack.BucketPlan, str] = {}
     for name in ("buckets", "rows"):
         names[plans[name]] = f"{names[plans[name]]} and {name}" if plans[name] in names else name
     for drawn, name in names.items():
-        rows = drawn.rows[0]
-        shown = f", {_LINES} of {rows:,} rows drawn" if rows > _LINES else ""
-        parts += [Text(f"{name}{shown}", style="bold"), Text(picture_of(drawn, lengths, _LINES), no_wrap=True)]
-    print_parts((*parts, Text(_CAPTION)), console)
+        parts += _picture(name, drawn, lengths)
+    return parts
 
 
-def _table(plans: Mapping[str, jaxpack.BucketPlan], chosen: str, lengths: np.ndarray) -> Table:
-    """What is counted and estimated, a column a plan."""
+def _describe_corpus(plan: jaxpack.BucketPlan, lengths: np.ndarray, batch_size: int) -> list[Text | Table]:
+    """The plan that all batches of a corpus share, beside padding them to the longest; its code; and a picture."""
+    real, batches = int(lengths.sum()), -(-len(lengths) // batch_size)
+    longest, expected = max(int(lengths.max()), 1), coverage(lengths, plan)
+    plans = {"corpus": plan}
+    if batch_size * longest <= INDEX_MAX:
+        plans = {"padded": jaxpack.plan_padded(batch_size, longest)} | plans
+    lines: dict[str, Callable[[jaxpack.BucketPlan], str]] = {
+        **_SHAPE,
+        "cells / padded": lambda plan: f"{plan.size / (batch_size * longest):.2f}",
+        "ms a step*": lambda plan: f"{1e3 * _COST.run_time(plan):,.1f}",
+        "batches an epoch": lambda plan: f"{batches:,}",
+        "cells that are real": lambda plan: f"{real / (batches * plan.size):.1%}",
+    }
+    words = (
+        f"jaxpack.data.SlotFilling makes batches that fill it. Of batches drawn at random {expected.miss:.1%} would "
+        f"not fit: plan_cover(lengths, batch_size={batch_size}, miss=0.1) makes a plan for those."
+    )
+    title = f"As a corpus: one plan for all batches of {batch_size:,} (--batch-size)"
+    code = f"  corpus_plan = jaxpack.data.plan_cover(lengths, batch_size={batch_size})"
+    fullest = np.sort(lengths)[::-1][::batches][:batch_size]  # the longest that each slot takes
+    return [
+        Text(title, style="bold"),
+        _table(plans, "corpus", lines),
+        Text(f"{words}\n\n{code}"),
+        *_picture("corpus, its slots with the longest that they take", plan, fullest),
+    ]
+
+
+def _picture(name: str, plan: jaxpack.BucketPlan, lengths: np.ndarray) -> list[Text | Table]:
+    """A plan with a batch in it, under its name."""
+    rows = plan.rows[0]
+    shown = f", {_LINES} of {rows:,} rows drawn" if rows > _LINES else ""
+    return [Text(f"{name}{shown}", style="bold"), Text(picture_of(plan, lengths, _LINES), no_wrap=True)]
+
+
+_SHAPE: dict[str, Callable[[jaxpack.BucketPlan], str]] = {
+    "loops, one a bucket": lambda plan: f"{plan.num_buckets:,}",
+    "rows x steps": lambda plan: f"{plan.rows[0]:,} x {plan.num_steps:,}",
+    "cells": lambda plan: f"{plan.size:,}",
+}
+
+
+def _batch_table(plans: Mapping[str, jaxpack.BucketPlan], chosen: str, real: int) -> Table:
+    """What is counted and estimated for one batch, a column a plan."""
     padded = plans["padded"]
     lines: dict[str, Callable[[jaxpack.BucketPlan], str]] = {
-        "loops, one a bucket": lambda plan: f"{plan.num_buckets:,}",
-        "rows x steps": lambda plan: f"{plan.rows[0]:,} x {plan.num_steps:,}",
-        "cells": lambda plan: f"{plan.size:,}",
+        **_SHAPE,
         "cells / padded": lambda plan: f"{plan.size / padded.size:.2f}",
-        "slack": lambda plan: f"{plan.slack(lengths):,}",
+        "slack": lambda plan: f"{plan.size - real:,}",
         "ms a step*": lambda plan: f"{1e3 * _COST.run_time(plan):,.1f}",
         "s to compile*": lambda plan: f"{_COST.compile_time(plan):,.1f}",
         "saved: cells": lambda plan: f"{padded.size - plan.size:,}",
         "saved: ms a step*": lambda plan: f"{1e3 * (_COST.run_time(padded) - _COST.run_time(plan)):z,.1f}",
         "saved: s to compile*": lambda plan: f"{_COST.compile_time(padded) - _COST.compile_time(plan):z,.1f}",
     }
+    return _table(plans, chosen, lines)
+
+
+def _table(
+    plans: Mapping[str, jaxpack.BucketPlan],
+    chosen: str,
+    lines: Mapping[str, Callable[[jaxpack.BucketPlan], str]],
+) -> Table:
+    """A column a plan, the chosen one's in bold, and a line for each heading."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in plans:
         table.add_column(name, justify="right", style="bold" if name == chosen else "")
     for heading, write in lines.items():

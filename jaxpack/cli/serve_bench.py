@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxpack
-from jaxpack.cli.files import check_json
+from jaxpack.cli.files import check_json, writing
 from jaxpack.cli.text import print_parts
 from jaxpack.data import plan_cover
 from jaxpack.layer import LayerParams
@@ -67,7 +67,8 @@ def serve_bench(
     result = measure(load)
     print_serve_bench(result, Console())
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with writing(json_file):
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if not result["passed"]:
         raise typer.Exit(1)
 

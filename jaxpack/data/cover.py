@@ -17,13 +17,14 @@ Statistics; here for draws from a finite corpus).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln  # jax needs scipy too
+from scipy.special import gammaln, xlog1py, xlogy  # jax needs scipy too
 
 from jaxpack.arguments import at_least_one
 from jaxpack.cost import CostModel
@@ -39,6 +40,10 @@ Planner = Callable[[np.ndarray], BucketPlan]
 _RUNS = 1e5  # of a corpus's program: compiling a further bucket is nothing beside them
 _MISSES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)  # what the plans of a family are chosen from
 _BISECTIONS = 20  # of the quantile that gives a miss probability
+_ALIKE = 64  # a plan has about as many cells as its rooms have steps: the search for a batch size starts so near
+_CHANCES = 2**24  # computed at once, at most: a slot's of each length
+_DEVIATIONS = 9  # more than which no count strays from its mean, for all that a float can tell
+_NOTHING = 1e-30  # beside the largest chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +117,8 @@ def plan_cover(
       lengths: [N] whole numbers >= 0: the corpus's. Or a dict of them by time axis, those of one example in one place.
       batch_size: how many sequences a batch holds.
       max_cells: instead, how many cells the plan, or those of all axes, may have: the largest batch is taken that needs
-        no more. fairseq's max_tokens, which counts padding as cells.
+        no more. fairseq's max_tokens, which counts padding as cells. Batches of more than a thousand sequences may have
+        0.1 % fewer than would fit.
       miss: None for `SlotFilling`, whose batches are made to fit; a probability for batches drawn at random, which then
         miss the plan, or that of any axis, at most that often.
       planner: makes a plan from the rooms that are needed. The default, plan_rows in up to 4 buckets, leaves hardly any
@@ -138,17 +144,15 @@ def plan_cover(
     planner, num_axes = planner or _rows, corpus.shape[1]
     ordered = [np.sort(column)[::-1] for column in corpus.T]
 
-    def plans(batch_size: int) -> tuple[BucketPlan, ...]:
+    def rooms(batch_size: int) -> list[np.ndarray]:
         if miss is not None:
-            rooms = [_rooms_missed(column, batch_size, miss / num_axes) for column in ordered]
-        else:
-            rooms = joint_rooms(corpus, batch_size) if num_axes > 1 else [_rooms(ordered[0], batch_size)]
-        return tuple(planner(each) for each in rooms)
+            return [_random_rooms(column, batch_size)(miss / num_axes) for column in ordered]
+        return joint_rooms(corpus, batch_size) if num_axes > 1 else [_rooms(ordered[0], batch_size)]
 
     if batch_size is not None:
-        found = plans(at_least_one("batch_size", batch_size))
+        found = tuple(map(planner, rooms(at_least_one("batch_size", batch_size))))
     else:
-        found = _largest_within(plans, at_least_one("max_cells", max_cells), ordered)
+        found = _largest_within(rooms, planner, at_least_one("max_cells", max_cells), ordered)
     return dict(zip(lengths, found, strict=True)) if isinstance(lengths, Mapping) else found[0]
 
 
@@ -182,7 +186,8 @@ def plan_family(
     num_plans = at_least_one("num_plans", num_plans)
     planner = planner or _rows
     every = plan_padded(batch_size, max(1, int(corpus[0])))
-    options = {planner(_rooms_missed(corpus, batch_size, miss)): None for miss in _MISSES}
+    rooms = _random_rooms(corpus, batch_size)
+    options = {planner(rooms(miss)): None for miss in _MISSES}
     smaller = sorted((plan for plan in options if plan.size < every.size), key=lambda plan: plan.size)
     missed = {plan: _miss(corpus, plan.room) for plan in smaller} | {every: 0.0}
 
@@ -248,85 +253,127 @@ def _rooms(corpus: np.ndarray, batch_size: int) -> np.ndarray:
 
 
 def _largest_within(
-    plans: Callable[[int], tuple[BucketPlan, ...]], max_cells: int, corpora: list[np.ndarray]
+    rooms: Callable[[int], list[np.ndarray]], planner: Planner, max_cells: int, corpora: list[np.ndarray]
 ) -> tuple[BucketPlan, ...]:
-    """The plans of the largest batch size that bisection finds to need at most max_cells; corpora longest first."""
+    """The plans of the largest batch size that bisection finds to need at most max_cells; corpora longest first.
+
+    No plan has fewer cells than its rooms have steps, which are counted faster than planned.
+    """
     longest = sum(int(corpus[0]) for corpus in corpora)
     if longest > max_cells:
         raise ValueError(f"max_cells = {max_cells} does not hold the longest sequence, which has {longest} steps.")
-    best, least, most = plans(1), 1, min(max_cells, len(corpora[0]))
-    while least < most:
-        batch_size = min((least + most + 1) // 2, 4 * least)  # most batches are far smaller than one cell a sequence
-        tried = plans(batch_size)
-        if sum(plan.size for plan in tried) <= max_cells:
-            best, least = tried, batch_size
-        else:
-            most = batch_size - 1
-    return best
+    rooms = functools.cache(rooms)
+    plans = functools.cache(lambda batch_size: tuple(map(planner, rooms(batch_size))))
+
+    def steps(batch_size: int) -> int:
+        return sum(int(each.sum()) for each in rooms(batch_size))
+
+    def cells(batch_size: int) -> int:
+        return sum(plan.size for plan in plans(batch_size))
+
+    most = _largest_size(lambda batch_size: steps(batch_size) <= max_cells, 1, min(max_cells, len(corpora[0])))
+    least, step = most, -(-most // _ALIKE)
+    while least > 1 and cells(least) > max_cells:
+        least, most, step = max(1, least - step), least - 1, 4 * step
+    return plans(_largest_size(lambda batch_size: cells(batch_size) <= max_cells, least, max(least, most)))
 
 
-def _rooms_missed(corpus: np.ndarray, batch_size: int, miss: float) -> np.ndarray:
-    """Rooms, each exceeded with the same probability, that random batches miss at most this often. [B]."""
+def _largest_size(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest batch size between two, the lesser of which fits, that bisection finds to fit, to a part in 1,024."""
+    while most - least > least // 1024:
+        middle = min((least + most + 1) // 2, 4 * least)  # most batches are far smaller than one cell a sequence
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
+
+
+def _random_rooms(corpus: np.ndarray, batch_size: int) -> Callable[[float], np.ndarray]:
+    """Makes rooms [B], each exceeded with the same probability, that random batches miss at most as often as asked."""
     drawn = min(batch_size, len(corpus))
     values, counts = np.unique(corpus, return_counts=True)
-    tails = _tails(len(corpus), len(corpus) - np.cumsum(counts), drawn)
+    longer = len(corpus) - np.cumsum(counts)
+    every = -(-len(values) * drawn // _CHANCES)  # of too many lengths every so many, the longest among them
+    values, longer = values[::-1][::every][::-1], longer[::-1][::every][::-1]
+    tails = _tails(len(corpus), longer, drawn)
 
     def rooms(quantile: float) -> np.ndarray:
-        """The least lengths, that occur in the corpus, which the i-th longest exceeds with at most this probability."""
+        """The least of these lengths which the i-th longest exceeds with at most this probability."""
         places = np.array([np.searchsorted(tail, quantile, "right") - 1 for tail in tails])
         found = np.maximum(1, values[::-1][places])
         return np.concatenate([found, np.ones(batch_size - drawn, found.dtype)])
 
-    low, high = 0.0, miss  # of the joint miss a single slot's can be no more
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _miss(corpus, rooms(middle)) <= miss else (low, middle)
-    return rooms(low)
+    def missed_at_most(miss: float) -> np.ndarray:
+        low, high = 0.0, miss  # of the joint miss a single slot's can be no more
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _miss(corpus, rooms(middle)) <= miss else (low, middle)
+        return rooms(low)
+
+    return missed_at_most
 
 
 def _tails(size: int, longer: np.ndarray, drawn: int) -> np.ndarray:
-    """[drawn, U] how likely the i-th longest of a random batch exceeds each distinct length, longest first.
+    """[drawn, U] how likely the i-th longest of a random batch exceeds each of U lengths, longest first.
 
-    Of a corpus of this size `longer` [U] sequences are longer than each distinct length, shortest first.
+    Of a corpus of this size `longer` [U] sequences are longer than each length, shortest first.
     """
-    counts = np.arange(drawn + 1)
-    chances = np.exp(_log_hypergeometric(size, longer[::-1, None], drawn, counts))  # [U, drawn + 1]
-    return np.maximum.accumulate(1 - np.cumsum(chances, axis=1)[:, :-1].T, axis=1)
+    counts = np.arange(drawn)[:, None]
+    chances = np.exp(_log_hypergeometric(size, longer[::-1], drawn, counts))  # [drawn, U]
+    return np.maximum.accumulate(1 - np.cumsum(chances, axis=0), axis=1)
 
 
 def _miss(corpus: np.ndarray, room: np.ndarray) -> float:
     """The exact probability that a batch drawn without replacement does not fit.
 
     For the distinct rooms, largest first: at most s sequences may be longer than a room that the (s+1)-th slot is the
-    first to have. `chances[m]` is the probability that m are longer than the room reached and none was exceeded so far.
+    first to have. Were each sequence drawn by itself, with probability drawn / size, the numbers drawn from those
+    between two rooms would be binomial and independent; given that `drawn` are drawn in all, they are as in a batch.
+    `chances[m]` is the probability that m are longer than the room reached and none was exceeded so far.
     """
     size, drawn = len(corpus), min(len(room), len(corpus))
     rooms, first = np.unique(-room[:drawn], return_index=True)
     longer = np.searchsorted(-corpus, rooms)  # how many of the corpus
-    chances = np.zeros(drawn + 1)
-    chances[0], before = 1.0, 0
-    counts = np.arange(drawn + 1)
+    share = drawn / size
+    low, chances, before = 0, np.ones(1), 0  # `chances` is of low, low + 1, ...
     for most, now in zip(first, longer, strict=True):
-        # Of the drawn - m that are not longer than the room before, how many are longer than this one?
-        more = counts[None, :] - counts[:, None]
-        log = _log_hypergeometric(size - before, now - before, drawn - counts[:, None], more)
-        chances = chances @ np.exp(log)
-        chances[most + 1 :] = 0
-        before = now
-    return float(np.clip(1 - chances.sum(), 0, 1))
+        more_low, more = _binomial(now - before, share, most - low)
+        chances = np.convolve(chances, more)[: most + 1 - low - more_low] if more.size else more
+        if not chances.any():
+            return 1.0
+        low, before = low + more_low, now
+        kept = np.flatnonzero(chances > _NOTHING * chances.max())
+        low, chances = low + kept[0], chances[kept[0] : kept[-1] + 1]
+    counts = low + np.arange(len(chances))
+    fits = (chances * np.exp(_log_binomial(size - before, share, drawn - counts))).sum()
+    return float(np.clip(1 - fits / np.exp(_log_binomial(size, share, np.array(drawn))), 0, 1))
 
 
-def _log_hypergeometric(
-    size: npt.ArrayLike, marked: npt.ArrayLike, drawn: npt.ArrayLike, hits: npt.ArrayLike
-) -> np.ndarray:
+def _binomial(number: int, share: float, most: int) -> tuple[int, np.ndarray]:
+    """The least number of hits in so many draws that is not next to impossible, and the chances of it and of more.
+
+    Chances of more than `most` hits, which is not below 0, are left out; there may be no others.
+    """
+    mean = number * share
+    spread = _DEVIATIONS * (np.sqrt(mean) + _DEVIATIONS)
+    low, high = max(0, int(mean - spread)), min(number, most, int(mean + spread) + 1)
+    return low, np.exp(_log_binomial(number, share, np.arange(low, high + 1)))
+
+
+def _log_binomial(number: int, share: float, hits: np.ndarray) -> np.ndarray:
+    """log P(hits), of so many draws each with this chance; -inf where that cannot be."""
+    possible = (hits >= 0) & (hits <= number)
+    hits = np.where(possible, hits, 0)
+    log = _log_choose(number, hits) + xlogy(hits, share) + xlog1py(number - hits, -share)
+    return np.where(possible, log, -np.inf)
+
+
+def _log_hypergeometric(size: int, marked: np.ndarray, drawn: int, hits: np.ndarray) -> np.ndarray:
     """log P(hits), if of `size` things, some `marked`, `drawn` are drawn; -inf where that cannot be."""
-    size, marked, drawn, hits = np.broadcast_arrays(size, marked, drawn, hits)
-    possible = (hits >= 0) & (hits <= marked) & (hits <= drawn) & (drawn - hits <= size - marked)
+    possible = (hits <= marked) & (hits <= drawn) & (drawn - hits <= size - marked)
     hits = np.where(possible, hits, np.maximum(0, drawn - (size - marked)))
     with np.errstate(invalid="ignore"):
         log = _log_choose(marked, hits) + _log_choose(size - marked, drawn - hits) - _log_choose(size, drawn)
     return np.where(possible, log, -np.inf)
 
 
-def _log_choose(n: np.ndarray, k: np.ndarray) -> np.ndarray:
+def _log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
     return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
