@@ -61,7 +61,8 @@ def as_sequences(sequences: Iterable[PyTree]) -> tuple[list[PyTree], np.ndarray]
     """
     if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
         raise TypeError(f"sequences must be a list of arrays, got {type(sequences).__name__}.")
-    arrays = [_as_sequence(sequence) for sequence in sequences]
+    kept = isinstance(sequences, (list, tuple, np.ndarray, jax.Array))  # others may give the next in the same memory
+    arrays = [_as_sequence(each) if kept else jax.tree.map(_copied, _as_sequence(each)) for each in sequences]
     if not arrays:
         raise ValueError("sequences is empty: at least one is needed.")
     if len({(array.shape[1:], array.dtype) for array in arrays if _is_sequence(array)}) == 1 and all(
@@ -85,6 +86,10 @@ def _as_sequence(sequence: PyTree) -> PyTree:
     if any(np.ndim(leaf) == 0 for leaf in leaves):
         return np.asarray(sequence)
     return jax.tree.map(without_torch, sequence)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
 
 
 def _is_sequence(sequence: PyTree) -> bool:

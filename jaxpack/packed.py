@@ -27,7 +27,8 @@ from jaxpack.inputs import (
     lengths_as_shapes,
     padded_batch,
 )
-from jaxpack.plan import BucketPlan, longest_first
+from jaxpack.plan import BucketPlan
+from jaxpack.rows import Rows
 from jaxpack.sequence import (
     PackedSequence,
     PyTree,
@@ -143,7 +144,9 @@ def pack_sequence(
     checked, plan = lengths_and_plan(lengths, plan, len(lengths), int(steps))
     _check_sorted(checked, enforce_sorted)
     if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(arrays)):
-        return jax.device_put(lay_out_on_host(arrays, lengths, plan))
+        rows = Rows.of(checked, plan)
+        data = jax.tree.map(lambda *leaves: rows.spread(np.concatenate(leaves)), *arrays)
+        return jax.device_put(rows.packed(data))
     return lay_out(_pad_arrays(arrays, lengths, int(steps), 0, "right"), checked, plan)
 
 
@@ -161,8 +164,7 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
     """
     packed_sequences = check_packed(packed_sequences, "unpack_sequence")
     lengths = lengths_as_shapes(packed_sequences.lengths, "unpack_sequence")
-    plan = packed_sequences.plan
-    cells = _cells_by_row(plan, lengths, np.argsort(longest_first(lengths)))
+    cells = Rows.of(lengths, packed_sequences.plan).cells
     return _split(jax.tree.map(lambda leaf: leaf[cells], packed_sequences.data), lengths)
 
 
@@ -239,27 +241,6 @@ def reverse(packed: PackedSequence) -> PyTree:
     """The data of `reverse_sequences`, without checks."""
     cells = reversed_cells(packed)
     return seal(packed, jax.tree.map(lambda leaf: rearrange(leaf, cells, cells), packed.data))
-
-
-def lay_out_on_host(arrays: Sequence[PyTree], lengths: np.ndarray, plan: BucketPlan) -> PackedSequence:
-    """Packs NumPy sequences [L_i, *F] whose lengths fit the plan, in NumPy: no program is compiled or run."""
-    order = longest_first(lengths).astype(np.int32)
-    slots = np.argsort(order).astype(np.int32)
-    cells = _cells_by_row(plan, lengths, slots)
-
-    def pack(*leaves: np.ndarray) -> np.ndarray:
-        joined = np.concatenate(leaves)
-        data = np.zeros((plan.size, *joined.shape[1:]), joined.dtype)
-        data[cells] = joined
-        return data
-
-    return PackedSequence(jax.tree.map(pack, *arrays), lengths.astype(np.int32), order, slots, plan)  # type: ignore[arg-type]
-
-
-def _cells_by_row(plan: BucketPlan, lengths: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """int [sum(lengths)]: the cell of each step, sequence after sequence, given the slot of each."""
-    slots = np.repeat(slots, lengths)
-    return plan.step_offsets[plan.slot_starts[slots] + _ramps(lengths)] + plan.slot_rows[slots]
 
 
 def _check_sorted(lengths: np.ndarray | jax.Array, enforce_sorted: bool) -> None:

@@ -407,7 +407,7 @@ def concatenate(packed: Sequence[PackedSequence]) -> PackedSequence:
     packed = [check_packed(other, "concatenate") for other in packed]
     same = None
     for i, other in enumerate(packed):
-        same = same_sequences(packed[0], other, "concatenate", ("packed[0]", f"packed[{i}]"), same)
+        same = same_sequences(packed[0], other, "concatenate", ("packed[0] has", f"packed[{i}] has"), same)
         if any(leaf.ndim < 2 for leaf in jax.tree.leaves(other.data)):
             raise ValueError(f"concatenate joins the last axis, but packed[{i}] has data without a feature axis.")
     return packed[0].replace(data=_concatenate(packed, same))

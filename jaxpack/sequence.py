@@ -158,7 +158,7 @@ class PackedSequence:
         inputs, fits = [_sanitise(packed)], None
         for i, other in enumerate(others):
             other = check_packed(other, f"map(others[{i}])")
-            fits = same_sequences(packed, other, "map", ("the batch", f"others[{i}]"), fits)
+            fits = same_sequences(packed, other, "map", ("the batch has", f"others[{i}] has"), fits)
             inputs.append(_sanitise(other))
         options = {"mask": jax.tree.map(lambda leaf: expand(packed.mask, leaf), packed.data)} if pass_mask else {}
         data = fn(*inputs, **options)
@@ -426,7 +426,7 @@ def same_sequences(
     """bool [B]: which slots hold sequences of the same length in both batches; None if all are known to.
 
     Args:
-      names: of the batches, for errors.
+      names: of the batches, with the verb that errors go on with, such as "labels have".
       also: a further condition on slots, if there is one.
 
     Raises:
@@ -434,7 +434,7 @@ def same_sequences(
     """
     if other.plan != packed.plan:
         raise ValueError(
-            f"{function}: {names[1]} has the plan {other.plan}, {names[0]} has {packed.plan}. Pack both under one."
+            f"{function}: {names[1]} the plan {other.plan}, {names[0]} {packed.plan}. Pack both under one."
         )
     leaves = [(getattr(packed, name), getattr(other, name)) for name in ("lengths", "sorted_indices")]
     if all(ours is theirs for ours, theirs in leaves):
@@ -442,19 +442,16 @@ def same_sequences(
     if known(*itertools.chain(*leaves)):
         if any((np.asarray(ours) != np.asarray(theirs)).any() for ours, theirs in leaves):
             raise ValueError(
-                f"{function}: {names[1]} has the lengths {_brief(other.lengths)}, {names[0]} has "
-                f"{_brief(packed.lengths)}."
+                f"{function}: {names[1]} the lengths {_brief(other.lengths)}, {names[0]} {_brief(packed.lengths)}."
             )
         return also
     same = (other.sorted_indices == packed.sorted_indices) & (slot_lengths(other) == slot_lengths(packed))
-    checkify.debug_check(jnp.all(same), f"{function}: {names[0]} and {names[1]} have different lengths.")
+    checkify.debug_check(jnp.all(same), f"{function}: {names[1]} other lengths.")
     return same if also is None else same & also
 
 
 def _brief(lengths: Any) -> str:
-    """The first lengths, for an error."""
-    texts = [str(length) for length in np.asarray(lengths)[:9].tolist()]
-    return f"[{', '.join(texts[:8] + ['...'] * (len(texts) > 8))}]"
+    return np.array2string(np.asarray(lengths), threshold=16, edgeitems=8)
 
 
 def sanitise(packed: PackedSequence) -> PyTree:
@@ -647,7 +644,7 @@ def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> 
         sides.append(side)
     packed, constant = sides if isinstance(sides[0], PackedSequence) else sides[::-1]
     if isinstance(constant, PackedSequence):
-        also = same_sequences(packed, constant, operation.__name__, ("the left", "the right"))
+        also = same_sequences(packed, constant, operation.__name__, ("the left has", "the right has"))
     else:
         _check_constant(packed, constant)
         also = None

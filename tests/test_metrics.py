@@ -170,7 +170,9 @@ def as_items(kind):
 
 
 each_kind_of_item = pytest.mark.parametrize(
-    "kind", [np.array, jnp.array, np.int64, np.uint8, float, jnp.bfloat16, "torch"], ids=str
+    "kind",
+    [np.array, jnp.array, np.int64, np.uint8, float, jnp.bfloat16, "torch"],
+    ids=["np.array", "jnp.array", "int64", "uint8", "float", "bfloat16", "torch"],
 )
 
 

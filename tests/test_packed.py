@@ -530,3 +530,16 @@ def test_host_leaves_that_jax_would_wrap_are_named():
 def test_an_empty_list_has_no_dtype_of_its_own(sequences):
     assert pack_sequence(sequences, plan=plan_padded(2, 3)).dtype == jnp.int32
     assert pad_sequence(sequences).dtype == jnp.int32
+
+
+@pytest.mark.parametrize("door", [lambda rows: pack_sequence(rows), lambda rows: pad_sequence(rows)])
+def test_a_reader_may_give_all_sequences_in_the_same_memory(door):
+    buffer = np.zeros(3)
+
+    def read():
+        for i in range(4):
+            buffer[:] = i
+            yield buffer[: 1 + i % 3]
+
+    expected = door([np.full(1 + i % 3, float(i)) for i in range(4)])
+    jax.tree.map(np.testing.assert_array_equal, door(read()), expected)

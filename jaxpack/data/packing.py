@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence, Set
 
 import jax
 import numpy as np
-import numpy.typing as npt
 
 from jaxpack.data.form import Form
-from jaxpack.plan import BucketPlan, longest_first
+from jaxpack.plan import BucketPlan
+from jaxpack.rows import Rows
 from jaxpack.sequence import PackedSequence, PyTree
 
 _ALONE = "Here all of them share the steps of the sequence: pack what has others on its own."
@@ -88,44 +87,3 @@ def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, Sequenc
                 end = ends[axis][row]
                 target[end - len(values) : end] = values
     return [leaf if axis is None else rows[axis].spread(leaf) for leaf, axis in zip(joined, form.axes, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Where the rows of a batch go under a plan; the host's half of `jaxpack.packed.lay_out`.
-
-    Attributes:
-      plan: the static shape.
-      lengths, sorted_indices, unsorted_indices: as in PackedSequence.
-      cells: int [sum(lengths)], the cell of each step, row by row.
-    """
-
-    plan: BucketPlan
-    lengths: np.ndarray
-    sorted_indices: np.ndarray
-    unsorted_indices: np.ndarray
-    cells: np.ndarray
-
-    @classmethod
-    def of(cls, lengths: npt.ArrayLike, plan: BucketPlan) -> Rows:
-        """Places rows of these lengths, at most one a slot, which must fit; rows that are left have length 0."""
-        given = np.asarray(lengths, np.int32)
-        lengths = np.zeros(plan.num_sequences, np.int32)
-        lengths[: len(given)] = given
-        order = longest_first(lengths).astype(np.int32)
-        slots = np.empty_like(order)
-        slots[order] = np.arange(len(order), dtype=np.int32)
-        ends = np.cumsum(lengths)
-        steps = np.arange(ends[-1]) + np.repeat(plan.slot_starts[slots] - (ends - lengths), lengths)
-        cells = plan.step_offsets[steps] + np.repeat(plan.slot_rows[slots], lengths)
-        return cls(plan, lengths, order, slots, cells)
-
-    def spread(self, steps: np.ndarray) -> np.ndarray:
-        """Data [plan.size, *F] from the rows' steps, one after the other; zeros in slack."""
-        data = np.zeros((self.plan.size, *steps.shape[1:]), steps.dtype)
-        data[self.cells] = steps
-        return data
-
-    def packed(self, data: PyTree) -> PackedSequence:
-        """A PackedSequence of these rows."""
-        return PackedSequence(data, self.lengths, self.sorted_indices, self.unsorted_indices, self.plan)  # type: ignore[arg-type]

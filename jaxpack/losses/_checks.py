@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxpack.arguments import as_int
 from jaxpack.dtypes import canonical
 from jaxpack.inputs import without_torch
-from jaxpack.sequence import PackedSequence, is_traced, slot_lengths
+from jaxpack.sequence import PackedSequence, is_traced
 
 Weights = ArrayLike | PackedSequence | None
 
@@ -65,18 +65,6 @@ def refuse(bad: jax.Array, name: str, values: jax.Array, rule: str) -> None:
     if not is_traced(bad) and np.any(bad):
         index = tuple(np.argwhere(bad)[0])
         raise ValueError(f"{name} must {rule}, got {name}[{', '.join(map(str, index))}] = {values[index]}.")
-
-
-def same_lengths(logits: PackedSequence, other: PackedSequence, name: str, function: str) -> jax.Array:
-    """bool [B]: which slots hold sequences of the same length in both; raises ValueError if that is known to fail."""
-    if other.plan != logits.plan:
-        raise ValueError(f"{function}: {name} have the plan {other.plan}, logits have {logits.plan}. Pack both alike.")
-    known = not (is_traced(other.lengths) or is_traced(logits.lengths))
-    if known and (np.asarray(other.lengths) != np.asarray(logits.lengths)).any():
-        raise ValueError(f"{function}: {name} have the lengths {other.lengths}, logits have {logits.lengths}.")
-    same = (other.sorted_indices == logits.sorted_indices) & (slot_lengths(other) == slot_lengths(logits))
-    checkify.debug_check(jnp.all(same), f"{function}: logits and {name} have different lengths.")
-    return same
 
 
 def check_classes(

@@ -18,11 +18,10 @@ from jaxpack.losses._checks import (
     check_weights,
     outside,
     refuse,
-    same_lengths,
     widened,
 )
 from jaxpack.losses._mean import Mean
-from jaxpack.sequence import PackedSequence, check_packed, who_fits
+from jaxpack.sequence import PackedSequence, check_packed, same_sequences, who_fits
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -38,16 +37,17 @@ def over_tokens(
     """The weighted mean over tokens of a score of logits [N, C] and labels [N]; checks and raises for `function`."""
     logits = check_packed(logits, function)
     labels = check_packed(labels, f"{function}(labels=...)")
-    fits = who_fits(logits) & same_lengths(logits, labels, "labels", function)
+    same = same_sequences(logits, labels, function, ("logits have", "labels have"))
     check_classes(logits, labels, "S", function)
     dtype, slots = widened(logits.data).dtype, logits.plan.cell_slots
     if isinstance(weights, PackedSequence):
         packed = check_packed(weights, f"{function}(weights=...)")
-        fits &= same_lengths(logits, packed, "weights", function)
+        same = same_sequences(logits, packed, function, ("logits have", "weights have"), same)
         of_cells = check_token_weights(packed, dtype, function)
     else:
         of_rows = check_weights(weights, logits.plan.num_sequences, dtype, function, per_token=True)
         of_cells = of_rows[logits.sorted_indices][slots]
+    fits = who_fits(logits) if same is None else who_fits(logits) & same
     counted = logits.mask & ~check_ignored(ignore_label, labels.data)
     of_cells = jnp.where(fits[slots], jnp.where(counted, of_cells, 0), jnp.nan)
     return _mean(score, logits.data, labels.data, of_cells, "labels.data")
