@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 
-def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
-    """Lengths as an int64 NumPy vector.
+def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarray:
+    """Lengths as an int64 NumPy vector, read by position (as those of a pandas Series); the name is for errors.
 
     Raises:
       TypeError: if they are traced, or no vector of numbers: an iterator, say, or a packed batch.
@@ -20,12 +20,12 @@ def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
         array = np.asarray(lengths)
     except TypeError as error:
         raise TypeError(
-            "lengths are traced, but their values are needed here. Compute the plan (or unpack) outside jit, from "
-            "concrete lengths."
+            f"{name} are traced, but their values are needed here. Compute the plan (or unpack) outside jit, from "
+            f"concrete lengths."
         ) from error
     except ValueError as error:  # a nested list whose rows differ
         raise TypeError(
-            f"lengths must be a vector [B] of integers, got a nested {type(lengths).__name__} whose rows "
+            f"{name} must be a vector [B] of integers, got a nested {type(lengths).__name__} whose rows "
             f"differ. Of a list of sequences they are [len(sequence) for sequence in sequences]."
         ) from error
     if not array.shape and array.dtype.kind not in "biufc":  # no array, but an object of another kind
@@ -33,37 +33,41 @@ def concrete_lengths(lengths: npt.ArrayLike) -> np.ndarray:
         way_out = ""
         if hasattr(lengths, "lengths"):
             way_out = " Pass its .lengths."
-        elif isinstance(lengths, Iterable) and not isinstance(lengths, (str, bytes, Mapping, Set)):
+        elif isinstance(lengths, Mapping):
+            way_out = " Write list(lengths.values())."
+        elif isinstance(lengths, Iterable) and not isinstance(lengths, (str, bytes, Set)):
             way_out = " Make it a list: list(lengths)."
-        raise TypeError(f"lengths must be a vector [B] of integers, got {found}.{way_out}")
-    check_lengths_type(array.shape, array.dtype)
+        raise TypeError(f"{name} must be a vector [B] of integers, got {found}.{way_out}")
+    check_lengths_type(array.shape, array.dtype, name)
     whole = np.isfinite(array) & (array == np.floor(array))
     if not whole.all():
         row = int(whole.argmin())
-        raise ValueError(f"lengths must be whole numbers, got lengths[{row}] = {array[row]}.")
+        raise ValueError(f"{name} must be whole numbers, got {name}[{row}] = {array[row]}.")
     if array.size and array.min() < 0:
         row = int(array.argmin())
-        raise ValueError(f"lengths[{row}] = {array[row]} is negative. A length is a number of steps, 0 or more.")
+        raise ValueError(f"{name}[{row}] = {array[row]} is negative. A length is a number of steps, 0 or more.")
     if array.size and array.max() >= 2**63:
         row = int(array.argmax())
-        raise ValueError(f"lengths[{row}] = {array[row]} is more than int64 can hold. A length is a number of steps.")
+        raise ValueError(f"{name}[{row}] = {array[row]} is more than int64 can hold. A length is a number of steps.")
     return array.astype(np.int64)
 
 
-def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike, lengths: str = "lengths") -> None:
     """Raises unless an array of this shape and dtype can hold lengths: a vector of numbers that may be whole."""
     kind, name = np.dtype(dtype).kind, np.dtype(dtype).name
     if kind == "b" and len(shape) > 1:
-        raise TypeError(f"lengths must be a vector [B] of integers, got a mask {tuple(shape)}: pass mask.sum(axis=1).")
+        raise TypeError(
+            f"{lengths} must be a vector [B] of integers, got a mask {tuple(shape)}: pass mask.sum(axis=1)."
+        )
     if len(shape) != 1:
         way_out = "For stacked batches use jax.vmap."
         if not shape:
             way_out = "Of one sequence they are [length]."
         elif sum(size != 1 for size in shape) <= 1:
             way_out = "Drop the axes of size 1: lengths.ravel()."
-        raise ValueError(f"lengths must be a vector [B], got shape {tuple(shape)}. {way_out}")
+        raise ValueError(f"{lengths} must be a vector [B], got shape {tuple(shape)}. {way_out}")
     if kind not in "iuf" and 0 not in shape:
-        raise TypeError(f"lengths must be integers, got dtype {name}.")
+        raise TypeError(f"{lengths} must be integers, got dtype {name}.")
 
 
 def as_int(name: str, value: object) -> int:

@@ -176,10 +176,10 @@ def test_pandas_frames_are_refused():
 
 
 WRONG = {
-    "map": (lambda: map(len, EXAMPLES), r"got a map, read once: write list\(\.\.\.\)"),
-    "generator": (lambda: (len(example) for example in EXAMPLES), "got a generator, read once"),
-    "dict": (lambda: dict(enumerate(LENGTHS)), r"got a dict: write list\(lengths.values\(\)\)"),
-    "set": (lambda: set(LENGTHS), "one for each example, got a set"),
+    "map": (lambda: map(len, EXAMPLES), r"got a map. Make it a list: list\(lengths\)"),
+    "generator": (lambda: (len(example) for example in EXAMPLES), r"got a generator. Make it a list"),
+    "dict": (lambda: dict(enumerate(LENGTHS)), r"got a dict. Write list\(lengths.values\(\)\)"),
+    "set": (lambda: set(LENGTHS), "got a set"),
     "string": (lambda: "123456", "got a str"),
 }
 TAKERS = {

@@ -408,7 +408,7 @@ def test_more_steps_than_can_be_indexed_are_refused_before_any_plan_is_made(plan
 
 
 CORPUS_PLANNERS = [
-    lambda lengths: plan_cover(lengths, 2),
+    lambda lengths: plan_cover({"source": lengths} if isinstance(lengths, dict) else lengths, 2),  # a dict is of axes
     lambda lengths: plan_family(lengths, 2),
     lambda lengths: coverage(lengths, plan_padded(2, 2)),
 ]

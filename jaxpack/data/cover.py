@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln, xlog1py, xlogy  # jax needs scipy too
 
-from jaxpack.arguments import at_least_one
+from jaxpack.arguments import at_least_one, concrete_lengths
 from jaxpack.cost import CostModel
-from jaxpack.data.lengths import corpus_lengths, lengths_by_axis
+from jaxpack.data.lengths import lengths_by_axis
 from jaxpack.data.parts import joint_rooms
 from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_padded, plan_rows
@@ -134,7 +134,7 @@ def plan_cover(
             raise ValueError("lengths is an empty dict: a plan needs the lengths on at least one time axis.")
         corpus = lengths_by_axis(lengths, list(lengths))
     else:
-        corpus = corpus_lengths(lengths)[:, None]
+        corpus = concrete_lengths(lengths)[:, None]
     if not corpus.size:
         raise ValueError(_EMPTY)
     if (batch_size is None) == (max_cells is None):
@@ -240,7 +240,7 @@ def _rows(rooms: np.ndarray) -> BucketPlan:
 
 def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
     """The corpus, checked. [N], N >= 1."""
-    corpus = np.sort(corpus_lengths(lengths))[::-1]
+    corpus = np.sort(concrete_lengths(lengths))[::-1]
     if not corpus.size:
         raise ValueError(_EMPTY)
     return corpus
