@@ -64,7 +64,7 @@ def sequence_cross_entropy(
       (1, 1.609)
 
     Args:
-      logits: [B, C], floating, such as a Dense of jaxpack.last(output).
+      logits: [B, C], floating, such as a Dense of layer.final_output(state).
       labels: [B], whole numbers in [0, C).
       weights: [B], real numbers or bools. Default: 1.
       ignore_label: a label whose sequences have weight 0, as in `token_cross_entropy`. Default: none.

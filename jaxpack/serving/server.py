@@ -46,7 +46,7 @@ class Server:
 
     Args:
       function: function(params, packed) -> results: a pytree of arrays [B, ...], a row a sequence in the order of the
-        batch (h_n[-1], jaxpack.last(output)), and of PackedSequences, for values per step. Jittable.
+        batch (layer.final_output(state)), and of PackedSequences, for values per step. Jittable.
       params: what it takes first, any pytree of arrays.
       plans: at least one BucketPlan; the longest limits the length of a request. As batches that fit none are split,
         none need be large enough for all: jaxpack.data.plan_cover(lengths, size, miss=0.1) for a few sizes, and
