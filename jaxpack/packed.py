@@ -254,7 +254,7 @@ def lay_out(batch: PyTree, lengths: jax.Array, plan: BucketPlan, sort: bool = Tr
 @functools.partial(jax.jit, static_argnames=("length", "batch_first"))
 def _pad(packed: PackedSequence, padding_value: ArrayLike, length: int, batch_first: bool) -> PyTree:
     plan = packed.plan
-    steps = jnp.arange(length, dtype=jnp.int32)
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
     short = packed.lengths <= length
     checkify.debug_check(
         jnp.all(short),
@@ -285,7 +285,7 @@ def _places(packed: PackedSequence, length: int) -> jax.Array:
 def _cells(packed: PackedSequence, length: int) -> jax.Array:
     """int32 [B, length]: the cell that each step of a padded batch lies in; S if its slot has no room for it."""
     plan, slots = packed.plan, packed.unsorted_indices[:, None]
-    steps = jnp.arange(length, dtype=jnp.int32)
+    steps = jnp.arange(length, dtype=jnp.int32)[None]
     held = steps < jnp.asarray(plan.room)[slots]
     return jnp.where(held, cells_of(plan, slots, jnp.where(held, steps, 0)), plan.size)
 
