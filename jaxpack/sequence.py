@@ -66,6 +66,12 @@ class PackedSequence:
     unsorted_indices: jax.Array
     plan: BucketPlan
 
+    def __new__(cls, *args: Any, **fields: Any) -> Any:
+        """A PackedSequence; but a dict of leaves that are text, as nnx.tabulate makes them, which shows only dicts."""
+        if isinstance(fields.get("lengths"), str):
+            return {name: leaf for name, leaf in fields.items() if name != "plan"}
+        return super().__new__(cls)
+
     @property
     def batch_sizes(self) -> np.ndarray:
         """Rows alive at each step (static), as PyTorch's `batch_sizes`."""
