@@ -2,20 +2,28 @@
 
 A call is one or two directions over the same inputs. A cell that is known runs in jaxpack's own recurrence, on
 parameters in its layout, two of a kind in one; any other cell in packed_scan, by a scan that lifts it as Flax does.
+A padded batch whose sizes no plan has, none or symbolic, is scanned as it is.
+
+Arguments are checked once, when the call comes in. A known cell is then one program, in which lengths are traced, so
+that a call outside jit neither checks them again nor waits for results.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
+from jaxpack.arguments import concrete_lengths
 from jaxpack.cells import Cell, Params, RNNCell
 from jaxpack.inputs import batch_shape, lengths_and_plan
 from jaxpack.interop.flax import RELUS, SIGMOIDS, TANHS, from_cell
@@ -23,7 +31,7 @@ from jaxpack.packed import lay_out, pad_packed_sequence, reverse_sequences
 from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_padded
 from jaxpack.scan import Scan, scan_packed
-from jaxpack.sequence import PackedSequence, PyTree, check_packed, is_traced
+from jaxpack.sequence import PackedSequence, PyTree, check_packed, expand, fill_up, is_traced, poison, vary_like
 from jaxpack.stack import names_forward_mode, run_stack
 
 
@@ -32,16 +40,22 @@ class Known(NamedTuple):
 
     Attributes:
       cell: the cell of jaxpack with the same equations.
-      params: its parameters, taken from those of the Flax cell.
+      tree: the parameters of the Flax cell, arrays in nested mappings.
+      dtype: of the computation.
+      residual: whether the cell adds h to its preactivation.
     """
 
     cell: Cell
-    params: Params
+    tree: Mapping[str, Any]
+    dtype: Any
+    residual: bool
 
-    @property
-    def dtype(self) -> Any:
-        """Of the computation."""
-        return self.params["weight_hh"].dtype
+    def params(self) -> Params:
+        """The parameters of `cell` that compute the same."""
+        weights = {name: weight.astype(self.dtype) for name, weight in from_cell(self.cell, self.tree).items()}
+        if self.residual:  # W x + b + U h + h = W x + b + (U + 1) h
+            weights["weight_hh"] += jnp.eye(self.cell.hidden_size, dtype=self.dtype)
+        return weights
 
 
 class Direction(NamedTuple):
@@ -105,9 +119,24 @@ class Layout(NamedTuple):
         return self.batch_shape + self.feature_shape
 
     @property
+    def batch_size(self) -> Any:
+        """B, of all batch axes together."""
+        return math.prod(self.batch_shape)
+
+    @property
+    def symbolic_axes(self) -> list[Any]:
+        """The sizes that are symbols of jax.export."""
+        return [size for size in (*self.batch_shape, self.num_steps or 0) if jax.export.is_symbolic_dim(size)]
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether there are plans of this size: it is known, and not a batch of none."""
+        return not self.symbolic_axes and self.batch_size > 0
+
+    @property
     def padded_plan(self) -> BucketPlan:
         """The padded batch as a plan."""
-        return plan_padded(math.prod(self.batch_shape), max(self.num_steps or 1, 1))
+        return plan_padded(self.batch_size, max(self.num_steps or 1, 1))
 
     def flatten(self, carry: PyTree) -> PyTree:
         """A carry [*batch, ...] as [B, ...].
@@ -131,35 +160,54 @@ class Layout(NamedTuple):
         """A carry [B, ...] as [*batch, ...]."""
         return jax.tree.map(lambda leaf: leaf.reshape(*self.batch_shape, *leaf.shape[1:]), carry)
 
-    def pack(
-        self, inputs: jax.Array, seq_lengths: ArrayLike | None, plan: BucketPlan | None, sort: bool
-    ) -> PackedSequence:
-        """Padded inputs, packed under the plan, or else the padded one; unsorted only under the latter."""
+    def check_lengths(self, seq_lengths: ArrayLike | None, plan: BucketPlan | None) -> tuple[Any, BucketPlan]:
+        """int32 lengths [B], and the plan to pack under, by default the padded one.
+
+        Raises:
+          ValueError, TypeError: if they do not fit the inputs.
+        """
         assert self.num_steps is not None
-        batch_size, num_steps = math.prod(self.batch_shape), self.num_steps
-        if self.time_major:
-            inputs = jnp.moveaxis(inputs, 0, len(self.batch_shape))
-        inputs = inputs.reshape(batch_size, num_steps, *self.feature_shape)
-        batch_shape(inputs, "inputs")  # refuses a batch axis that cannot be sorted
-        lengths, plan = lengths_and_plan(
-            self._flat_lengths(seq_lengths),
-            self.padded_plan if plan is None else plan,
-            batch_size,
-            num_steps,
-        )
-        return lay_out(inputs, jnp.asarray(lengths, jnp.int32), plan, sort)
+        plan = self.padded_plan if plan is None else plan
+        return lengths_and_plan(self.flat_lengths(seq_lengths), plan, self.batch_size, self.num_steps)
+
+    def pack(self, inputs: jax.Array, lengths: jax.Array, plan: BucketPlan, sort: bool) -> PackedSequence:
+        """Padded inputs, packed under the plan; unsorted only under the padded one.
+
+        Raises:
+          ValueError: if the batch axis is sharded so that it cannot be sorted.
+        """
+        inputs = self.flat(inputs)
+        batch_shape(inputs, "inputs")
+        return lay_out(inputs, lengths, plan, sort)
 
     def restore(self, outputs: PackedSequence) -> PyTree:
         """Outputs as the inputs lie."""
         if self.num_steps is None:
             return outputs
+        padded, _ = pad_packed_sequence(outputs, batch_first=True, total_length=self.num_steps)
+        return self.unflat(padded)
+
+    def unflat(self, padded: PyTree) -> PyTree:
+        """Outputs [B, T, ...] as the inputs lie."""
+        if self.time_major:
+            padded = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), padded)
         lead = (self.num_steps, *self.batch_shape) if self.time_major else (*self.batch_shape, self.num_steps)
-        padded, _ = pad_packed_sequence(outputs, not self.time_major, total_length=self.num_steps)
         return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[2:]), padded)
 
-    def _flat_lengths(self, seq_lengths: ArrayLike | None) -> ArrayLike:
+    def flat(self, inputs: jax.Array) -> jax.Array:
+        """Padded inputs as [B, T, *F]."""
+        if self.time_major:
+            inputs = jnp.moveaxis(inputs, 0, len(self.batch_shape))
+        return inputs.reshape(self.batch_size, self.num_steps, *self.feature_shape)
+
+    def flat_lengths(self, seq_lengths: ArrayLike | None) -> Any:
+        """Lengths [B] as they are given, by default all T.
+
+        Raises:
+          ValueError: if they have another shape than the batch.
+        """
         if seq_lengths is None:
-            return np.full(math.prod(self.batch_shape), self.num_steps)
+            return np.full(self.batch_size, self.num_steps)
         shape = np.shape(seq_lengths)
         if shape != self.batch_shape:
             raise ValueError(
@@ -214,14 +262,11 @@ def recognise(
         known = kind(hidden_size(cell))
     else:
         return None
-    weights = from_cell(known, params(cell))
-    dtype = jnp.result_type(dtype, *weights.values()) if cell.dtype is None else jnp.dtype(cell.dtype)
+    tree = params(cell)
+    dtype = jnp.result_type(dtype, *jax.tree.leaves(tree)) if cell.dtype is None else jnp.dtype(cell.dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or any(leaf.dtype != dtype for leaf in jax.tree.leaves(carry)):
         return None
-    weights = {name: weight.astype(dtype) for name, weight in weights.items()}
-    if getattr(cell, "residual", False):  # W x + b + U h + h = W x + b + (U + 1) h
-        weights["weight_hh"] += jnp.eye(known.hidden_size, dtype=dtype)
-    return Known(known, weights)
+    return Known(known, tree, dtype, getattr(cell, "residual", False))
 
 
 def _nonlinearity(function: Any) -> str | None:
@@ -255,16 +300,10 @@ def flax_will_do(
     return padded and seq_lengths is None and all(each.as_in_flax for each in directions)
 
 
-def run_pair(
-    inputs: PackedSequence | jax.Array,
-    layout: Layout,
-    directions: Sequence[Direction],
-    seq_lengths: ArrayLike | None,
-    forward_mode: bool,
-    merge_fn: Callable[[Any, Any], Any],
+def merge(
+    results: Sequence[tuple[PyTree, PyTree]], merge_fn: Callable[[Any, Any], Any]
 ) -> tuple[tuple[PyTree, PyTree], PyTree]:
-    """`run` for both directions: their carries, and their outputs merged leaf by leaf, of packed ones the data."""
-    results = run(inputs, layout, directions, seq_lengths, forward_mode)
+    """The carries of both directions, and their outputs merged leaf by leaf, of packed ones the data."""
     (carry, outputs), (backward_carry, backward) = results
     if isinstance(outputs, PackedSequence):
         merged = outputs.replace(data=jax.tree.map(merge_fn, outputs.data, backward.data))
@@ -288,8 +327,68 @@ def run(
     Raises:
       ValueError, TypeError: if lengths, plan or carries do not fit the inputs.
     """
+    if not isinstance(inputs, PackedSequence) and not layout.has_plans:
+        return [_scan_padded(inputs, layout, each, seq_lengths) for each in directions]
+    checked = functools.cache(functools.partial(layout.check_lengths, seq_lengths))
     groups = [directions] if len(directions) == 2 and _alike(*directions) else [[each] for each in directions]
-    return [result for group in groups for result in _run_together(inputs, layout, group, seq_lengths, forward_mode)]
+    results: list[tuple[PyTree, PyTree]] = []
+    for group in groups:
+        first = group[0]
+        lengths, plan = _lengths_and_plan(inputs, first, checked)
+        reverse = len(group) == 1 and first.reverse
+        how = _How(
+            layout=layout,
+            plan=plan,
+            planned=isinstance(inputs, PackedSequence) or first.plan is not None or seq_lengths is None,
+            sort=first.known is not None or (first.plan is not None and not first.stacks),
+            reverse=reverse,
+            restore_order=reverse and first.keep_order,
+            forward_mode=forward_mode,
+        )
+        carries = [vary_like(layout.flatten(each.carry), inputs) for each in group]
+        if first.known is None:
+            results.append(_scan(how, first.scan, carries[0], inputs, lengths))
+        else:
+            results += _recur([each.known for each in group if each.known], carries, how, inputs, lengths)
+    if isinstance(inputs, PackedSequence):  # with the index arrays that were given, which nobody waits for
+        results = [(carry, inputs.replace(data=outputs.data)) for carry, outputs in results]
+    return results
+
+
+class _How(NamedTuple):
+    """What is static in a call of one group of directions, which share their steps.
+
+    Attributes:
+      plan: what it runs under.
+      planned: whether that is a choice, or no more than the padded batch's shape.
+      sort: whether the longest sequence comes first. Else rows stay in the caller's order, as what a cell keeps does.
+      reverse: whether it reads each sequence from its end.
+      restore_order: whether outputs are brought back to the order of the inputs then.
+    """
+
+    layout: Layout
+    plan: BucketPlan
+    planned: bool
+    sort: bool
+    reverse: bool
+    restore_order: bool
+    forward_mode: bool
+
+    def enter(self, inputs: PackedSequence | jax.Array, lengths: jax.Array | None) -> PackedSequence:
+        """The inputs packed, as the recurrence reads them."""
+        packed = inputs
+        if not isinstance(packed, PackedSequence):
+            assert lengths is not None
+            packed = self.layout.pack(packed, lengths, self.plan, self.sort)
+        return reverse_sequences(packed) if self.reverse else packed
+
+    def leave(self, outputs: PackedSequence) -> PyTree:
+        """Outputs as the inputs lie."""
+        return self.layout.restore(reverse_sequences(outputs) if self.restore_order else outputs)
+
+
+_enter = jax.jit(_How.enter, static_argnums=0)
+_leave = jax.jit(_How.leave, static_argnums=0)
 
 
 def _alike(a: Direction, b: Direction) -> bool:
@@ -299,59 +398,145 @@ def _alike(a: Direction, b: Direction) -> bool:
     return a.plan == b.plan and a.known.cell == b.known.cell and a.known.dtype == b.known.dtype
 
 
-def _run_together(
-    inputs: PackedSequence | jax.Array,
-    layout: Layout,
-    group: Sequence[Direction],
-    seq_lengths: ArrayLike | None,
-    forward_mode: bool,
-) -> list[tuple[PyTree, PyTree]]:
-    first, backwards = group[0], len(group) == 1 and group[0].reverse
-    planned = True
-    if isinstance(inputs, PackedSequence):
-        packed = _unstacked(inputs, first)
-    elif first.known is None:  # rows stay in the caller's order without a plan, as what the cell keeps of them does
-        plan = None if first.stacks else first.plan
-        packed = layout.pack(inputs, seq_lengths, plan, sort=plan is not None)
-    else:
-        planned = first.plan is not None or seq_lengths is None
-        packed = layout.pack(inputs, seq_lengths, first.plan, sort=True)
-    if backwards:
-        packed = reverse_sequences(packed)
-    carries = [layout.flatten(each.carry) for each in group]
-    if first.known is None:
-        results = [scan_packed(first.scan, carries[0], packed)]
-    else:
-        results = _recur([each.known for each in group if each.known], carries, packed, planned, forward_mode)
-    if backwards and first.keep_order:
-        results = [(carry, reverse_sequences(outputs)) for carry, outputs in results]
-    return [(layout.unflatten(carry), layout.restore(outputs)) for carry, outputs in results]
-
-
-def _unstacked(packed: PackedSequence, direction: Direction) -> PackedSequence:
+def _lengths_and_plan(
+    inputs: PackedSequence | jax.Array, direction: Direction, checked: Callable[[BucketPlan | None], Any]
+) -> tuple[Any, BucketPlan]:
+    """The lengths of padded inputs, None of packed ones, which hold them; and the plan to run under."""
+    if not isinstance(inputs, PackedSequence):
+        return checked(None if direction.stacks else direction.plan)
     if direction.stacks:
         raise ValueError(
             "variables of the cell are given a time axis, which packed inputs do not have: pass a padded batch with "
             "seq_lengths=."
         )
-    return packed
+    return None, inputs.plan
+
+
+def _scan(
+    how: _How, scan: Scan, carry: PyTree, inputs: PackedSequence | jax.Array, lengths: jax.Array | None
+) -> tuple[PyTree, PyTree]:
+    """One direction of any cell. Its state is Flax's to lift, so the program is three, and the scan's own."""
+    carry, outputs = scan_packed(scan, carry, _enter(how, inputs, lengths))
+    return how.layout.unflatten(carry), _leave(how, outputs)
 
 
 def _recur(
-    known: Sequence[Known], carries: Sequence[PyTree], packed: PackedSequence, planned: bool, forward_mode: bool
-) -> list[tuple[PyTree, PackedSequence]]:
+    known: Sequence[Known],
+    carries: Sequence[PyTree],
+    how: _How,
+    inputs: PackedSequence | jax.Array,
+    lengths: jax.Array | None,
+) -> list[tuple[PyTree, PyTree]]:
     """The fast recurrence in one direction, or in both."""
-    cell = known[0].cell
-    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_swap(_checked(cell, carry)) for carry in carries))
-    packed = packed.replace(data=packed.data.astype(known[0].dtype))
-    params = [each.params for each in known]
+    kind = _Kind(known[0].cell, known[0].dtype, tuple(each.residual for each in known))
+    states = [_swap(_checked(kind.cell, carry)) for carry in carries]
     with names_forward_mode("jaxpack's RNN", "rnn"):
-        outputs, final = run_stack(cell, len(known), 0.0, params, packed, state, None, planned, forward_mode)
-    parts = jnp.split(outputs, len(known), axis=-1)
-    return [
-        (_swap(jax.tree.map(lambda leaf, i=i: leaf[i], final)), packed.replace(data=part))
-        for i, part in enumerate(parts)
-    ]
+        return run_known(how, kind, [each.tree for each in known], states, inputs, lengths)
+
+
+class _Kind(NamedTuple):
+    """What is static in known cells, one of each direction."""
+
+    cell: Cell
+    dtype: Any
+    residual: tuple[bool, ...]
+
+    def params(self, trees: Sequence[Mapping[str, Any]]) -> list[Params]:
+        """The parameters of `cell` from those of the Flax cells."""
+        return [
+            Known(self.cell, tree, self.dtype, residual).params()
+            for tree, residual in zip(trees, self.residual, strict=True)
+        ]
+
+
+@functools.partial(jax.jit, static_argnames=("how", "kind"))
+def run_known(
+    how: _How,
+    kind: _Kind,
+    trees: Sequence[Mapping[str, Any]],
+    states: Sequence[PyTree],
+    inputs: PackedSequence | jax.Array,
+    lengths: jax.Array | None,
+) -> list[tuple[PyTree, PyTree]]:
+    """A call of known cells, from their parameters in Flax and inputs as given to outputs as they lie: one program."""
+    params, packed = kind.params(trees), how.enter(inputs, lengths)
+    packed = packed.replace(data=vary_like(packed.data.astype(kind.dtype), trees))
+    state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    outputs, final = run_stack(kind.cell, len(params), 0.0, params, packed, state, None, how.planned, how.forward_mode)
+    finals = [how.layout.unflatten(_swap(jax.tree.map(lambda leaf, i=i: leaf[i], final))) for i in range(len(params))]
+    parts = jnp.split(outputs, len(params), axis=-1)
+    return [(state, how.leave(packed.replace(data=part))) for state, part in zip(finals, parts, strict=True)]
+
+
+def _scan_padded(
+    inputs: jax.Array, layout: Layout, direction: Direction, seq_lengths: ArrayLike | None
+) -> tuple[PyTree, PyTree]:
+    """One direction over a padded batch as it lies, every step of every row, for sizes that no plan has.
+
+    Raises:
+      ValueError: if there is a plan.
+      TypeError: if lengths are no integers.
+    """
+    if direction.plan is not None and not direction.stacks:
+        if not layout.symbolic_axes:
+            layout.check_lengths(seq_lengths, direction.plan)  # which says that no plan is for a batch of none
+        raise ValueError(
+            f"the inputs' shape {inputs.shape} is symbolic in {', '.join(map(str, layout.symbolic_axes))}, where a "
+            f"plan's sizes are numbers. Export without a plan, or a program for each plan, with its sizes."
+        )
+    batch_size, num_steps = layout.batch_size, layout.num_steps
+    x = jnp.swapaxes(layout.flat(inputs), 0, 1)  # [T, B, *F]
+    steps = jnp.arange(num_steps, dtype=jnp.int32)[:, None]
+    fits, spans = _fits_and_spans(layout, seq_lengths)
+    real = steps < spans
+    flipped = jnp.where(real, spans - 1 - steps, steps)
+
+    def flip(leaf: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(leaf, expand(flipped, leaf), axis=0)
+
+    x = flip(x) if direction.reverse else x
+    carry = vary_like(layout.flatten(direction.carry), (x, spans))
+    safe = carry
+    if layout.symbolic_axes:  # slack holds another step that is real, as in packed_scan
+        rows = jnp.where(spans[0] > 0, jnp.arange(batch_size), jnp.argmax(spans[0]))
+        stand_in = jnp.where(jnp.any(real), lax.stop_gradient(x[:1, rows]), jnp.ones_like(x[:1]))
+        x = jnp.where(expand(real, x), x, stand_in)
+        safe = jax.tree.map(lambda leaf: lax.stop_gradient(leaf[rows]), carry)
+
+    def masked(step: Callable[[PyTree, PyTree], Any], carry: PyTree, cell: tuple[jax.Array, jax.Array]) -> Any:
+        x, real = cell
+        stepped, y = step(_select(real, carry, safe), x)
+        return _select(real, stepped, carry), y
+
+    carry, outputs = direction.scan(masked, carry, (x, real))
+    if direction.reverse and direction.keep_order:
+        outputs = jax.tree.map(flip, outputs)
+    outputs = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), outputs)
+    outputs = jax.tree.map(lambda leaf: fill_up(leaf, real.T, jnp.zeros_like(leaf), fits), outputs)
+    carry = jax.tree.map(lambda leaf: poison(leaf, fits), carry)
+    return layout.unflatten(carry), layout.unflat(outputs)
+
+
+def _fits_and_spans(layout: Layout, seq_lengths: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
+    """bool [B], which lengths fit the padded batch, and int32 [1, B], how many steps count as real: all, if not.
+
+    Raises:
+      TypeError: if lengths are no integers.
+    """
+    num_steps = jnp.asarray(layout.num_steps, jnp.int32)
+    if seq_lengths is None:
+        lengths = jnp.broadcast_to(num_steps, (layout.batch_size,))
+    else:
+        lengths = layout.flat_lengths(seq_lengths)
+        lengths = lengths if is_traced(lengths) else jnp.asarray(concrete_lengths(lengths), jnp.int32)
+        if not jnp.issubdtype(lengths.dtype, jnp.integer):
+            raise TypeError(f"traced lengths must be integers, got dtype {lengths.dtype}.")
+    fits = (lengths >= 0) & (lengths <= num_steps)
+    return fits, jnp.where(fits, lengths, num_steps).astype(jnp.int32)[None]
+
+
+def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.where(expand(condition, b), a, b), new, old)
 
 
 def _swap(state: PyTree) -> PyTree:

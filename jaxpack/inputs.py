@@ -158,7 +158,8 @@ def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
         if jax.export.is_symbolic_dim(size):
             raise ValueError(
                 f"{name} has a symbolic {axis} axis, {size}, but a plan has static shapes. Export a program for each "
-                f"shape (as jaxpack.serving.Server does), or run RNN of jaxpack.nnx or jaxpack.linen without a plan."
+                f"shape or plan, as jaxpack.serving.Server does; or take RNN(cell) and Bidirectional of jaxpack.nnx or "
+                f"jaxpack.linen, which run symbolic sizes without a plan."
             )
     return leaves[0].shape[0], leaves[0].shape[1]
 

@@ -243,7 +243,7 @@ def _recall(
             return late[0] * early[0], late[0] * early[1] + late[1]
 
         products, sums = lax.associative_scan(compose, (decay.reshape(shape), inject.reshape(shape)))
-        after = products * memory[0] + sums
+        after = products * memory[0][None] + sums
         return crossings.enter_all(jnp.concatenate([memory[0][None], after[:-1]]).reshape(decay.shape))
 
     return sequential if schedule.chunk_cells is not None else parallel

@@ -244,8 +244,13 @@ class PackedSequence:
     # Whether the index leaves were looked at; of the object, so what a transformation rebuilds is looked at again.
     _checked = False
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> PackedSequence:
-        """Says what to write in place of PyTorch's PackedSequence(fn(packed.data), packed.batch_sizes, ...)."""
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Says what to write in place of PyTorch's PackedSequence(fn(packed.data), packed.batch_sizes, ...).
+
+        Of leaves that are text, as nnx.tabulate makes them, it is a dict, for that shows nothing else.
+        """
+        if isinstance(kwargs.get("lengths"), str):
+            return {name: leaf for name, leaf in kwargs.items() if name != "plan"}
         if 0 < len(args) + len(kwargs) < len(dataclasses.fields(cls)):
             raise TypeError(
                 "a PackedSequence takes data, lengths, sorted_indices, unsorted_indices and plan, and is made by "
@@ -548,23 +553,25 @@ def expand(mask: Any, like: Any) -> Any:
 
 
 def vary_like(tree: PyTree, like: PyTree) -> PyTree:
-    """The tree, varying over the same axes of a mesh as the arrays that it is computed with.
+    """The arrays of a tree, varying over the axes of a mesh that those of another vary over inside jax.shard_map.
 
-    Inside jax.shard_map a constant, such as a carry of zeros, does not vary over devices, and lax.scan refuses a carry
-    that begins to.
+    A loop's carry must vary as what the loop makes of it, which constants such as jnp.zeros do not.
     """
-    zeros = [leaf for leaf in jax.tree.leaves(like) if not _is_key(leaf)]
+    sources = [leaf for leaf in jax.tree.leaves(like) if is_traced(leaf) and _is_number(leaf)]
+    if not sources:
+        return tree
+    zero = functools.reduce(jnp.add, (lax.full_like(leaf, 0, jnp.int32, ()) for leaf in sources))
 
-    def vary(leaf: jax.Array) -> jax.Array:
-        if _is_key(leaf):
-            return leaf
-        return functools.reduce(lambda sum, other: sum + lax.full_like(other, 0, leaf.dtype, ()), zeros, leaf)
+    def vary(leaf: Any) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        moved = leaf + zero.astype(leaf.dtype) if _is_number(leaf) else leaf
+        return leaf if jax.typeof(moved) == jax.typeof(leaf) else moved
 
     return jax.tree.map(vary, tree)
 
 
-def _is_key(leaf: jax.Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _is_number(leaf: Any) -> bool:
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
 def who_fits(packed: PackedSequence) -> jax.Array:

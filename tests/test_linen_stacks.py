@@ -394,3 +394,32 @@ def test_a_warning_points_at_the_user():
     with pytest.warns(UserWarning, match="dropout acts between layers") as caught:
         jaxpack.linen.GRU(H, dropout=0.5)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@each_module
+def test_a_symbolic_batch_is_refused_with_the_way_out(name):
+    module_class, layer_class, _ = MODULES[name]
+    variables = {"params": layer_class(F, H).init(KEY)}
+    b, t = jax.export.symbolic_shape("b, t")
+    for shape, axis in (((b, t, F), "batch axis, b"), ((2, t, F), "time axis, t"), ((b, 3, F), "batch axis, b")):
+        with pytest.raises(ValueError, match=rf"symbolic {axis}, .* take RNN\(cell\) and Bidirectional"):
+            jax.export.export(jax.jit(functools.partial(module_class(H).apply, variables)))(
+                jax.ShapeDtypeStruct(shape, jnp.float32)
+            )
+
+
+@each_module
+@pytest.mark.parametrize("plan", [None, PLAN, jaxpack.plan_rows(LENGTHS)], ids=["none", "buckets", "rows"])
+def test_ranks_need_no_promotion(name, plan):
+    module_class, _, options = MODULES[name]
+    module = module_class(H, **{"num_layers": 2, "dropout": 0.5, "bidirectional": True} | options)
+    packed, keys = packed_batch(plan=plan or PADDED), {"params": KEY, "dropout": KEY}
+
+    def loss(data):
+        packed_inputs = packed.replace(data=data)
+        (output, state), variables = module.init_with_output(keys, packed_inputs, deterministic=False)
+        padded = module.apply(variables, batch(), seq_lengths=LENGTHS, plan=plan, deterministic=False, rngs=keys)
+        return sum(map(jnp.sum, jax.tree.leaves((padded, output.data, state))))
+
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(jax.value_and_grad(loss), packed.data)

@@ -88,7 +88,7 @@ def test_gradients_are_the_layers_own(name):
     gradients = nnx.grad(lambda m: total(m(packed)[0]))(module)
     expected = jax.grad(lambda p: total(module.layer.apply(p, packed)[0]))(plain(module))
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(expected))
-    assert_close(nnx.to_pure_dict(gradients)["params"], expected)
+    assert_close(nnx.to_pure_dict(gradients), expected)
 
 
 def test_forward_mode_is_for_jvp():
@@ -327,7 +327,7 @@ def test_vmap_runs_an_ensemble_and_grad_goes_through_it():
     for i, part in enumerate(parts):
         (_, data), gradient = expected(part)
         np.testing.assert_allclose(output[i], data, atol=1e-6)
-        found = jax.tree.map(lambda leaf, i=i: leaf[i], nnx.to_pure_dict(gradients)["params"])
+        found = jax.tree.map(lambda leaf, i=i: leaf[i], nnx.to_pure_dict(gradients))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), found, gradient)
 
 
@@ -370,3 +370,28 @@ def test_errors_are_the_layers_own():
     with pytest.warns(UserWarning, match="dropout acts between layers") as caught:
         jaxpack.nnx.GRU(F, H, dropout=0.5, rngs=nnx.Rngs(0))
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@each_module
+def test_a_symbolic_batch_is_refused_with_the_way_out(name):
+    module = MODULES[name][0](F, H, rngs=nnx.Rngs(0))
+    b, t = jax.export.symbolic_shape("b, t")
+    for shape, axis in (((b, t, F), "batch axis, b"), ((2, t, F), "time axis, t"), ((b, 3, F), "batch axis, b")):
+        with pytest.raises(ValueError, match=rf"symbolic {axis}, .* take RNN\(cell\) and Bidirectional"):
+            jax.export.export(jax.jit(module))(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+@each_module
+@pytest.mark.parametrize("plan", [None, PLAN, jaxpack.plan_rows(LENGTHS)], ids=["none", "buckets", "rows"])
+def test_ranks_need_no_promotion(name, plan):
+    module_class, _, options = MODULES[name]
+    module = module_class(F, H, **{"num_layers": 2, "dropout": 0.5, "bidirectional": True} | options, rngs=nnx.Rngs(0))
+    packed = packed_batch(plan=plan or PADDED)
+
+    def loss(module, data):
+        padded = module(batch(), seq_lengths=LENGTHS, plan=plan)
+        output, state = module(packed.replace(data=data))
+        return sum(map(jnp.sum, jax.tree.leaves((padded, output.data, state))))
+
+    with jax.numpy_rank_promotion("raise"):
+        nnx.eval_shape(nnx.value_and_grad(loss, argnums=(0, 1)), module, packed.data)

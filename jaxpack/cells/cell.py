@@ -159,5 +159,10 @@ def total_bias(params: Params) -> jax.Array:
     return jnp.zeros_like(params["weight_ih"][0])
 
 
+def beside(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector [G] shaped to be added to an array [..., G], which jax.numpy_rank_promotion("raise") asks for."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 def _in_words(state_sizes: Any) -> str:
     return "a pair (h, c) of arrays" if isinstance(state_sizes, tuple) else "an array h"

@@ -16,7 +16,19 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, Tanh, always_new, step_from_input
+from jaxpack.cells.cell import (
+    Carry,
+    Cell,
+    Fused,
+    Linear,
+    Params,
+    Recall,
+    Select,
+    Tanh,
+    always_new,
+    beside,
+    step_from_input,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +72,11 @@ class GRUCell(Cell):
     def _gates(self, fused: Fused, projected: jax.Array, h: jax.Array, tanh: Tanh) -> tuple[jax.Array, ...]:
         """z, n, r, W_hn h + b_hn, and the slope of the tanh of r and z."""
         size = self.hidden_size
-        recurrent = h @ fused.w_h
-        t = tanh(projected[..., size:] + recurrent[..., : 2 * size] + fused.bias[size : 3 * size])
+        recurrent, bias = h @ fused.w_h, beside(fused.bias, projected)
+        t = tanh(projected[..., size:] + recurrent[..., : 2 * size] + bias[..., size : 3 * size])
         r, z = jnp.split(t / 2 + 0.5, 2, axis=-1)
-        hn = recurrent[..., 2 * size :] + fused.bias[3 * size :]
-        return z, tanh(projected[..., :size] + fused.bias[:size] + r * hn), r, hn, 1 - t * t
+        hn = recurrent[..., 2 * size :] + bias[..., 3 * size :]
+        return z, tanh(projected[..., :size] + bias[..., :size] + r * hn), r, hn, 1 - t * t
 
 
 def gru_cell(params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:

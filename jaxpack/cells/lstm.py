@@ -26,6 +26,7 @@ from jaxpack.cells.cell import (
     Select,
     Tanh,
     always_new,
+    beside,
     step_from_input,
     total_bias,
 )
@@ -59,22 +60,22 @@ class LSTMCell(Cell):
     def fuse(self, params: Params) -> Fused:
         """One bias, and sigmoid gates at half scale: sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so one tanh serves all."""
         scale = jnp.repeat(jnp.array([0.5, 0.5, 1, 0.5], params["weight_ih"].dtype), self.hidden_size)
-        bias = total_bias(params)
-        return Fused(params["weight_ih"] * scale, params["weight_hh"] * scale, bias * scale, params.get("weight_hr"))
+        w_x, w_h = (params[name] * scale[None] for name in ("weight_ih", "weight_hh"))
+        return Fused(w_x, w_h, total_bias(params) * scale, params.get("weight_hr"))
 
     def step(
         self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
     ) -> Carry:
         """The file's equations. XLA keeps the gates' tanh apart as it is, since both c and h read it."""
         h, c = carry
-        i, f, g, o, _ = _gates(projected + h @ fused.w_h + fused.bias)
+        i, f, g, o, _ = _gates(projected + h @ fused.w_h + beside(fused.bias, projected))
         c = select(f * c + i * g, c)
         out = o * jnp.tanh(c)
         return select(out if fused.w_out is None else out @ fused.w_out, h), c
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """Gates recomputed from x and h; c, given the gates a linear recurrence, from its value at the start."""
-        i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h + fused.bias)
+        i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h + fused.bias[None])
         c = recall(f, i * g)
         tanh_c = jnp.tanh(f * c + i * g)
         return Linear(

@@ -23,6 +23,7 @@ from jaxpack.cells.cell import (
     Select,
     Tanh,
     always_new,
+    beside,
     step_from_input,
     total_bias,
 )
@@ -48,7 +49,7 @@ class RNNCell(Cell):
         """The file's equation."""
         (h,) = carry
         nonlinearity = jnp.tanh if self.nonlinearity == "tanh" else jax.nn.relu
-        return (select(nonlinearity(projected + h @ fused.w_h + fused.bias), h),)
+        return (select(nonlinearity(projected + h @ fused.w_h + beside(fused.bias, projected)), h),)
 
     def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
         """The nonlinearity's slope, which its value tells."""

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import LazyRng, in_filter, intersect_filters, is_filter_empty, subtract_filters, union_filters
+from flax.linen import module
 from jax.typing import ArrayLike
 
 from jaxpack import dropin
@@ -24,7 +25,7 @@ from jaxpack.cells import Cell, GRUCell, LSTMCell, RNNCell
 from jaxpack.dropin import Direction, Layout
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import Body, Scan
-from jaxpack.sequence import PackedSequence, PyTree
+from jaxpack.sequence import PackedSequence, PyTree, vary_like
 
 _KINDS: Mapping[type, type[Cell]] = MappingProxyType(
     {nn.LSTMCell: LSTMCell, nn.OptimizedLSTMCell: LSTMCell, nn.GRUCell: GRUCell, nn.SimpleCell: RNNCell}
@@ -36,10 +37,17 @@ class RNN(nn.RNN):
 
     It takes Flax's arguments, holds Flax's variables, and returns what Flax returns, but that outputs are zero past a
     length, a sequence of length 0 keeps its initial carry, and nothing in padding reaches a gradient. Cells of Flax's
-    own (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan.
+    own (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan;
+    under nn.intercept_methods all run as Flax runs them.
 
     cell, time_major, return_carry, reverse, keep_order, unroll, variable_axes, variable_broadcast, variable_carry and
     split_rngs are as of flax.linen.RNN. Collections that variable_axes gives a time axis make it run padded.
+
+    A cell sees several sequences at once, and stand-ins in slack: its rows must be independent. A BatchNorm inside one
+    counts the stand-ins, so that its statistics depend on the plan. Normalise between RNNs, or over features.
+
+    Padded inputs may have symbolic batch and time axes (jax.export.symbolic_shape), and no sequences or no steps: every
+    step of every row is then run, by Flax's scan. A plan and packed inputs need sizes that are numbers.
 
     Examples:
       >>> from flax import linen as nn
@@ -86,7 +94,7 @@ class RNN(nn.RNN):
 
         Raises:
           ValueError: if inputs have too few axes, lengths another shape than the batch, or concrete lengths do not fit
-            the inputs or the plan, or the plan is for another batch size.
+            the inputs or the plan, or the plan is for another batch size or, where sizes are symbolic, for any.
           TypeError: if inputs are packed and seq_lengths or plan are given too.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -108,6 +116,7 @@ class RNN(nn.RNN):
         ((carry, outputs),) = dropin.run(inputs, layout, [direction], seq_lengths, forward_mode)
         return (carry, outputs) if return_carry else outputs
 
+    @nn.nowrap
     def _direction(
         self,
         inputs: PackedSequence | jax.Array,
@@ -122,32 +131,37 @@ class RNN(nn.RNN):
         if carry is None:
             key = jax.random.key(0) if init_key is None else init_key
             carry = self.cell.initialize_carry(key, layout.input_shape)
+        carry = vary_like(carry, (inputs, self.cell.variables))
         plan = self.plan if plan is None else plan
         if self.is_initializing():
             plan = None  # so that a module can be initialised with a batch of any size
             self._create_variables((1, *layout.feature_shape), inputs.dtype)
         known = None
-        if self._shares_params() and "params" in self.cell.variables:
+        if self._shares_params() and "params" in self.cell.variables and not _is_intercepted():
             known = dropin.recognise(self.cell, _KINDS, _features, _params, inputs.dtype, carry)
-        if known is not None and self.is_initializing():
+        if known is not None and self.is_initializing() and layout.has_plans:
             plan = layout.padded_plan  # one loop to compile, for outputs that few read
         stacks = bool(self.variable_axes)
         as_in_flax = known is None and (plan is None or stacks) and is_filter_empty(self._read_only())
         return Direction(carry, known, self._scan(), plan, reverse, keep_order, stacks, as_in_flax)
 
+    @nn.nowrap
     def _collections(self) -> tuple[Any, Any]:
         """What steps read, and what they hand on: of the collections to carry those that may change in this call."""
         carried = intersect_filters(self.variable_carry, self.cell.scope.mutable)
         return union_filters(self.variable_broadcast, self._read_only()), carried
 
+    @nn.nowrap
     def _read_only(self) -> Any:
         """The collections to carry that may not change in this call, on which Flax's own RNN fails."""
         return subtract_filters(self.variable_carry, self.cell.scope.mutable)
 
+    @nn.nowrap
     def _shares_params(self) -> bool:
         """Whether each step reads the same parameters, and nothing else."""
         return not self.variable_axes and in_filter(self.variable_broadcast, "params")
 
+    @nn.nowrap
     def _create_variables(self, input_shape: tuple[int, ...], dtype: Any) -> None:
         """The cell's variables as Flax makes them, from one step; carried ones too, which Flax's RNN cannot make."""
         kept = union_filters(self.variable_broadcast, self.variable_carry)
@@ -156,6 +170,7 @@ class RNN(nn.RNN):
         example = self.cell.initialize_carry(jax.random.key(0), input_shape), jnp.zeros((1, *input_shape), dtype)
         nn.scan(_step, variable_broadcast=kept, split_rngs=self.split_rngs)(self.cell, *example)
 
+    @nn.nowrap
     def _scan(self) -> Scan:
         """lax.scan of the cell, lifted: what it does with variables and keys is Flax's."""
         keys = _Keys(self.split_rngs)
@@ -174,6 +189,11 @@ class RNN(nn.RNN):
                 return lifted(self.cell, carry, xs)
 
         return scan
+
+
+def _is_intercepted() -> bool:
+    """Whether nn.intercept_methods is on: cells then run by their own methods, whatever they compute."""
+    return bool(module._global_interceptor_stack)
 
 
 def _step(cell: Any, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
@@ -222,6 +242,9 @@ def _params(cell: Any) -> Mapping[str, Any]:
 
 class Bidirectional(nn.Bidirectional):
     """flax.linen.Bidirectional, whose directions share the packed batch and, if their cells are known, each step.
+
+    Where others look on (init, a mutable collection "intermediates", nn.intercept_methods), each RNN is called by
+    itself, as in Flax.
 
     merge_fn, time_major and return_carry are as of flax.linen.Bidirectional.
 
@@ -282,14 +305,23 @@ class Bidirectional(nn.Bidirectional):
         rnns = self.forward_rnn, self.backward_rnn
         if not dropin.check_pair(*rnns, RNN, isinstance(inputs, PackedSequence) or plan is not None):
             return as_in_flax(initial_carry=initial_carry, init_key=init_key)
-        layout = Layout.of(inputs, time_major, self.forward_rnn.cell.num_feature_axes)
         carries = (None, None) if initial_carry is None else initial_carry
         keys = (None, None) if init_key is None else jax.random.split(init_key)
+        if self.is_initializing() or self.is_mutable_collection("intermediates") or _is_intercepted():
+            options = {"seq_lengths": seq_lengths, "return_carry": True, "time_major": time_major, "plan": plan}
+            options["forward_mode"] = forward_mode
+            results = [
+                rnn(inputs, initial_carry=carry, init_key=key, reverse=back, keep_order=back, **options)
+                for rnn, carry, key, back in zip(rnns, carries, keys, (False, True), strict=True)
+            ]
+            carry, outputs = dropin.merge(results, self.merge_fn)
+            return (carry, outputs) if return_carry else outputs
+        layout = Layout.of(inputs, time_major, self.forward_rnn.cell.num_feature_axes)
         directions = [
             rnn._direction(inputs, layout, carry, key, plan, backward, backward)
             for rnn, carry, key, backward in zip(rnns, carries, keys, (False, True), strict=True)
         ]
         if dropin.flax_will_do(inputs, directions, seq_lengths):
             return as_in_flax(initial_carry=tuple(each.carry for each in directions))
-        carry, outputs = dropin.run_pair(inputs, layout, directions, seq_lengths, forward_mode, self.merge_fn)
+        carry, outputs = dropin.merge(dropin.run(inputs, layout, directions, seq_lengths, forward_mode), self.merge_fn)
         return (carry, outputs) if return_carry else outputs

@@ -67,6 +67,7 @@ class _Recurrent(nn.Module):
         self.layer(1)  # refuses bad options
         super().__post_init__()
 
+    @nn.nowrap
     def layer(self, input_size: int) -> RecurrentLayer:
         """The layer's spec for inputs of that size."""
         names = [field.name for field in dataclasses.fields(self.layer_class) if field.name != "input_size"]
@@ -98,7 +99,7 @@ class _Recurrent(nn.Module):
           The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
 
         Raises:
-          ValueError: as `jaxpack.LSTM.apply`.
+          ValueError: as `jaxpack.LSTM.apply`; or if the batch or time axis is symbolic (see RNN, which takes such).
           TypeError: as `jaxpack.LSTM.apply`.
         """
         layer = self.layer(self._input_size(inputs))
@@ -117,6 +118,7 @@ class _Recurrent(nn.Module):
             forward_mode=forward_mode,
         )
 
+    @nn.nowrap
     def _input_size(self, inputs: PackedSequence | ArrayLike) -> int:
         """As the parameters have it; before there are any, the inputs' last axis."""
         weights = jax.tree.leaves(self.get_variable("params", "l0", {}).get("weight_ih"))
@@ -125,6 +127,7 @@ class _Recurrent(nn.Module):
         data = inputs.data if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
         return max((1, *jnp.shape(jax.tree.leaves(data)[0]))[-1], 1)  # 1 for what has none, which the layer refuses
 
+    @nn.nowrap
     def _params(self, layer: RecurrentLayer) -> LayerParams:
         """The parameters as the core takes them, drawn if there are none yet."""
         drawn: LayerParams = {}
@@ -142,11 +145,11 @@ class _Recurrent(nn.Module):
 
 
 def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
-    """The padded batch as a plan; None for what the layer refuses beside lengths."""
+    """The padded batch as a plan; None for a batch of none, and for what the layer refuses beside lengths."""
     if isinstance(inputs, PackedSequence) or np.ndim(inputs) != 3:
         return None
     batch_size, num_steps, _ = np.shape(inputs)
-    return plan_padded(batch_size, max(num_steps, 1))
+    return plan_padded(batch_size, max(num_steps, 1)) if batch_size else None
 
 
 class SimpleRNN(_Recurrent):

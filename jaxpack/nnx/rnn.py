@@ -21,7 +21,7 @@ from jaxpack.cells import Cell, GRUCell, LSTMCell, RNNCell
 from jaxpack.dropin import Direction, Layout
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import Body
-from jaxpack.sequence import PackedSequence, PyTree
+from jaxpack.sequence import PackedSequence, PyTree, vary_like
 
 _KINDS: Mapping[type, type[Cell]] = MappingProxyType(
     {nnx.LSTMCell: LSTMCell, nnx.OptimizedLSTMCell: LSTMCell, nnx.GRUCell: GRUCell, nnx.SimpleCell: RNNCell}
@@ -37,6 +37,12 @@ class RNN(nnx.RNN):
 
     cell, time_major, return_carry, reverse, keep_order, unroll, state_axes, broadcast_rngs and rngs are as of
     flax.nnx.RNN. State that state_axes gives a time axis makes it run padded.
+
+    A cell sees several sequences at once, and stand-ins in slack: its rows must be independent. A BatchNorm inside one
+    counts the stand-ins, so that its statistics depend on the plan. Normalise between RNNs, or over features.
+
+    Padded inputs may have symbolic batch and time axes (jax.export.symbolic_shape), and no sequences or no steps: every
+    step of every row is then run, by Flax's scan. A plan and packed inputs need sizes that are numbers.
 
     Examples:
       >>> from flax import nnx
@@ -107,7 +113,7 @@ class RNN(nnx.RNN):
 
         Raises:
           ValueError: if inputs have too few axes, lengths another shape than the batch, or concrete lengths do not fit
-            the inputs or the plan, or the plan is for another batch size.
+            the inputs or the plan, or the plan is for another batch size or, where sizes are symbolic, for any.
           TypeError: if inputs are packed and seq_lengths or plan are given too.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -145,6 +151,7 @@ class RNN(nnx.RNN):
             rngs = self.rngs if rngs is None else rngs
             rngs = rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
             carry = self.cell.initialize_carry(layout.input_shape, rngs)
+        carry = vary_like(carry, (inputs, nnx.state(self.cell, nnx.Param)))
         stacks = any(isinstance(axis, int) for axis in self.state_axes.values())
         known = None
         if not stacks and _is_plain(self.cell):
@@ -285,5 +292,6 @@ class Bidirectional(nnx.Bidirectional):
         if dropin.flax_will_do(inputs, directions, seq_lengths):
             return as_in_flax(initial_carry=tuple(each.carry for each in directions))
         with self.forward_rnn._keys_of_a_call(), self.backward_rnn._keys_of_a_call():
-            carry, outputs = dropin.run_pair(inputs, layout, directions, seq_lengths, forward_mode, self.merge_fn)
+            results = dropin.run(inputs, layout, directions, seq_lengths, forward_mode)
+        carry, outputs = dropin.merge(results, self.merge_fn)
         return (carry, outputs) if return_carry else outputs

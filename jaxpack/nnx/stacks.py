@@ -84,12 +84,9 @@ class _Recurrent(nnx.Module):
             bias_init=_boxing(bias_init),
         )
         given = {"kernel": kernel_metadata, "recurrent_kernel": recurrent_kernel_metadata, "bias": bias_metadata}
-        self.params = nnx.Dict(
-            {
-                group: nnx.Dict({name: _param(value, given[ROLES[name]] or {}) for name, value in entries.items()})
-                for group, entries in params.items()
-            }
-        )
+        for group, entries in params.items():
+            variables = {name: _param(value, given[ROLES[name]] or {}) for name, value in entries.items()}
+            setattr(self, group, nnx.data(variables))
         self.deterministic = deterministic
         self.rngs = nnx.data(rngs.dropout.fork() if layer.has_dropout else None)
 
@@ -119,7 +116,7 @@ class _Recurrent(nnx.Module):
           The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
 
         Raises:
-          ValueError: as `jaxpack.LSTM.apply`.
+          ValueError: as `jaxpack.LSTM.apply`; or if the batch or time axis is symbolic (see RNN, which takes such).
           TypeError: as `jaxpack.LSTM.apply`.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
@@ -136,6 +133,11 @@ class _Recurrent(nnx.Module):
             forward_mode=forward_mode,
         )
 
+    @property
+    def params(self) -> nnx.Dict:
+        """The parameters: the module's own nnx.Param, by layer and direction (l0, l0_reverse, ...)."""
+        return nnx.Dict({group: nnx.Dict(self._variables(group)) for group in self.layer.shapes})
+
     def set_view(self, deterministic: bool | None = None) -> None:
         """What nnx.view calls.
 
@@ -147,7 +149,14 @@ class _Recurrent(nnx.Module):
 
     def _values(self) -> LayerParams:
         """The parameters as the core takes them."""
-        return {group: {name: param[...] for name, param in entries.items()} for group, entries in self.params.items()}
+        return {
+            group: {name: param[...] for name, param in self._variables(group).items()} for group in self.layer.shapes
+        }
+
+    def _variables(self, group: str) -> dict[str, nnx.Param]:
+        """A group's parameters. Only those: nnx.capture and the like put more into a module."""
+        entries = getattr(self, group)
+        return {name: entries[name] for name in self.layer.shapes[group]}
 
 
 class SimpleRNN(_Recurrent):
