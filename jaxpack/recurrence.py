@@ -40,6 +40,7 @@ from jaxpack.cells import Carry, Cell, Fused, Params
 from jaxpack.loops import Schedule
 from jaxpack.plan import BucketPlan
 from jaxpack.scan import scan_of, scan_slots
+from jaxpack.sequence import vary_like
 from jaxpack.stairs import CHUNK_CELLS, Stair, kept_rows, ladder_ends, ladder_of, stairs_of
 
 CPU = Schedule(chunk_cells=CHUNK_CELLS, unroll=1, together=False, tanh=tanh_apart)
@@ -72,9 +73,10 @@ def recur(
     Returns:
       Per direction the outputs [S, P], zero in slack, and the final carry per slot.
     """
-    # Weights take on what the inputs vary over under shard_map, outside the derivative: autodiff sums it up again.
-    zero = lax.full_like(inputs[0], 0, shape=())
-    fused = tuple(jax.tree.map(lambda w: w + zero, cell.fuse(p)) for p in params)
+    # Under shard_map all take on what any of them varies over, outside the derivative: autodiff sums it up again.
+    inputs = vary_like(inputs, (params, carries))
+    carries = vary_like(carries, inputs)
+    fused = tuple(vary_like(cell.fuse(p), inputs) for p in params)
     ends = None if spans is None else ladder_ends(plan, spans)
     run = _plain if forward_mode else _fast
     return run(cell, plan, fused, tuple(inputs), (mask, ends), tuple(carries))

@@ -63,6 +63,8 @@ def packed_scan(
         length beyond a step are then counted alike under every staircase; a plan of rows that hold several sequences
         has different steps of them side by side, and is refused.
 
+    Outside jit every call traces and compiles the step anew, since what it closes over may have changed.
+
     Returns:
       The carry of each sequence after its own last step (the initial one if it has none), in the caller's order; and
       the outputs y, packed as the input is. Of sequences that do not fit the plan both are NaN.

@@ -391,6 +391,17 @@ def known(*arrays: Any) -> bool:
     return True
 
 
+def host_view(leaf: Any) -> np.ndarray | None:
+    """An array's values where they cost nothing: NumPy's, or JAX's of a CPU that are computed already; else None."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if is_traced(leaf) or not isinstance(leaf, jax.Array):
+        return None
+    array: Any = leaf  # placed on a device by choice it stays there
+    free = array.is_fully_addressable and not array.committed and array.is_ready()
+    return np.asarray(array) if free and {device.platform for device in array.devices()} == {"cpu"} else None
+
+
 def _as_jax(leaf: Any) -> jax.Array:
     return leaf if isinstance(leaf, jax.Array) else jnp.asarray(canonical(np.asarray(leaf), "data"))
 

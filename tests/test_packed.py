@@ -197,25 +197,29 @@ def test_one_program_for_all_lengths_under_a_plan(plan):
     assert len(traces) == 1
 
 
-def test_lists_of_any_lengths_under_a_plan_are_one_program():
-    from jaxpack.packed import lay_out
-
-    plan = plan_padded(2, 17)
-    before = lay_out._cache_size()
-    for lengths in ([3, 1], [17, 2], [5, 5]):
-        packed = pack_sequence([jnp.ones((n, 19), np.float32) for n in lengths], plan=plan)
-        assert packed.mask.sum() == sum(lengths)
-    assert lay_out._cache_size() == before + 1
-
-
-def test_lists_of_numpy_arrays_are_packed_without_a_program():
+@pytest.mark.parametrize("ones", [np.ones, jnp.ones])
+def test_lists_of_any_lengths_are_packed_and_taken_apart_without_a_program(ones):
     plan = plan_padded(2, 23)
     for lengths in ([3, 1], [23, 2], [5, 5]):
-        sequences = [np.ones((n, 29), np.float32) for n in lengths]
+        sequences = [jax.block_until_ready(ones((n, 29), np.float32)) for n in lengths]
         with counted_compilations() as compiled:
             packed = pack_sequence(sequences, plan=plan)
+            again = unpack_sequence(packed)
         assert not compiled
+        assert [sequence.sum() for sequence in again] == [29 * n for n in lengths]
         assert packed.mask.sum() == sum(lengths)
+
+
+def test_lists_of_arrays_on_a_chosen_device_are_one_program_under_a_plan():
+    from jaxpack.packed import lay_out
+
+    plan, device = plan_padded(2, 17), jax.devices()[1]
+    before = lay_out._cache_size()
+    for lengths in ([3, 1], [17, 2], [5, 5]):
+        packed = pack_sequence([jax.device_put(np.ones((n, 19), np.float32), device) for n in lengths], plan=plan)
+        assert packed.data.devices() == {device}
+        assert [sequence.shape for sequence in unpack_sequence(packed)] == [(n, 19) for n in lengths]
+    assert lay_out._cache_size() == before + 1
 
 
 def test_pytrees_are_packed_leaf_by_leaf():
