@@ -307,6 +307,22 @@ def test_a_scan_inside_shard_map_takes_a_constant_carry(plan):
     assert odd.tolist() == [False, True, False, True]
 
 
+def test_an_ensemble_has_a_member_on_each_device():
+    mesh = jax.make_mesh((2,), ("member",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = LAYERS["projected"]
+    ensemble = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
+
+    def gradient(params):
+        return jax.grad(lambda p: padded_scalar(layer, p, BATCH, LENGTHS, PLAN))(params)
+
+    def member(params):
+        return jax.tree.map(lambda leaf: leaf[None], gradient(jax.tree.map(lambda leaf: leaf[0], params)))
+
+    spread = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=jax.P("member"), out_specs=jax.P("member")))(ensemble)
+    expected = jax.jit(jax.vmap(gradient))(ensemble)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, expected)
+
+
 NONE = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
 
 
