@@ -16,7 +16,7 @@ from jaxpack.arguments import check_lengths_type, concrete_lengths
 from jaxpack.dtypes import canonical, cast, common_dtype
 from jaxpack.plan import BucketPlan
 from jaxpack.planners import plan_exact
-from jaxpack.sequence import PackedSequence, PyTree, is_traced
+from jaxpack.sequence import PackedSequence, PyTree, is_traced, known
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:
@@ -189,7 +189,7 @@ def lengths_and_plan(
     """int32 lengths, checked against the batch and the plan, which is exact by default."""
     if plan is not None and not isinstance(plan, BucketPlan):
         raise TypeError(f"plan must be a jaxpack.BucketPlan, got {type(plan).__name__}.")
-    if isinstance(lengths, jax.core.Tracer):
+    if isinstance(lengths, jax.Array) and (is_traced(lengths) or (plan is not None and not known(lengths))):
         if plan is None:
             raise TypeError(
                 "lengths are traced, so the plan must be given: pack_padded_sequence(..., plan=plan) with a plan made "

@@ -23,6 +23,7 @@ from jaxpack.sequence import (
     PyTree,
     check_packed,
     expand,
+    mask_like,
     real_cells,
     sanitise,
     seal,
@@ -59,9 +60,8 @@ def packed_scan(
       carry: the initial carry, a pytree of arrays [B, ...] in the caller's row order.
       packed: data [S, *F], or a pytree of such arrays.
       pass_mask: whether to call step(carry, x, mask=mask), for statistics over the rows of one step. For each array in
-        x the mask is bool and broadcasts against it, [rows[k], 1, ...]: True where a sequence has this step. Rows of
-        length beyond a step are then counted alike under every staircase; a plan of rows that hold several sequences
-        has different steps of them side by side, and is refused.
+        x the mask is bool, of its shape: True where a sequence has this step. Every staircase then gives the same;
+        a plan whose rows hold several sequences has different steps of them side by side, and is refused.
 
     Outside jit every call traces and compiles the step anew, since what it closes over may have changed.
 
@@ -95,7 +95,7 @@ def packed_scan(
 
     def masked(carry: PyTree, cell: tuple[PyTree, jax.Array]) -> tuple[PyTree, PyTree]:
         x, real = cell
-        return step(carry, x, mask=jax.tree.map(lambda leaf: expand(real, leaf), x))
+        return step(carry, x, mask=mask_like(real, x))
 
     # The mask itself is data without slack: the stand-in for what is not real is not real either.
     _check_step(masked, carry, (packed.data, packed.mask), packed.plan.num_sequences)

@@ -145,9 +145,10 @@ class PackedSequence:
         Args:
           fn: fn(data, *data_of_others), with `pass_mask` fn(data, *data_of_others, mask=mask).
           others: packed batches of the same plan and lengths.
-          pass_mask: whether `fn` is given the mask of real cells, bool, for each array of the data one that broadcasts
-            against it, [S, 1, ...]: what the `mask` of Flax's BatchNorm, LayerNorm and GroupNorm takes, and the
-            `where` of jnp.mean. The jaxpack functions `mean`, `var` and `std` are such statistics.
+          pass_mask: whether `fn` is given the mask of real cells, bool, for each array of the data one of its shape:
+            what the `mask` of Flax's BatchNorm and the `where` of jnp.mean take. (`jaxpack.mean`, `var` and `std` are
+            such statistics.) What normalises each cell by itself, as LayerNorm, GroupNorm and InstanceNorm do, is right
+            without: with a mask its mean over no feature of a slack cell is NaN, and so are its gradients.
 
         Raises:
           TypeError: if one of others is no PackedSequence.
@@ -160,7 +161,7 @@ class PackedSequence:
             other = check_packed(other, f"map(others[{i}])")
             fits = same_sequences(packed, other, "map", ("the batch has", f"others[{i}] has"), fits)
             inputs.append(_sanitise(other))
-        options = {"mask": jax.tree.map(lambda leaf: expand(packed.mask, leaf), packed.data)} if pass_mask else {}
+        options = {"mask": mask_like(packed.mask, packed.data)} if pass_mask else {}
         data = fn(*inputs, **options)
         for leaf in jax.tree.leaves(data):
             if jnp.ndim(leaf) < 1 or jnp.shape(leaf)[0] != self.plan.size:
@@ -249,7 +250,7 @@ class PackedSequence:
 
         Of leaves that are text, as nnx.tabulate makes them, it is a dict, for that shows nothing else.
         """
-        if isinstance(kwargs.get("lengths"), str):
+        if all(isinstance(kwargs.get(name), str) for name in _INDICES):
             return {name: leaf for name, leaf in kwargs.items() if name != "plan"}
         if 0 < len(args) + len(kwargs) < len(dataclasses.fields(cls)):
             raise TypeError(
@@ -321,8 +322,9 @@ def check_packed(packed: object, function: str) -> PackedSequence:
         )
     batch: PackedSequence = packed
     if not batch._checked:
+        indices = {name: _as_index(getattr(batch, name), name, function) for name in _INDICES}
+        batch = batch.replace(data=jax.tree.map(_as_jax, batch.data), **indices)
         _check_indices(batch, function)
-        batch = jax.tree.map(_as_jax, batch)
         object.__setattr__(batch, "_checked", True)
     size = batch.plan.size
     for leaf in jax.tree.leaves(batch.data):
@@ -337,17 +339,12 @@ def check_packed(packed: object, function: str) -> PackedSequence:
 def _check_indices(packed: PackedSequence, function: str) -> None:
     """Raises ValueError unless lengths and permutations are of the plan's size and, if known, belong together."""
     plan, indices = packed.plan, (packed.sorted_indices, packed.unsorted_indices)
-    check_lengths_type(jnp.shape(packed.lengths), jnp.result_type(packed.lengths))
-    if len(packed.lengths) != plan.num_sequences:
-        raise ValueError(
-            f"{function}: lengths has {len(packed.lengths)} entries, but the plan is for {plan.num_sequences} "
-            f"sequences."
-        )
-    for name, leaf in zip(("sorted_indices", "unsorted_indices"), indices, strict=True):
-        if jnp.shape(leaf) != (plan.num_sequences,) or not jnp.issubdtype(jnp.result_type(leaf), jnp.integer):
+    check_lengths_type(packed.lengths.shape, packed.lengths.dtype)
+    for name in _INDICES:
+        leaf = getattr(packed, name)
+        if leaf.shape != (plan.num_sequences,):
             raise ValueError(
-                f"{function}: {name} must be integers [{plan.num_sequences}], got {type_of(leaf)}. They are made by "
-                f"jaxpack.pack_sequence and pack_padded_sequence."
+                f"{function}: {name} has {leaf.size} entries, but the plan is for {plan.num_sequences} sequences."
             )
     if not known(packed.lengths):
         return
@@ -371,6 +368,7 @@ def _check_indices(packed: PackedSequence, function: str) -> None:
         )
 
 
+_INDICES = ("lengths", "sorted_indices", "unsorted_indices")
 _WAY_OUT = "For arithmetic write packed + other, for functions of data packed.map(fn, *others); else pack anew."
 
 
@@ -400,6 +398,17 @@ def host_view(leaf: Any) -> np.ndarray | None:
     array: Any = leaf  # placed on a device by choice it stays there
     free = array.is_fully_addressable and not array.committed and array.is_ready()
     return np.asarray(array) if free and {device.platform for device in array.devices()} == {"cpu"} else None
+
+
+def _as_index(leaf: Any, name: str, function: str) -> jax.Array:
+    """Lengths or indices as int32, which they always are where we made them."""
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: {name} must be integers, got {type_of(leaf)}. They are made by jaxpack.pack_sequence and "
+            f"pack_padded_sequence."
+        )
+    return array if isinstance(array, jax.Array) and array.dtype == jnp.int32 else jnp.asarray(array, jnp.int32)
 
 
 def _as_jax(leaf: Any) -> jax.Array:
@@ -579,6 +588,11 @@ def vary_like(tree: PyTree, like: PyTree) -> PyTree:
         return leaf if jax.typeof(moved) == jax.typeof(leaf) else moved
 
     return jax.tree.map(vary, tree)
+
+
+def mask_like(mask: jax.Array, tree: PyTree) -> PyTree:
+    """The mask of rows or cells for each array of a tree, in its shape."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(expand(mask, leaf), leaf.shape), tree)
 
 
 def _is_number(leaf: Any) -> bool:

@@ -179,6 +179,12 @@ def test_what_disagrees_with_its_plan_is_refused(packed):
         packed.replace(data=jnp.ones((4, 2))).map(jnp.exp)
     with pytest.raises(ValueError, match="lengths has 2 entries, but the plan is for 3"):
         packed.replace(lengths=packed.lengths[:2]).map(jnp.exp)
+    for strange in (None, 2.5, "abc", jnp.ones(3), [[1, 2]]):
+        with pytest.raises((TypeError, ValueError), match=r"lengths (must be|has)"):
+            packed.replace(lengths=strange).map(jnp.exp)
+        with pytest.raises((TypeError, ValueError), match=r"sorted_indices (must be|has)"):
+            packed.replace(sorted_indices=strange).map(jnp.exp)
+    np.testing.assert_array_equal(packed.replace(lengths=LENGTHS).map(jnp.exp).data, packed.map(jnp.exp).data)
     with pytest.raises(ValueError, match=r"lengths\[0\] = 6 does not fit"):
         packed.replace(lengths=jnp.array([6, 4, 1])).map(jnp.exp)
 
@@ -486,4 +492,4 @@ def test_masks_are_given_array_by_array(packed):
     seen = []
     several.map(lambda data, mask: seen.append(mask) or data, pass_mask=True)
     np.testing.assert_array_equal(seen[0]["gaps"], packed.mask)
-    np.testing.assert_array_equal(seen[0]["x"], packed.mask[:, None])
+    np.testing.assert_array_equal(seen[0]["x"], jnp.stack([packed.mask] * 2, 1))

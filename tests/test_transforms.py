@@ -307,6 +307,20 @@ def test_a_scan_inside_shard_map_takes_a_constant_carry(plan):
     assert odd.tolist() == [False, True, False, True]
 
 
+@pytest.mark.optimized
+def test_lengths_that_are_still_computed_are_not_waited_for():
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+    layer.apply(params, BATCH, lengths=LENGTHS, plan=PLAN)
+    slow = jax.jit(lambda n, x: (n, n + (lax.fori_loop(0, 200, lambda _, y: jnp.tanh(y @ y), x).sum() * 0).astype(int)))
+    _, late = slow(LENGTHS, jnp.zeros((500, 500)))
+    packed = pack(lengths=late)
+    results = layer.apply(params, packed), layer.apply(params, BATCH, lengths=late, plan=PLAN), jaxpack.last(packed)
+    assert not late.is_ready()
+    expected = layer.apply(params, BATCH, lengths=LENGTHS, plan=PLAN)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), results[1], expected)
+
+
 def test_an_ensemble_has_a_member_on_each_device():
     mesh = jax.make_mesh((2,), ("member",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = LAYERS["projected"]
