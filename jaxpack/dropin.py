@@ -205,15 +205,19 @@ class Layout(NamedTuple):
 
         Raises:
           ValueError: if they have another shape than the batch.
+          TypeError: if they are no array, but an iterator, say.
         """
         if seq_lengths is None:
             return np.full(self.batch_size, self.num_steps)
-        shape = np.shape(seq_lengths)
-        if shape != self.batch_shape:
+        lengths = seq_lengths if isinstance(seq_lengths, jax.Array) else np.asarray(seq_lengths)
+        if lengths.dtype == object:
+            concrete_lengths(seq_lengths, "seq_lengths")  # which says what they are
+        if lengths.shape != self.batch_shape:
             raise ValueError(
-                f"seq_lengths must have one length for each sequence, shape {self.batch_shape}, got shape {shape}."
+                f"seq_lengths must have one length for each sequence, shape {self.batch_shape}, got shape "
+                f"{lengths.shape}."
             )
-        return jnp.ravel(seq_lengths) if is_traced(seq_lengths) else np.ravel(seq_lengths)
+        return lengths if lengths.ndim == 1 else lengths.reshape(-1)
 
 
 def check_inputs(

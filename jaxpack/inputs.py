@@ -114,9 +114,14 @@ def _length_like(model: PyTree, array: PyTree, i: int) -> int:
     if found != expected:
         raise ValueError(f"sequences[{i}] has the structure {found}, others {expected}.")
     leaves = jax.tree.leaves(array)
-    if any(leaf.ndim < 1 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
-        shapes = [leaf.shape for leaf in leaves]
+    shapes = [leaf.shape for leaf in leaves]
+    if any(len(shape) < 1 for shape in shapes):
         raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {shapes}.")
+    if len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            f"the arrays of sequences[{i}] must have as many steps as each other, got shapes {shapes}. Pack what has "
+            f"another length on its own."
+        )
     for leaf, other in zip(leaves, jax.tree.leaves(model), strict=True):
         if leaf.shape[1:] != other.shape[1:]:
             raise ValueError(f"sequences[{i}] has features of shape {leaf.shape[1:]}, others {other.shape[1:]}.")

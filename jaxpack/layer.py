@@ -307,8 +307,6 @@ class RecurrentLayer(abc.ABC):
         self._check_features(data, packed=True)
         dtype = call.dtype_with(data)
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
-        if not packed.plan.size:  # a batch of no sequences
-            return packed.replace(data=lax.full_like(data, 0, dtype, (0, self.output_size))), state
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
         with names_forward_mode(f"{type(self).__name__}.apply", "apply"):

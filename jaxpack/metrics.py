@@ -102,7 +102,7 @@ def ctc_greedy_decode(
     logits, blank_id = as_frames(logits, blank_id, frames_per_step, "ctc_greedy_decode")
     classes = logits.replace(data=jnp.argmax(logits.data, -1).astype(jnp.int32))
     path = pad_packed_sequence(classes, batch_first=True, padding_value=blank_id)[0]
-    path = path.reshape(len(path), -1)
+    path = path.reshape(len(path), logits.plan.max_length * frames_per_step)
     starts = jnp.pad(path[:, 1:] != path[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     kept = starts & (path != blank_id)
     places = jnp.where(kept, jnp.cumsum(kept, 1) - 1, path.shape[1])

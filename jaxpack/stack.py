@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpack.cells import Cell, Params
 from jaxpack.recurrence import recur
@@ -37,6 +38,8 @@ def run_stack(
       planned: whether the plan is a choice, or no more than the padded batch's shape.
       forward_mode: whether to run the plain scan.
     """
+    if not packed.plan.size:  # a batch of no sequences
+        return lax.full_like(packed.data, 0, shape=(0, num_directions * cell.output_size)), state
     plan, mask, reverse = packed.plan, real_cells(packed), reversed_cells(packed)
     spans = None if planned else slot_spans(packed)
     # A sequence that does not fit starts from NaN in every layer: all that comes of it is NaN, gradients included.

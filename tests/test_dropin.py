@@ -501,6 +501,10 @@ def test_a_batch_of_nothing_has_zero_gradients_and_keeps_what_it_is_given(api, k
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
     with pytest.raises(ValueError, match="the plan is for 4 sequences, but the batch has 0"):
         apply(params, jnp.zeros((0, T, F)), seq_lengths=[], plan=ROWS)
+    packed = pack_padded_sequence(jnp.zeros((0, T, F)), [], batch_first=True)
+    carry, outputs = apply(params, packed, return_carry=True)
+    assert outputs.data.shape[0] == 0
+    assert all(leaf.shape[0] == 0 for leaf in jax.tree.leaves(carry))
 
 
 @pytest.mark.parametrize("plan", [None, ROWS, BUCKETS], ids=["none", "rows", "buckets"])

@@ -819,3 +819,10 @@ def test_a_traced_ctc_label_or_length_out_of_range_makes_the_loss_nan(row, lengt
 
 
 TRACED_CTC = jax.jit(lambda *args: ctc(*args).value)
+
+
+def test_losses_of_no_packed_sequences_are_means_of_nothing():
+    logits = jaxpack.pack_padded_sequence(jnp.ones((0, 4, 3)), [], batch_first=True)
+    labels = logits.map(lambda data: jnp.zeros(len(data), int))
+    for mean in (token_cross_entropy(logits, labels), ctc(logits, jnp.ones((0, 2), int), jnp.zeros(0, int))):
+        assert (mean.total, mean.weight, mean.value) == (0, 0, 0)

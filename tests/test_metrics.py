@@ -279,3 +279,10 @@ def test_without_rapidfuzz_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidfuzz.distance.Levenshtein", None)
     with pytest.raises(ImportError, match=r"pip install 'jaxpack\[data\]'"):
         edit_distance("a", "b")
+
+
+def test_decoding_no_sequences_gives_none():
+    logits = pack_padded_sequence(jnp.ones((0, 4, 6)), [], batch_first=True)
+    labels, lengths = ctc_greedy_decode(logits, frames_per_step=2)
+    assert labels.shape == (0, 8)
+    assert lengths.shape == (0,)

@@ -78,7 +78,8 @@ def ctc(
     counted = weights != 0
     broken = ~logits.fits | _bad_rows(labels, label_lengths, counted, logits.shape[-1], blank_id)
     scored = counted & (lengths >= ctc_min_frames(labels, label_lengths))
-    frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), -1, logits.shape[-1])
+    num_frames = logits.plan.max_length * frames_per_step
+    frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), num_frames, logits.shape[-1])
     frames = jnp.where(scored[:, None, None], frames, 0)  # so that no gradient can be NaN elsewhere
     losses = _optax_ctc(frames, lengths, labels, jnp.where(scored, label_lengths, 0), blank_id)
     possible = scored & ~(losses > -_IMPOSSIBLE / 2)
