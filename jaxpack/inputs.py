@@ -189,7 +189,7 @@ def _check_sharding(leaf: jax.Array, name: str) -> None:
 
 
 def lengths_and_plan(
-    lengths: ArrayLike | Sequence[int], plan: BucketPlan | None, batch_size: int, max_length: int
+    lengths: ArrayLike | Sequence[int], plan: BucketPlan | None, batch_size: int, max_length: int, name: str = "inputs"
 ) -> tuple[np.ndarray | jax.Array, BucketPlan]:
     """int32 lengths, checked against the batch and the plan, which is exact by default."""
     if plan is not None and not isinstance(plan, BucketPlan):
@@ -200,10 +200,10 @@ def lengths_and_plan(
                 "lengths are traced, so the plan must be given: pack_padded_sequence(..., plan=plan) with a plan made "
                 "outside jit, such as jaxpack.plan_buckets(lengths) or jaxpack.plan_padded(batch_size, max_length)."
             )
-        check_batch_size(lengths, plan, batch_size)
+        check_batch_size(lengths, plan, batch_size, name)
         return _traced_lengths(lengths, plan, max_length), plan
     concrete = concrete_lengths(lengths)
-    check_batch_size(concrete, plan, batch_size)
+    check_batch_size(concrete, plan, batch_size, name)
     check_longest(concrete, max_length)
     if plan is not None:
         plan.check(concrete)
@@ -232,14 +232,16 @@ def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> ja
     return lengths
 
 
-def check_batch_size(lengths: np.ndarray | jax.Array, plan: BucketPlan | None, batch_size: int) -> None:
+def check_batch_size(
+    lengths: np.ndarray | jax.Array, plan: BucketPlan | None, batch_size: int, name: str = "inputs"
+) -> None:
     """Raises ValueError unless there is one length per sequence of the batch, and as many in the plan."""
     check_lengths_type(lengths.shape, lengths.dtype)
     if lengths.shape[0] != batch_size:
-        raise ValueError(
-            f"Expected `len(lengths)` to be equal to batch_size, but got {lengths.shape[0]} lengths for a batch of "
-            f"{batch_size}. (Is batch_first right?)"
-        )
+        given = f"got {lengths.shape[0]} lengths for a batch of {batch_size}."
+        if name == "inputs":  # of layers, which are batch first
+            raise ValueError(f"lengths must have one entry for each sequence of inputs, {given}")
+        raise ValueError(f"Expected `len(lengths)` to be equal to batch_size, but {given} (Is batch_first right?)")
     if plan is not None and plan.num_sequences != batch_size:
         way_out = "append sequences of length 0" if batch_size < plan.num_sequences else "use a larger plan"
         raise ValueError(f"the plan is for {plan.num_sequences} sequences, but the batch has {batch_size}: {way_out}.")

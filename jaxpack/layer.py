@@ -206,7 +206,7 @@ class RecurrentLayer(abc.ABC):
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
                 f"inputs must be a PackedSequence, [B, T, {self.input_size}] or one sequence [T, {self.input_size}], "
-                f"got {_shapes(batch)}."
+                f"got {_shapes(batch)}. Pass a list of sequences through jaxpack.pack_sequence."
             )
         self._check_features(batch)
         if batch.ndim == 2:

@@ -81,7 +81,7 @@ def pack_padded_sequence(
     Source: torch.nn.utils.rnn.pack_padded_sequence, whose enforce_sorted defaults to True.
     """
     batch, batch_size, max_length = padded_batch(input, batch_first, "input")
-    lengths, plan = lengths_and_plan(lengths, plan, batch_size, max_length)
+    lengths, plan = lengths_and_plan(lengths, plan, batch_size, max_length, "input")
     _check_sorted(lengths, enforce_sorted)
     return lay_out(batch, lengths, plan)
 
@@ -143,7 +143,7 @@ def pack_sequence(
     """
     arrays, lengths = as_sequences(sequences)
     steps = lengths.max() if plan is None else max(lengths.max(), plan.max_length)  # a shape, and so a program, a plan
-    checked, plan = lengths_and_plan(lengths, plan, len(lengths), int(steps))
+    checked, plan = lengths_and_plan(lengths, plan, len(lengths), int(steps), "sequences")
     _check_sorted(checked, enforce_sorted)
     leaves, structure = jax.tree.flatten(arrays)
     views = [host_view(leaf) for leaf in leaves]
@@ -218,7 +218,7 @@ def unpad_sequence(
     """
     batch, batch_size, max_length = padded_batch(padded_sequences, batch_first, "padded_sequences")
     array = lengths_as_shapes(lengths, "unpad_sequence")
-    check_batch_size(array, None, batch_size)
+    check_batch_size(array, None, batch_size, "padded_sequences")
     check_longest(array, max_length)
     rows = np.repeat(np.arange(batch_size), array)
     return _split(_taken(batch, (rows, _ramps(array))), array)

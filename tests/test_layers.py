@@ -505,7 +505,12 @@ PACKED = pack_padded_sequence(jnp.ones((2, 3, F)), [3, 2], batch_first=True)
         (PACKED, {"plan": PACKED.plan}, TypeError, "carry their lengths and plan"),
         (jnp.ones((2, 3, F)), {"lengths": [4, 1]}, ValueError, r"lengths\[0\] = 4 is longer"),
         (jnp.ones((2, 3, F)), {"lengths": [-1, 1]}, ValueError, "negative"),
-        (jnp.ones((2, 3, F)), {"lengths": [1, 1, 1]}, ValueError, "3 lengths for a batch of 2"),
+        (
+            jnp.ones((2, 3, F)),
+            {"lengths": [1, 1, 1]},
+            ValueError,
+            "each sequence of inputs, got 3 lengths for a batch of 2",
+        ),
         (jnp.ones((2, 3, F)), {"lengths": [2.5, 1]}, ValueError, "whole numbers"),
         (jnp.ones((2, 3, F)), {"lengths": [3, 1], "plan": plan_padded(2, 2)}, ValueError, "does not fit the plan"),
         (jnp.ones((2, 3, F)), {"plan": plan_padded(3, 3)}, ValueError, "plan is for 3 sequences, but the batch has 2"),
