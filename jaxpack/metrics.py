@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxpack.extras import import_extra
 from jaxpack.inputs import without_torch
 from jaxpack.losses import Mean
-from jaxpack.losses._ctc import as_frames
+from jaxpack.losses._ctc import check_frames, split_frames
 from jaxpack.losses._weighted import over_sequences, over_tokens
 from jaxpack.packed import pad_packed_sequence
 from jaxpack.sequence import PackedSequence, poison
@@ -99,8 +100,14 @@ def ctc_greedy_decode(
       ValueError: if K does not divide the features, or blank_id is no class.
     Source: Graves et al., Connectionist temporal classification, ICML 2006, "best path decoding".
     """
-    logits, blank_id = as_frames(logits, blank_id, frames_per_step, "ctc_greedy_decode")
-    classes = logits.replace(data=jnp.argmax(logits.data, -1).astype(jnp.int32))
+    return _greedy_decode(*check_frames(logits, blank_id, frames_per_step, "ctc_greedy_decode"))
+
+
+@functools.partial(jax.jit, static_argnames=("blank_id", "frames_per_step"))
+def _greedy_decode(logits: PackedSequence, blank_id: int, frames_per_step: int) -> tuple[jax.Array, jax.Array]:
+    """`ctc_greedy_decode`, checked."""
+    frames = split_frames(logits.data, frames_per_step)
+    classes = logits.replace(data=jnp.argmax(frames, -1).astype(jnp.int32))
     path = pad_packed_sequence(classes, batch_first=True, padding_value=blank_id)[0]
     path = path.reshape(len(path), logits.plan.max_length * frames_per_step)
     starts = jnp.pad(path[:, 1:] != path[:, :-1], ((0, 0), (1, 0)), constant_values=True)

@@ -389,6 +389,11 @@ def known(*arrays: Any) -> bool:
     return True
 
 
+def values_of(*arrays: Any) -> list[np.ndarray] | None:
+    """The values of arrays, if all are `known`: what a check reads, which must not wait for a device."""
+    return [np.asarray(array) for array in arrays] if known(*arrays) else None
+
+
 def host_view(leaf: Any) -> np.ndarray | None:
     """An array's values where they cost nothing: NumPy's, or JAX's of a CPU that are computed already; else None."""
     if isinstance(leaf, np.ndarray):
@@ -632,12 +637,17 @@ def fill_up(leaf: jax.Array, taken: jax.Array, filling: jax.Array, fits: jax.Arr
 
 
 def poison(leaf: jax.Array, fits: jax.Array) -> jax.Array:
-    """NaN in the rows that do not fit, if the dtype has one. A product, so that gradients are NaN there too."""
+    """NaN in the rows that do not fit, if the dtype has one.
+
+    A product, so that gradients are NaN there too; and a choice, for XLA takes the product of NaN and a bool, as 0 or
+    1, to be 0 where the bool is False.
+    """
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # where inf * (1 + 0j) would be inf + nan j
         return lax.complex(poison(leaf.real, fits), poison(leaf.imag, fits))
-    return leaf * jnp.where(expand(fits, leaf), 1, jnp.nan).astype(leaf.dtype)
+    fits = expand(fits, leaf)
+    return jnp.where(fits, leaf * jnp.where(fits, 1, jnp.nan).astype(leaf.dtype), jnp.nan)
 
 
 @jax.jit

@@ -140,6 +140,21 @@ def test_a_length_beyond_the_array_is_a_misfit_even_where_the_plan_has_room():
     assert np.isnan(floats.data).sum() > 0
 
 
+@pytest.mark.optimized
+def test_zeros_and_ones_of_a_misfit_are_nan():
+    @jax.jit
+    def run(lengths):
+        packed = pack_padded_sequence(-jnp.ones((3, 5)), lengths, True, plan=LOOSE)
+        flags = packed.map(lambda x: (x > 0).astype(jnp.float32))
+        return flags.data, (flags + 0).data, jaxpack.pad_packed_sequence(flags, True)[0]
+
+    data, summed, padded = run(jnp.array([2, 5, 4]))  # of the second and third longest only one fits
+    misfit = LOOSE.cell_slots == 1
+    for cells in (data, summed):
+        np.testing.assert_array_equal(np.isnan(cells), misfit)
+    assert np.isnan(padded).all(1).tolist() == [False, False, True]
+
+
 def test_gradients_of_parameters_that_met_a_misfit_are_nan():
     def loss(scale, lengths):
         packed = pack_padded_sequence(jnp.ones((3, 5, 2)), lengths, True, plan=LOOSE)

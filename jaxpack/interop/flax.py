@@ -119,9 +119,9 @@ def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
 
     Two options of Flax's modules are in no weights, and say how to run the layer:
 
-      merge_fn     The output has both directions side by side: merge its halves.
-      reverse      Of the first RNN: run the layer on jaxpack.reverse_sequences(packed), and with keep_order=True
-                   reverse the output too.
+    - merge_fn: the output has both directions side by side; merge its halves.
+    - reverse, of the first RNN: run the layer on jaxpack.reverse_sequences(packed), and with keep_order=True reverse
+      the output too.
 
     Examples:
       >>> from flax import nnx

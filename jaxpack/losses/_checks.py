@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxpack.arguments import as_int
 from jaxpack.dtypes import canonical
 from jaxpack.inputs import without_torch
-from jaxpack.sequence import PackedSequence, is_traced
+from jaxpack.sequence import PackedSequence
 
 Weights = ArrayLike | PackedSequence | None
 
@@ -53,18 +53,22 @@ def widened(array: jax.Array) -> jax.Array:
     return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array
 
 
-def outside(labels: jax.Array, num_classes: int) -> jax.Array:
-    """Which labels are no class. Widened first, for a narrow integer may not hold num_classes."""
-    labels = widened(labels)
+def outside(labels: Any, num_classes: int) -> Any:
+    """Which labels, JAX's or NumPy's, are no class. Widened first, for a narrow integer may not hold num_classes."""
+    labels = labels.astype(np.int64) if isinstance(labels, np.ndarray) else widened(labels)
     return (labels < 0) | (labels >= num_classes)
 
 
-def refuse(bad: jax.Array, name: str, values: jax.Array, rule: str) -> None:
-    """Raises ValueError at the first bad value, if values are known; under checkify a bad value is an error."""
-    checkify.debug_check(~jnp.any(bad), f"{name} must {rule}.")
-    if not is_traced(bad) and np.any(bad):
+def refuse(bad: np.ndarray, name: str, values: np.ndarray, rule: str) -> None:
+    """Raises ValueError at the first bad value."""
+    if bad.any():
         index = tuple(np.argwhere(bad)[0])
         raise ValueError(f"{name} must {rule}, got {name}[{', '.join(map(str, index))}] = {values[index]}.")
+
+
+def debug_refuse(bad: jax.Array, name: str, rule: str) -> None:
+    """The same inside a program, for users of checkify; to others a bad value is NaN."""
+    checkify.debug_check(~jnp.any(bad), f"{name} must {rule}.")
 
 
 def check_classes(
@@ -99,8 +103,10 @@ def _shapes_hint(logits: tuple[int, ...], labels: tuple[int, ...], axis: str) ->
     return ""
 
 
-def check_weights(weights: Weights, batch_size: int, dtype: Any, function: str, per_token: bool = False) -> jax.Array:
-    """[B] weights of this dtype, ones by default; the error says how to give them `per_token` where one may."""
+def check_weights(weights: Weights, batch_size: int, function: str, per_token: bool = False) -> jax.Array | None:
+    """[B] weights, None for ones; the error says how to give them `per_token` where one may."""
+    if weights is None:
+        return None
     if isinstance(weights, PackedSequence):
         raise TypeError(
             f"{function}: weights must be one per sequence, [{batch_size}], got a PackedSequence. Reduce it to that "
@@ -114,41 +120,39 @@ def check_weights(weights: Weights, batch_size: int, dtype: Any, function: str, 
             " For a weight per token pack them as the logits are: jaxpack.pack_padded_sequence(weights, "
             "logits.lengths, batch_first=True, plan=logits.plan)."
         )
-    weights = jnp.ones(batch_size, dtype) if weights is None else as_array(weights, "weights", function, ragged)
-    if weights.shape != (batch_size,):
-        if weights.shape == (batch_size, 1):
+    array = as_array(weights, "weights", function, ragged)
+    if array.shape != (batch_size,):
+        if array.shape == (batch_size, 1):
             hint = " Drop the last axis: weights[:, 0]."
         raise ValueError(
-            f"{function}: weights must be one per sequence, [{batch_size}], got shape {weights.shape}.{hint}"
+            f"{function}: weights must be one per sequence, [{batch_size}], got shape {array.shape}.{hint}"
         )
-    return _real(weights, dtype, function)
+    return _real(array, function)
 
 
-def check_token_weights(weights: PackedSequence, dtype: Any, function: str) -> jax.Array:
-    """[S] weights of this dtype."""
+def check_token_weights(weights: PackedSequence, function: str) -> jax.Array:
+    """[S] weights."""
     if len(weights.shape) != 1:
         hint = " Drop its last axis: weights.map(lambda data: data[:, 0])." if weights.shape[1:] == (1,) else ""
         raise ValueError(
             f"{function}: packed weights must be one per token, data [S], got data of shape {weights.shape}.{hint}"
         )
-    return _real(weights.data, dtype, function)
+    return _real(weights.data, function)
 
 
-def _real(weights: jax.Array, dtype: Any, function: str) -> jax.Array:
+def _real(weights: jax.Array, function: str) -> jax.Array:
     if jnp.issubdtype(weights.dtype, jnp.complexfloating):
         raise TypeError(f"{function}: weights must be real, got dtype {weights.dtype}.")
-    return weights.astype(dtype)
+    return weights
 
 
-def check_ignored(ignore_label: int | None, labels: jax.Array) -> jax.Array:
-    """bool, as labels: which are to be ignored: none, where their dtype has no such number.
+def ignored_number(ignore_label: int | None, labels: jax.Array) -> int | None:
+    """The label to be ignored; None if there is none, or the labels' dtype has no such number.
 
     Raises:
       TypeError: if ignore_label is no int.
     """
-    number = 0 if ignore_label is None else as_int("ignore_label", ignore_label)
-    labels = widened(labels)
-    limits = jnp.iinfo(labels.dtype)
-    if ignore_label is None or not limits.min <= number <= limits.max:
-        return jnp.zeros(labels.shape, bool)
-    return labels == number
+    if ignore_label is None:
+        return None
+    number, limits = as_int("ignore_label", ignore_label), jnp.iinfo(labels.dtype)
+    return number if limits.min <= number <= limits.max else None

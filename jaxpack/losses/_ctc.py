@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack.arguments import as_int
-from jaxpack.losses._checks import as_labels, check_weights, outside, refuse, widened
+from jaxpack.losses._checks import as_labels, check_weights, debug_refuse, outside, refuse, widened
 from jaxpack.losses._mean import Mean
 from jaxpack.losses._weighted import weighted
 from jaxpack.packed import pad_packed_sequence
-from jaxpack.sequence import PackedSequence, check_packed
+from jaxpack.sequence import PackedSequence, check_packed, values_of
 
 _IMPOSSIBLE = -1e30  # the log-probability at a frame of a class that cannot be
 _LOG_ZERO = -1e37  # of what is no alignment, below every path of _IMPOSSIBLE: optax's -1e5 is above some of real logits
@@ -70,16 +75,40 @@ def ctc(
         range. Where traced ones are, the loss is NaN.
     Source: optax.ctc_loss; Graves et al., Connectionist temporal classification, ICML 2006.
     """
-    logits, blank_id = as_frames(logits, blank_id, frames_per_step, "ctc")
+    logits, blank_id, frames_per_step = check_frames(logits, blank_id, frames_per_step, "ctc")
     labels, label_lengths = _check_padded_labels(labels, label_lengths, logits.plan.num_sequences, "ctc")
-    logits = logits.replace(data=widened(logits.data))
-    lengths = logits.lengths * frames_per_step
-    weights = jnp.where(lengths > 0, check_weights(weights, len(lengths), logits.dtype, "ctc"), 0)
+    given = check_weights(weights, logits.plan.num_sequences, "ctc")
+    values = values_of(labels, label_lengths, logits.lengths, *([] if given is None else [given]))
+    if values is not None:
+        counted = np.logical_and.reduce([values[2] > 0, *(each != 0 for each in values[3:])])
+        num_classes = logits.shape[1] // frames_per_step
+        for bad, name, array, rule in _bad(values[0], values[1], counted, num_classes, blank_id):
+            refuse(bad, name, array, rule)
+    return _ctc(logits, labels, label_lengths, given, blank_id, frames_per_step)
+
+
+@functools.partial(jax.jit, static_argnames=("blank_id", "frames_per_step"))
+def _ctc(
+    logits: PackedSequence,
+    labels: jax.Array,
+    label_lengths: jax.Array,
+    weights: jax.Array | None,
+    blank_id: int,
+    frames_per_step: int,
+) -> Mean:
+    """`ctc`, checked."""
+    logits = logits.replace(data=widened(split_frames(logits.data, frames_per_step)))
+    lengths, num_classes = logits.lengths * frames_per_step, logits.shape[-1]
+    weights = jnp.ones(len(lengths), logits.dtype) if weights is None else weights.astype(logits.dtype)
+    weights = jnp.where(lengths > 0, weights, 0)
     counted = weights != 0
-    broken = ~logits.fits | _bad_rows(labels, label_lengths, counted, logits.shape[-1], blank_id)
+    broken = ~logits.fits
+    for bad, name, _, rule in _bad(labels, label_lengths, counted, num_classes, blank_id):
+        debug_refuse(bad, name, rule)
+        broken |= bad if bad.ndim == 1 else bad.any(1)
     scored = counted & (lengths >= ctc_min_frames(labels, label_lengths))
     num_frames = logits.plan.max_length * frames_per_step
-    frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), num_frames, logits.shape[-1])
+    frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), num_frames, num_classes)
     frames = jnp.where(scored[:, None, None], frames, 0)  # so that no gradient can be NaN elsewhere
     losses = _optax_ctc(frames, lengths, labels, jnp.where(scored, label_lengths, 0), blank_id)
     possible = scored & ~(losses > -_IMPOSSIBLE / 2)
@@ -105,13 +134,19 @@ def ctc_min_frames(labels: ArrayLike, label_lengths: ArrayLike) -> jax.Array:
       TypeError: if labels are packed, or dtypes are of the wrong kind.
       ValueError: if shapes disagree.
     """
-    labels, label_lengths = _check_padded_labels(labels, label_lengths, None, "ctc_min_frames")
+    return _min_frames(*_check_padded_labels(labels, label_lengths, None, "ctc_min_frames"))
+
+
+@jax.jit
+def _min_frames(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
     repeats = _spans(label_lengths, labels.shape[1])[:, 1:] & (labels[:, 1:] == labels[:, :-1])
     return label_lengths + repeats.sum(1, dtype=label_lengths.dtype)
 
 
-def as_frames(logits: PackedSequence, blank_id: int, frames_per_step: int, function: str) -> tuple[PackedSequence, int]:
-    """Logits [S, K * C] as K frames a step, [S, K, C], and the blank, checked."""
+def check_frames(
+    logits: PackedSequence, blank_id: int, frames_per_step: int, function: str
+) -> tuple[PackedSequence, int, int]:
+    """Logits [S, K * C], the blank and K, checked."""
     logits = check_packed(logits, function)
     frames_per_step, blank_id = as_int("frames_per_step", frames_per_step), as_int("blank_id", blank_id)
     shape = logits.shape
@@ -125,7 +160,12 @@ def as_frames(logits: PackedSequence, blank_id: int, frames_per_step: int, funct
     num_classes = shape[1] // frames_per_step
     if not 0 <= blank_id < num_classes:
         raise ValueError(f"{function}: blank_id = {blank_id} is none of the {num_classes} classes.")
-    return logits.replace(data=logits.data.reshape(shape[0], frames_per_step, num_classes)), blank_id
+    return logits, blank_id, frames_per_step
+
+
+def split_frames(data: jax.Array, frames_per_step: int) -> jax.Array:
+    """[S, K * C] as [S, K, C]."""
+    return data.reshape(len(data), frames_per_step, data.shape[1] // frames_per_step)
 
 
 def _optax_ctc(
@@ -158,21 +198,25 @@ def _at_least_zero(losses: jax.Array) -> jax.Array:
     return jnp.where(losses > 0, losses, losses - lax.stop_gradient(losses))
 
 
-def _spans(lengths: jax.Array, size: int) -> jax.Array:
+def _spans(lengths: Any, size: int) -> Any:
     """bool [B, size]: True at the first `lengths` places of each row."""
-    return jnp.arange(size, dtype=lengths.dtype)[None] < lengths[:, None]
+    places = (np if isinstance(lengths, np.ndarray) else jnp).arange(size, dtype=lengths.dtype)
+    return places[None] < lengths[:, None]
 
 
-def _bad_rows(
-    labels: jax.Array, label_lengths: jax.Array, counted: jax.Array, num_classes: int, blank_id: int
-) -> jax.Array:
-    """bool [B]: which counted rows have labels, or a length of them, out of range; raises ValueError if known to."""
-    bad_lengths = counted & ((label_lengths < 0) | (label_lengths > labels.shape[1]))
-    refuse(bad_lengths, "label_lengths", label_lengths, f"lie in 0 to N = {labels.shape[1]}")
-    labelled = counted[:, None] & _spans(label_lengths, labels.shape[1])
-    bad = labelled & (outside(labels, num_classes) | (labels == blank_id))
-    refuse(bad, "labels", labels, f"lie in 0 to {num_classes - 1} and not be the blank {blank_id}")
-    return bad_lengths | bad.any(1)
+def _bad(
+    labels: Any, label_lengths: Any, counted: Any, num_classes: int, blank_id: int
+) -> Iterator[tuple[Any, str, Any, str]]:
+    """What is out of range in rows that count: where, the argument's name and values, and the rule; NumPy or JAX."""
+    size = labels.shape[1]
+    yield (
+        counted & ((label_lengths < 0) | (label_lengths > size)),
+        "label_lengths",
+        label_lengths,
+        f"lie in 0 to N = {size}",
+    )
+    bad = counted[:, None] & _spans(label_lengths, size) & (outside(labels, num_classes) | (labels == blank_id))
+    yield bad, "labels", labels, f"lie in 0 to {num_classes - 1} and not be the blank {blank_id}"
 
 
 def _check_padded_labels(
