@@ -15,7 +15,7 @@ from jax.experimental import checkify
 import jaxpack
 from jaxpack import BucketPlan, pack_padded_sequence
 from jaxpack.losses import Mean, ctc, ctc_min_frames, sequence_cross_entropy, token_cross_entropy
-from jaxpack.metrics import accuracy
+from jaxpack.metrics import accuracy, ctc_greedy_decode
 
 C = 4
 LENGTHS = [2, 5, 0, 3]
@@ -826,3 +826,37 @@ def test_losses_of_no_packed_sequences_are_means_of_nothing():
     labels = logits.map(lambda data: jnp.zeros(len(data), int))
     for mean in (token_cross_entropy(logits, labels), ctc(logits, jnp.ones((0, 2), int), jnp.zeros(0, int))):
         assert (mean.total, mean.weight, mean.value) == (0, 0, 0)
+
+
+def test_outside_jit_a_loss_or_metric_is_one_program():
+    logits = pack_padded_sequence(jnp.ones((2, 4, 3)), [4, 2], batch_first=True)
+    labels = logits.map(lambda data: jnp.ones(len(data), int))
+    weights = logits.map(lambda data: data[:, 0])
+    rows, classes, columns = jnp.ones((2, 3)), jnp.ones(2, int), jnp.ones((2, 1), int)
+    calls = {
+        "tokens": lambda: token_cross_entropy(logits, labels),
+        "weighted tokens": lambda: token_cross_entropy(logits, labels, weights, ignore_label=2),
+        "sequences": lambda: sequence_cross_entropy(rows, classes, classes),
+        "accuracy": lambda: accuracy(logits, labels),
+        "ctc": lambda: ctc(logits, columns, classes),
+        "frames": lambda: ctc_min_frames(columns, classes),
+        "decoding": lambda: ctc_greedy_decode(logits),
+    }
+    for name, call in calls.items():
+        assert [eqn.primitive.name for eqn in jax.make_jaxpr(call)().eqns] == ["jit"], name
+
+
+@pytest.mark.optimized
+def test_a_loss_does_not_wait_for_its_logits():
+    logits = pack_padded_sequence(jnp.ones((2, 4, 3)), [4, 2], batch_first=True)
+    labels = logits.map(lambda data: jnp.ones(len(data), int))
+    slow = jax.jit(lambda d, x: d + lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), x).sum() * 0)
+    slow = slow.lower(logits.data, jnp.zeros((500, 500))).compile()
+    expected = token_cross_entropy(logits, labels), accuracy(logits, labels)
+    jax.block_until_ready((expected, labels))
+    late = logits.replace(data=slow(logits.data, jnp.zeros((500, 500))))
+    means = token_cross_entropy(late, labels), accuracy(late, labels)
+    assert not late.data.is_ready()
+    jax.tree.map(np.testing.assert_allclose, means, expected)
+    with pytest.raises(ValueError, match=r"labels.data must lie in 0 to 2.*got labels.data\[0\] = 3"):
+        token_cross_entropy(late, labels + 2)

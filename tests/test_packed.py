@@ -203,7 +203,7 @@ def test_lists_of_any_lengths_are_packed_and_taken_apart_without_a_program(ones)
     for lengths in ([3, 1], [23, 2], [5, 5]):
         sequences = [jax.block_until_ready(ones((n, 29), np.float32)) for n in lengths]
         with counted_compilations() as compiled:
-            packed = pack_sequence(sequences, plan=plan)
+            packed = jax.block_until_ready(pack_sequence(sequences, plan=plan))
             again = unpack_sequence(packed)
         assert not compiled
         assert [sequence.sum() for sequence in again] == [29 * n for n in lengths]
