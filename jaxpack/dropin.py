@@ -25,12 +25,11 @@ from jax.typing import ArrayLike
 
 from jaxpack.arguments import concrete_lengths
 from jaxpack.cells import Cell, Params, RNNCell
-from jaxpack.inputs import batch_shape, lengths_and_plan
+from jaxpack.inputs import batch_shape, lengths_and_plan, padded_plan
 from jaxpack.interop.flax import RELUS, SIGMOIDS, TANHS, from_cell
 from jaxpack.packed import lay_out, pad_packed_sequence, reverse_sequences
 from jaxpack.plan import BucketPlan
-from jaxpack.planners import plan_padded
-from jaxpack.scan import Scan, scan_packed
+from jaxpack.scan import Scan, scan_packed, select
 from jaxpack.sequence import PackedSequence, PyTree, check_packed, expand, fill_up, is_traced, poison, vary_like
 from jaxpack.stack import names_forward_mode, run_stack
 
@@ -136,7 +135,7 @@ class Layout(NamedTuple):
     @property
     def padded_plan(self) -> BucketPlan:
         """The padded batch as a plan."""
-        return plan_padded(self.batch_size, max(self.num_steps or 1, 1))
+        return padded_plan(self.batch_size, self.num_steps or 1)
 
     def flatten(self, carry: PyTree) -> PyTree:
         """A carry [*batch, ...] as [B, ...].
@@ -349,7 +348,7 @@ def run(
             restore_order=reverse and first.keep_order,
             forward_mode=forward_mode,
         )
-        carries = [vary_like(layout.flatten(each.carry), inputs) for each in group]
+        carries = [layout.flatten(each.carry) for each in group]
         if first.known is None:
             results.append(_scan(how, first.scan, carries[0], inputs, lengths))
         else:
@@ -464,7 +463,7 @@ def run_known(
 ) -> list[tuple[PyTree, PyTree]]:
     """A call of known cells, from their parameters in Flax and inputs as given to outputs as they lie: one program."""
     params, packed = kind.params(trees), how.enter(inputs, lengths)
-    packed = packed.replace(data=vary_like(packed.data.astype(kind.dtype), trees))
+    packed = packed.replace(data=packed.data.astype(kind.dtype))
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     outputs, final = run_stack(kind.cell, len(params), 0.0, params, packed, state, None, how.planned, how.forward_mode)
     finals = [how.layout.unflatten(_swap(jax.tree.map(lambda leaf, i=i: leaf[i], final))) for i in range(len(params))]
@@ -509,8 +508,8 @@ def _scan_padded(
 
     def masked(step: Callable[[PyTree, PyTree], Any], carry: PyTree, cell: tuple[jax.Array, jax.Array]) -> Any:
         x, real = cell
-        stepped, y = step(_select(real, carry, safe), x)
-        return _select(real, stepped, carry), y
+        stepped, y = step(select(real, carry, safe), x)
+        return select(real, stepped, carry), y
 
     carry, outputs = direction.scan(masked, carry, (x, real))
     if direction.reverse and direction.keep_order:
@@ -537,10 +536,6 @@ def _fits_and_spans(layout: Layout, seq_lengths: ArrayLike | None) -> tuple[jax.
             raise TypeError(f"traced lengths must be integers, got dtype {lengths.dtype}.")
     fits = (lengths >= 0) & (lengths <= num_steps)
     return fits, jnp.where(fits, lengths, num_steps).astype(jnp.int32)[None]
-
-
-def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: jnp.where(expand(condition, b), a, b), new, old)
 
 
 def _swap(state: PyTree) -> PyTree:

@@ -65,9 +65,7 @@ def as_sequences(sequences: Iterable[PyTree]) -> tuple[list[PyTree], np.ndarray]
     arrays = [_as_sequence(each) if kept else jax.tree.map(_copied, _as_sequence(each)) for each in sequences]
     if not arrays:
         raise ValueError("sequences is empty: at least one is needed.")
-    if len({(array.shape[1:], array.dtype) for array in arrays if _is_sequence(array)}) == 1 and all(
-        map(_is_sequence, arrays)
-    ):
+    if all(map(_is_sequence, arrays)) and len({(array.shape[1:], array.dtype) for array in arrays}) == 1:
         arrays = [canonical(array, f"sequences[{i}]") for i, array in enumerate(arrays)]
         return arrays, np.array([len(array) for array in arrays])
     model = next((array for array in arrays if array is not None), np.zeros(0, np.float32))

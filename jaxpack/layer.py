@@ -31,7 +31,7 @@ from jaxpack.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
 from jaxpack.packed import lay_out, pad
 from jaxpack.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack.plan import BucketPlan
-from jaxpack.sequence import PackedSequence, PyTree, check_packed, is_traced
+from jaxpack.sequence import PackedSequence, PyTree, check_packed
 from jaxpack.stack import names_forward_mode, run_stack
 
 LayerParams = dict[str, Params]
@@ -342,7 +342,7 @@ class RecurrentLayer(abc.ABC):
         state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
         batched = jax.tree.map(lambda leaf: leaf[:, None], state)
         lengths = max_length if lengths is None else lengths
-        lengths = jnp.reshape(lengths, 1) if is_traced(lengths) else np.reshape(lengths, 1)
+        lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
         packed = lay_out(sequence[None], lengths, plan)
         output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))

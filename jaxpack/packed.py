@@ -145,11 +145,9 @@ def pack_sequence(
     steps = lengths.max() if plan is None else max(lengths.max(), plan.max_length)  # a shape, and so a program, a plan
     checked, plan = lengths_and_plan(lengths, plan, len(lengths), int(steps), "sequences")
     _check_sorted(checked, enforce_sorted)
-    leaves, structure = jax.tree.flatten(arrays)
-    views = [host_view(leaf) for leaf in leaves]
-    if all(view is not None for view in views):
+    arrays = _on_host(arrays)
+    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(arrays)):
         rows = Rows.of(checked, plan)
-        arrays = jax.tree.unflatten(structure, views)
         return jax.device_put(rows.packed(jax.tree.map(lambda *each: rows.spread(np.concatenate(each)), *arrays)))
     return lay_out(_pad_arrays(arrays, lengths, int(steps), 0, "right"), checked, plan)
 
@@ -380,10 +378,14 @@ def _pad_arrays(arrays: list[PyTree], lengths: np.ndarray, num_steps: int, paddi
 
 def _taken(tree: PyTree, index: Any) -> PyTree:
     """leaf[index] of every array, in NumPy where all can be read there."""
-    views = [host_view(leaf) for leaf in jax.tree.leaves(tree)]
-    if all(view is not None for view in views):
-        tree = jax.tree.unflatten(jax.tree.structure(tree), views)
-    return jax.tree.map(lambda leaf: leaf[index], tree)
+    return jax.tree.map(lambda leaf: leaf[index], _on_host(tree))
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    """The arrays in NumPy, if that costs nothing for any of them; else as they are."""
+    leaves, structure = jax.tree.flatten(tree)
+    views = [host_view(leaf) for leaf in leaves]
+    return tree if any(view is None for view in views) else jax.tree.unflatten(structure, views)
 
 
 def _ramps(lengths: np.ndarray) -> np.ndarray:

@@ -169,10 +169,10 @@ def scan_slots(
             safe = jax.tree.map(lambda leaf: leaf[: len(real)], stand_in)
         else:
             slots, entered, left = crossing
-            carry = _select(entered, jax.tree.map(lambda leaf: leaf[slots], initial), carry)
+            carry = select(entered, jax.tree.map(lambda leaf: leaf[slots], initial), carry)
             safe = jax.tree.map(lambda leaf: leaf[slots], stand_in)
-        stepped, y = step(_select(real, carry, safe), x)
-        carry = _select(real, stepped, carry)
+        stepped, y = step(select(real, carry, safe), x)
+        carry = select(real, stepped, carry)
         if crossing is not None:
             finals = jax.tree.map(lambda leaf, new: leaf.at[left].set(new, mode="drop"), finals, carry)
         return (carry, finals), y
@@ -190,7 +190,8 @@ def scan_slots(
     return finals, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
-def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+def select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """The new tree in the rows where the condition holds, the old one in the others."""
     return jax.tree.map(lambda a, b: jnp.where(expand(condition, b), a, b), new, old)
 
 

@@ -350,9 +350,10 @@ def _check_indices(packed: PackedSequence, function: str) -> None:
         return
     lengths = np.asarray(packed.lengths)
     plan.check(lengths)
-    if not known(*indices):
+    values = values_of(*indices)
+    if values is None:
         return
-    order, slots = map(np.asarray, indices)
+    order, slots = values
     rows = np.arange(len(order))
     inverse = not len(order) or (min(order.min(), slots.min()) >= 0 and max(order.max(), slots.max()) < len(order))
     if not inverse or (order[slots] != rows).any():
@@ -469,8 +470,9 @@ def same_sequences(
     leaves = [(getattr(packed, name), getattr(other, name)) for name in ("lengths", "sorted_indices")]
     if all(ours is theirs for ours, theirs in leaves):
         return also
-    if known(*itertools.chain(*leaves)):
-        if any((np.asarray(ours) != np.asarray(theirs)).any() for ours, theirs in leaves):
+    values = values_of(*itertools.chain(*leaves))
+    if values is not None:
+        if any((ours != theirs).any() for ours, theirs in zip(values[::2], values[1::2], strict=True)):
             raise ValueError(
                 f"{function}: {names[1]} the lengths {_brief(other.lengths)}, {names[0]} {_brief(packed.lengths)}."
             )
