@@ -1,9 +1,12 @@
 """jaxpack: packed sequences and recurrent layers for JAX, for batches whose sequences have different lengths."""
 
-from jaxpack.cells import gru_cell, lstm_cell, rnn_cell
-from jaxpack.cost import CostModel
-from jaxpack.layers import GRU, LSTM, RNN
-from jaxpack.packed import (
+from jaxpack._cells.gru import gru_cell
+from jaxpack._cells.lstm import lstm_cell
+from jaxpack._cells.rnn import rnn_cell
+from jaxpack._checks import unchecked
+from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._namespace import publish as _publish
+from jaxpack._packed.convert import (
     pack_padded_sequence,
     pack_sequence,
     pad_packed_sequence,
@@ -12,9 +15,8 @@ from jaxpack.packed import (
     unpack_sequence,
     unpad_sequence,
 )
-from jaxpack.plan import BucketPlan
-from jaxpack.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
-from jaxpack.reduce import (
+from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.reduce import (
     broadcast_to_steps,
     concatenate,
     first,
@@ -33,8 +35,10 @@ from jaxpack.reduce import (
     std,
     var,
 )
-from jaxpack.scan import packed_scan
-from jaxpack.sequence import PackedSequence, unchecked
+from jaxpack._packed.scan import packed_scan
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._plans.cost import CostModel
+from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
 
 __version__ = "0.1.0"
 
@@ -80,3 +84,5 @@ __all__ = [
     "unpad_sequence",
     "var",
 ]
+
+_publish(__name__)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-import jaxpack.linen.rnn
-import jaxpack.nnx.rnn
+import jaxpack.linen
+import jaxpack.nnx
 
 F, H = 3, 4
 
@@ -17,7 +17,7 @@ F, H = 3, 4
 class Linen:
     """Of flax.linen: parameters are variables."""
 
-    ours, flax = jaxpack.linen.rnn, linen
+    ours, flax = jaxpack.linen, linen
     cells = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "MGUCell")
 
     def cell(self, name, **options):
@@ -32,7 +32,7 @@ class Linen:
 class Nnx:
     """Of flax.nnx: parameters are the state of nnx.Param."""
 
-    ours, flax = jaxpack.nnx.rnn, nnx
+    ours, flax = jaxpack.nnx, nnx
     cells = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell")
 
     def cell(self, name, **options):

@@ -2,15 +2,17 @@
 
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_docs import PACKAGES
+from public import PACKAGES
 
 import jaxpack
 
@@ -32,8 +34,18 @@ def docstrings():
                 raise
             yield pytest.param(None, id=name, marks=pytest.mark.skip(reason=str(error)))
         else:
-            found = doctest.DocTestFinder().find(module, extraglobs=KNOWN)
-            yield from (pytest.param(test, id=test.name) for test in found if test.examples)
+            yield from (pytest.param(test, id=test.name) for test in examples_in(module) if test.examples)
+
+
+def examples_in(module):
+    """The docstrings of a module, and of the functions and classes whose source it holds, wherever they are public."""
+    finder, names = doctest.DocTestFinder(), vars(module) | KNOWN
+    yield from finder.find(types.ModuleType(module.__name__, module.__doc__), globs=names)
+    for name, member in vars(module).items():
+        source = getattr(inspect.unwrap(member), "__globals__", None) if callable(member) else None
+        of_class = isinstance(member, type) and vars(member).get("_module_source", member.__module__) == module.__name__
+        if source is vars(module) or of_class:
+            yield from finder.find(member, f"{module.__name__}.{name}", module=False, globs=names)
 
 
 @pytest.mark.parametrize("examples", list(docstrings()))

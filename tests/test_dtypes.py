@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpack.dtypes import canonical, cast, common_dtype, jax_dtype
+from jaxpack._dtypes import canonical, cast, common_dtype, jax_dtype
 
 NUMBERS = ["bool", "uint8", "int16", "uint32", "int64", "float16", jnp.bfloat16, "float32", "float64", "complex64"]
 

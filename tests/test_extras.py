@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxpack.extras import import_extra
+from jaxpack._extras import import_extra
 
 
 def test_a_missing_package_is_named_with_its_extra():

@@ -1,9 +1,11 @@
-"""The cells: one file a family, with its equations, parameters and step."""
+"""The cells, and what an own cell and its layer are built from."""
 
-from jaxpack.cells.cell import Carry, Cell, Fused, Linear, Params, Tanh
-from jaxpack.cells.gru import GRUCell, gru_cell
-from jaxpack.cells.lstm import LSTMCell, lstm_cell
-from jaxpack.cells.rnn import RNNCell, check_nonlinearity, rnn_cell
+from jaxpack._cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, Tanh, always_new, total_bias
+from jaxpack._cells.gru import GRUCell, gru_cell
+from jaxpack._cells.lstm import LSTMCell, lstm_cell
+from jaxpack._cells.rnn import RNNCell, rnn_cell
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._namespace import publish as _publish
 
 __all__ = [
     "Carry",
@@ -14,9 +16,15 @@ __all__ = [
     "Linear",
     "Params",
     "RNNCell",
+    "Recall",
+    "RecurrentLayer",
+    "Select",
     "Tanh",
-    "check_nonlinearity",
+    "always_new",
     "gru_cell",
     "lstm_cell",
     "rnn_cell",
+    "total_bias",
 ]
+
+_publish(__name__)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 import jaxpack
-from jaxpack.cli.bench import bench
-from jaxpack.cli.demo import demo
-from jaxpack.cli.g2p import g2p
+from jaxpack.cli.bench.command import bench
+from jaxpack.cli.demo.command import demo
+from jaxpack.cli.demo.g2p.command import g2p
 from jaxpack.cli.plan import plan
 from jaxpack.cli.serve_bench import serve_bench
 

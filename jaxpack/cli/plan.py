@@ -14,10 +14,10 @@ from rich.text import Text
 
 import jaxpack
 from jaxpack import plot
-from jaxpack.cli.files import check_plot, read_or_parse_lengths, writing
-from jaxpack.cli.text import picture_of, print_parts
+from jaxpack._plans.bucket_plan import INDEX_MAX
+from jaxpack.cli._files import check_plot, read_or_parse_lengths, writing
+from jaxpack.cli._text import picture_of, print_parts
 from jaxpack.data import coverage, plan_cover
-from jaxpack.plan import INDEX_MAX
 
 _LINES = 16  # of each picture
 _BATCH_SIZE = 64  # of a corpus

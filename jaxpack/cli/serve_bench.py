@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxpack
-from jaxpack.cli.files import check_json, writing
-from jaxpack.cli.text import print_parts
+from jaxpack._layers.recurrent_layer import LayerParams
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack.cli._files import check_json, writing
+from jaxpack.cli._text import print_parts
 from jaxpack.data import plan_cover
-from jaxpack.layer import LayerParams
-from jaxpack.plan import BucketPlan
-from jaxpack.serving import LoadReport, Queue, Server, Tally, counted_compilations, load_test
+from jaxpack.serving import LoadReport, Queue, Server, Tally, counted_compilations, measure_load
 
 _LONGEST = 200  # steps of a request, at most
 _MISS = 0.1  # of random batches, which are then split
@@ -90,7 +90,7 @@ def measure(load: Load) -> dict[str, Any]:
     warm_up = time.perf_counter() - start
     alone = [server([sequence])[0] for sequence in sequences]
     with Queue(server, max_wait=load.max_wait) as queue:
-        report = load_test(queue.submit, sequences, alone, threads=load.threads, burst=load.burst, seed=load.seed)
+        report = measure_load(queue.submit, sequences, alone, threads=load.threads, burst=load.burst, seed=load.seed)
     return _result(load, lengths, (len(compiled), warm_up), report, queue.tallies)
 
 

@@ -1,14 +1,15 @@
 """From a corpus to batches: plans that it fits, batchers that fill them, and the way to the device."""
 
-from jaxpack.data.batch import Batch
-from jaxpack.data.batcher import Batcher, BatchIterator
-from jaxpack.data.bucket_by_length import BucketByLength
-from jaxpack.data.cover import Coverage, coverage, plan_cover, plan_family
-from jaxpack.data.packing import pack_on_host
-from jaxpack.data.prefetch import PrefetchIterator, prefetch_to_device
-from jaxpack.data.slot_filling import SlotFilling
-from jaxpack.data.sorted_chunks import SortedChunks
-from jaxpack.data.statistics import AxisStatistics, Statistics
+from jaxpack._namespace import publish as _publish
+from jaxpack.data._batch import Batch
+from jaxpack.data._batcher import Batcher, BatchIterator
+from jaxpack.data._bucket_by_length import BucketByLength
+from jaxpack.data._cover import Coverage, coverage, plan_cover, plan_family
+from jaxpack.data._packing import pack_on_host
+from jaxpack.data._prefetch import PrefetchIterator, prefetch_to_device
+from jaxpack.data._slot_filling import SlotFilling
+from jaxpack.data._sorted_chunks import SortedChunks
+from jaxpack.data._statistics import AxisStatistics, Statistics
 
 __all__ = [
     "AxisStatistics",
@@ -27,3 +28,5 @@ __all__ = [
     "plan_family",
     "prefetch_to_device",
 ]
+
+_publish(__name__)

@@ -1,6 +1,9 @@
 """The small data sets that ship with the package, one file each; their licences lie beside them."""
 
-from jaxpack.datasets.pronunciations import Pronunciations, cmudict
-from jaxpack.datasets.vowels import LabelledSequences, japanese_vowels
+from jaxpack._namespace import publish as _publish
+from jaxpack.datasets._pronunciations import Pronunciations, cmudict
+from jaxpack.datasets._vowels import LabelledSequences, japanese_vowels
 
 __all__ = ["LabelledSequences", "Pronunciations", "cmudict", "japanese_vowels"]
+
+_publish(__name__)

@@ -1,9 +1,10 @@
 """Weights from and to other libraries: one file each. Of those libraries it imports Flax alone."""
 
-from jaxpack.interop.flax import from_linen, from_nnx, to_linen, to_nnx
-from jaxpack.interop.haiku import from_haiku, to_haiku
-from jaxpack.interop.keras import from_keras, to_keras
-from jaxpack.interop.safetensors import load_safetensors, save_safetensors
+from jaxpack._namespace import publish as _publish
+from jaxpack.interop._flax import from_linen, from_nnx, to_linen, to_nnx
+from jaxpack.interop._haiku import from_haiku, to_haiku
+from jaxpack.interop._keras import from_keras, to_keras
+from jaxpack.interop._safetensors import load_safetensors, save_safetensors
 
 __all__ = [
     "from_haiku",
@@ -17,3 +18,5 @@ __all__ = [
     "to_linen",
     "to_nnx",
 ]
+
+_publish(__name__)

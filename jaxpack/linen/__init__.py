@@ -1,6 +1,9 @@
 """jaxpack in flax.linen: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
-from jaxpack.linen.rnn import RNN, Bidirectional
-from jaxpack.linen.stacks import GRU, LSTM, SimpleRNN
+from jaxpack._namespace import publish as _publish
+from jaxpack.linen._rnn import RNN, Bidirectional
+from jaxpack.linen._stacks import GRU, LSTM, SimpleRNN
 
 __all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN"]
+
+_publish(__name__)

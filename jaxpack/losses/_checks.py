@@ -10,10 +10,9 @@ import numpy as np
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxpack.arguments import as_int
-from jaxpack.dtypes import canonical
-from jaxpack.inputs import without_torch
-from jaxpack.sequence import PackedSequence
+from jaxpack._checks import as_int
+from jaxpack._dtypes import canonical, without_torch
+from jaxpack._packed.packed_sequence import PackedSequence
 
 Weights = ArrayLike | PackedSequence | None
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import optax
 from jax.typing import ArrayLike
 
+from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack.losses._mean import Mean
 from jaxpack.losses._weighted import over_sequences, over_tokens
-from jaxpack.sequence import PackedSequence
 
 
 def token_cross_entropy(

@@ -13,12 +13,13 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxpack.arguments import as_int
+from jaxpack._checks import as_int
+from jaxpack._packed.convert import pad_packed_sequence
+from jaxpack._packed.indices import values_of
+from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack.losses._checks import as_labels, check_weights, debug_refuse, outside, refuse, widened
 from jaxpack.losses._mean import Mean
 from jaxpack.losses._weighted import weighted
-from jaxpack.packed import pad_packed_sequence
-from jaxpack.sequence import PackedSequence, check_packed, values_of
 
 _IMPOSSIBLE = -1e30  # the log-probability at a frame of a class that cannot be
 _LOG_ZERO = -1e37  # of what is no alignment, below every path of _IMPOSSIBLE: optax's -1e5 is above some of real logits

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxpack.sequence import PyTree
+from jaxpack._types import PyTree
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxpack._packed.gather import real_cells
+from jaxpack._packed.indices import same_sequences, values_of
+from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.slack import checked_slot_fits
 from jaxpack.losses._checks import (
     Weights,
     as_array,
@@ -24,7 +28,6 @@ from jaxpack.losses._checks import (
     widened,
 )
 from jaxpack.losses._mean import Mean
-from jaxpack.sequence import PackedSequence, check_packed, real_cells, same_sequences, values_of, who_fits
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -85,7 +88,7 @@ def _over_tokens(
       weights: [S] if `per_token`, else [B]; None for ones.
     """
     dtype, slots = widened(logits.data).dtype, logits.plan.cell_slots
-    fits = who_fits(logits) if same is None else who_fits(logits) & same
+    fits = checked_slot_fits(logits) if same is None else checked_slot_fits(logits) & same
     weights = jnp.ones(logits.plan.num_sequences, dtype) if weights is None else weights.astype(dtype)
     of_cells = weights if per_token else weights[logits.sorted_indices][slots]
     counted = real_cells(logits) if ignored is None else real_cells(logits) & (labels != ignored)

@@ -1,6 +1,9 @@
 """jaxpack in flax.nnx: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
-from jaxpack.nnx.rnn import RNN, Bidirectional
-from jaxpack.nnx.stacks import GRU, LSTM, SimpleRNN
+from jaxpack._namespace import publish as _publish
+from jaxpack.nnx._rnn import RNN, Bidirectional
+from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
 
 __all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN"]
+
+_publish(__name__)

@@ -1,8 +1,11 @@
 """Serving: programs compiled ahead of time, one a plan of a family; a queue for many threads; and its load test."""
 
-from jaxpack.serving.load_test import LoadReport, counted_compilations, load_test
-from jaxpack.serving.queue import Queue, Tally
-from jaxpack.serving.routing import Route
-from jaxpack.serving.server import Server
+from jaxpack._namespace import publish as _publish
+from jaxpack.serving._load import LoadReport, counted_compilations, measure_load
+from jaxpack.serving._queue import Queue, Tally
+from jaxpack.serving._routing import Route
+from jaxpack.serving._server import Server
 
-__all__ = ["LoadReport", "Queue", "Route", "Server", "Tally", "counted_compilations", "load_test"]
+__all__ = ["LoadReport", "Queue", "Route", "Server", "Tally", "counted_compilations", "measure_load"]
+
+_publish(__name__)

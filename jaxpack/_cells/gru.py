@@ -1,0 +1,103 @@
+"""The gated recurrent unit (Cho et al. 2014), in PyTorch's equations: reset after the recurrent product, two biases.
+
+With the gates r, z, n side by side in this order:
+
+    r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+    z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+    n = tanh(W_in x + b_in + r * (W_hn h + b_hn))
+    h' = (1 - z) * n + z * h
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpack._cells.cell import (
+    Carry,
+    Cell,
+    Fused,
+    Linear,
+    Params,
+    Recall,
+    Select,
+    Tanh,
+    always_new,
+    beside,
+    step_from_input,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRUCell(Cell):
+    """A gated recurrent unit; its carry is h."""
+
+    gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
+
+    def fuse(self, params: Params) -> Fused:
+        """Gate columns n, r, z, hn: the input reaches the first three, h the last three; r and z at half scale."""
+        (w_r, w_z, w_n), (u_r, u_z, u_n) = (jnp.split(params[k], 3, axis=1) for k in ("weight_ih", "weight_hh"))
+        zeros = jnp.zeros_like(params["weight_ih"][0])
+        (b_r, b_z, b_n), (c_r, c_z, c_n) = (jnp.split(params.get(k, zeros), 3) for k in ("bias_ih", "bias_hh"))
+        return Fused(
+            jnp.concatenate([w_n, w_r / 2, w_z / 2], axis=1),
+            jnp.concatenate([u_r / 2, u_z / 2, u_n], axis=1),
+            jnp.concatenate([b_n, (b_r + c_r) / 2, (b_z + c_z) / 2, c_n]),
+        )
+
+    def step(
+        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
+    ) -> Carry:
+        """The file's equations."""
+        (h,) = carry
+        z, n, *_ = self._gates(fused, projected, h, tanh)
+        return (select(n + z * (h - n), h),)
+
+    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
+        """Gates recomputed from x and h."""
+        z, n, r, hn, slope = self._gates(fused, self.project(fused, x), h, jnp.tanh)
+        by_n = (1 - z) * (1 - n * n)
+        by_r, by_z = jnp.split(jnp.concatenate([by_n * hn, h - n], axis=-1) * slope / 2, 2, axis=-1)
+        return Linear(gates=jnp.concatenate([by_n, by_r, by_z, by_n * r], axis=-1), passes=z)
+
+    def pull_back(
+        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """All gates read d."""
+        return at.gates * jnp.concatenate([d, d, d, d], axis=-1), None
+
+    def _gates(self, fused: Fused, projected: jax.Array, h: jax.Array, tanh: Tanh) -> tuple[jax.Array, ...]:
+        """z, n, r, W_hn h + b_hn, and the slope of the tanh of r and z."""
+        size = self.hidden_size
+        recurrent, bias = h @ fused.w_h, beside(fused.bias, projected)
+        t = tanh(projected[..., size:] + recurrent[..., : 2 * size] + bias[..., size : 3 * size])
+        r, z = jnp.split(t / 2 + 0.5, 2, axis=-1)
+        hn = recurrent[..., 2 * size :] + bias[..., 3 * size :]
+        return z, tanh(projected[..., :size] + bias[..., :size] + r * hn), r, hn, 1 - t * t
+
+
+def gru_cell(params: Params, carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One step of a gated recurrent unit, for step-by-step decoding.
+
+    Examples:
+      >>> params = {"weight_ih": jnp.zeros((1, 6)), "weight_hh": jnp.zeros((2, 6))}  # z is 1/2, n is 0
+      >>> carry, output = jax.jit(jaxpack.gru_cell)(params, jnp.array([8.0, 4.0]), jnp.array([1.0]))
+      >>> output.tolist()
+      [4.0, 2.0]
+
+    Args:
+      params: of one layer and direction, such as `gru.init(key)["l0"]`.
+      carry: h [..., H].
+      x: [..., F].
+
+    Returns:
+      The new carry h, and the output, which is h too.
+
+    Raises:
+      ValueError: if a last axis does not match the parameters.
+    Source: torch.nn.GRUCell.
+    """
+    return step_from_input(GRUCell(params["weight_hh"].shape[0]), params, carry, x)

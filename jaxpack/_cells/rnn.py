@@ -1,0 +1,95 @@
+"""The simple recurrent cell (Elman, "Finding structure in time", 1990), in PyTorch's equation.
+
+With tanh, or relu in its place:
+
+    h' = tanh(W_ih x + b_ih + W_hh h + b_hh)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpack._cells.cell import (
+    Carry,
+    Cell,
+    Fused,
+    Linear,
+    Params,
+    Recall,
+    Select,
+    Tanh,
+    always_new,
+    beside,
+    step_from_input,
+    total_bias,
+)
+
+NONLINEARITIES = ("tanh", "relu")
+
+
+@dataclasses.dataclass(frozen=True)
+class RNNCell(Cell):
+    """A simple recurrent cell; its carry is h."""
+
+    nonlinearity: str = "tanh"
+
+    gates: ClassVar[tuple[str, ...]] = ("",)  # the one gate needs no name
+
+    def fuse(self, params: Params) -> Fused:
+        """One bias, the sum of both."""
+        return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
+
+    def step(
+        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
+    ) -> Carry:
+        """The file's equation."""
+        (h,) = carry
+        nonlinearity = jnp.tanh if self.nonlinearity == "tanh" else jax.nn.relu
+        return (select(nonlinearity(projected + h @ fused.w_h + beside(fused.bias, projected)), h),)
+
+    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
+        """The nonlinearity's slope, which its value tells."""
+        slope = 1 - next_h * next_h if self.nonlinearity == "tanh" else jnp.sign(next_h)  # of relu; NaN of NaN
+        return Linear(gates=slope, passes=jnp.zeros_like(slope[:, :1]))
+
+    def pull_back(
+        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The one gate reads d."""
+        return at.gates * d, None
+
+
+def check_nonlinearity(nonlinearity: object) -> None:
+    """Raises ValueError unless it is one of ours."""
+    if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
+        raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}.')
+
+
+def rnn_cell(params: Params, carry: jax.Array, x: jax.Array, nonlinearity: str = "tanh") -> tuple[jax.Array, jax.Array]:
+    """One step of a simple recurrent cell, for step-by-step decoding.
+
+    Examples:
+      >>> params = {"weight_ih": jnp.eye(2), "weight_hh": jnp.eye(2)}  # relu(x + h)
+      >>> carry, output = jaxpack.rnn_cell(params, jnp.array([1.0, 2.0]), jnp.array([3.0, -7.0]), "relu")
+      >>> output.tolist()
+      [4.0, 0.0]
+
+    Args:
+      params: of one layer and direction, such as `layer.init(key)["l0"]`.
+      carry: h [..., H].
+      x: [..., F].
+      nonlinearity: "tanh" or "relu".
+
+    Returns:
+      The new carry h, and the output, which is h too.
+
+    Raises:
+      ValueError: if a last axis does not match the parameters, or the nonlinearity is unknown.
+    Source: torch.nn.RNNCell.
+    """
+    check_nonlinearity(nonlinearity)
+    return step_from_input(RNNCell(params["weight_hh"].shape[0], nonlinearity), params, carry, x)

@@ -1,0 +1,119 @@
+"""Arguments that users give at many doors, checked: whole numbers, and lengths."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.experimental import checkify
+
+
+def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarray:
+    """Lengths as an int64 NumPy vector, read by position (as those of a pandas Series); the name is for errors.
+
+    Raises:
+      TypeError: if they are traced, or no vector of numbers: an iterator, say, or a packed batch.
+      ValueError: if they are a number or have more axes, or one is not whole, negative or above int64.
+    """
+    try:
+        array = np.asarray(lengths)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} are traced, but their values are needed here. Compute the plan (or unpack) outside jit, from "
+            f"concrete lengths."
+        ) from error
+    except ValueError as error:  # a nested list whose rows differ
+        raise TypeError(
+            f"{name} must be a vector [B] of integers, got a nested {type(lengths).__name__} whose rows "
+            f"differ. Of a list of sequences they are [len(sequence) for sequence in sequences]."
+        ) from error
+    if not array.shape and array.dtype.kind not in "biufc":  # no array, but an object of another kind
+        found = "None" if lengths is None else f"a {type(lengths).__name__}"
+        way_out = ""
+        if hasattr(lengths, "lengths"):
+            way_out = " Pass its .lengths."
+        elif isinstance(lengths, Mapping):
+            way_out = " Write list(lengths.values())."
+        elif isinstance(lengths, Iterable) and not isinstance(lengths, (str, bytes, Set)):
+            way_out = " Make it a list: list(lengths)."
+        raise TypeError(f"{name} must be a vector [B] of integers, got {found}.{way_out}")
+    check_lengths_type(array.shape, array.dtype, name)
+    whole = np.isfinite(array) & (array == np.floor(array))
+    if not whole.all():
+        row = int(whole.argmin())
+        raise ValueError(f"{name} must be whole numbers, got {name}[{row}] = {array[row]}.")
+    if array.size and array.min() < 0:
+        row = int(array.argmin())
+        raise ValueError(f"{name}[{row}] = {array[row]} is negative. A length is a number of steps, 0 or more.")
+    if array.size and array.max() >= 2**63:
+        row = int(array.argmax())
+        raise ValueError(f"{name}[{row}] = {array[row]} is more than int64 can hold. A length is a number of steps.")
+    return array.astype(np.int64)
+
+
+def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike, lengths: str = "lengths") -> None:
+    """Raises unless an array of this shape and dtype can hold lengths: a vector of numbers that may be whole."""
+    kind, name = np.dtype(dtype).kind, np.dtype(dtype).name
+    if kind == "b" and len(shape) > 1:
+        raise TypeError(
+            f"{lengths} must be a vector [B] of integers, got a mask {tuple(shape)}: pass mask.sum(axis=1)."
+        )
+    if len(shape) != 1:
+        way_out = "For stacked batches use jax.vmap."
+        if not shape:
+            way_out = "Of one sequence they are [length]."
+        elif sum(size != 1 for size in shape) <= 1:
+            way_out = "Drop the axes of size 1: lengths.ravel()."
+        raise ValueError(f"{lengths} must be a vector [B], got shape {tuple(shape)}. {way_out}")
+    if kind not in "iuf" and 0 not in shape:
+        raise TypeError(f"{lengths} must be integers, got dtype {name}.")
+
+
+def as_int(name: str, value: object) -> int:
+    """An int from an argument, or a TypeError that names it."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"{name} must be an int, got {value!r}.") from error
+
+
+def at_least_one(name: str, value: object) -> int:
+    """An int from an argument; raises TypeError if it is none, ValueError if it is below 1."""
+    number = as_int(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}.")
+    return number
+
+
+def is_traced(array: object) -> bool:
+    """Whether an array's values are unknown now, because a transformation traces the program."""
+    return isinstance(array, jax.core.Tracer)
+
+
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function without the checks that it holds for `checkify`, so that jax.export can serialise it.
+
+    jax.export.export(jax.jit(jaxpack.unchecked(serve)))(packed).serialize()
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
+      >>> jax.jit(unchecked(jaxpack.segment_sum))(packed).tolist()
+      [1.0, 2.0]
+
+    Under plain jit those checks do nothing, but their trace keeps an export from being written to a file. Sequences
+    that do not fit are NaN as ever.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _, result = checkify.checkify(function, errors=frozenset())(*args, **kwargs)
+        return result
+
+    return run

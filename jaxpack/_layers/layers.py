@@ -1,0 +1,146 @@
+"""RNN, LSTM and GRU: stacks of cells over packed sequences, in one or both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxpack._cells.gru import GRUCell
+from jaxpack._cells.lstm import LSTMCell
+from jaxpack._cells.rnn import RNNCell, check_nonlinearity
+from jaxpack._checks import as_int
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class RNN(RecurrentLayer):
+    """A stack of simple (Elman) recurrent layers. Returns (output, h_n).
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> rnn = jaxpack.RNN(input_size=2, hidden_size=4, nonlinearity="relu")
+      >>> params = rnn.init(jax.random.key(0))
+      >>> output, h_n = rnn.apply(params, packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Args:
+      input_size: features of each step, at least 1.
+      hidden_size: the width of h, at least 1.
+      num_layers: how many layers are stacked, at least 1.
+      nonlinearity: "tanh" or "relu".
+      bias: whether gates have biases (two, as in PyTorch).
+      dropout: the probability of zeroing each output between layers, in [0, 1].
+      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
+        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
+
+    Raises:
+      TypeError: naming an argument of another type.
+      ValueError: naming an argument that is out of range.
+    Source: torch.nn.RNN.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    nonlinearity: str = "tanh"
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_nonlinearity(self.nonlinearity)
+
+    @property
+    def cell(self) -> RNNCell:
+        """The cell that every layer and direction runs."""
+        return RNNCell(self.hidden_size, self.nonlinearity)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSTM(RecurrentLayer):
+    """A stack of long short-term memory layers. Returns (output, (h_n, c_n)).
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> lstm = jaxpack.LSTM(input_size=2, hidden_size=4, bidirectional=True)
+      >>> params = lstm.init(jax.random.key(0))
+      >>> output, (h_n, c_n) = lstm.apply(params, packed)
+      >>> output.shape, h_n.shape  # both directions side by side, and one after the other
+      ((4, 8), (2, 2, 4))
+
+    Args:
+      input_size: features of each step, at least 1.
+      hidden_size: the width of h, at least 1.
+      num_layers: how many layers are stacked, at least 1.
+      bias: whether gates have biases (two, as in PyTorch).
+      dropout: the probability of zeroing each output between layers, in [0, 1].
+      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
+        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
+      proj_size: if above 0, h is projected to that width, which must be below hidden_size.
+
+    Raises:
+      TypeError: naming an argument of another type.
+      ValueError: naming an argument that is out of range.
+    Source: torch.nn.LSTM.
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+    proj_size: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= as_int("proj_size", self.proj_size) < self.hidden_size:
+            raise ValueError(
+                f"proj_size must be 0 (none) or above and below hidden_size={self.hidden_size}, got {self.proj_size}."
+            )
+
+    @property
+    def cell(self) -> LSTMCell:
+        """The cell that every layer and direction runs."""
+        return LSTMCell(self.hidden_size, self.proj_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class GRU(RecurrentLayer):
+    """A stack of gated recurrent layers. Returns (output, h_n).
+
+    Examples:
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> gru = jaxpack.GRU(input_size=2, hidden_size=4)
+      >>> params = gru.init(jax.random.key(0))
+      >>> output, h_n = gru.apply(params, packed)
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Args:
+      input_size: features of each step, at least 1.
+      hidden_size: the width of h, at least 1.
+      num_layers: how many layers are stacked, at least 1.
+      bias: whether gates have biases (two, as in PyTorch).
+      dropout: the probability of zeroing each output between layers, in [0, 1].
+      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
+        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
+
+    Raises:
+      TypeError: naming an argument of another type.
+      ValueError: naming an argument that is out of range.
+    Source: torch.nn.GRU (reset after the recurrent product; Keras calls it reset_after=True).
+    """
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+
+    @property
+    def cell(self) -> GRUCell:
+        """The cell that every layer and direction runs."""
+        return GRUCell(self.hidden_size)

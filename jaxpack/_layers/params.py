@@ -1,0 +1,174 @@
+"""A layer's parameters: how they are drawn, and the check that a pytree is a layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpack._types import PyTree
+
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], Any]  # of (key, shape, dtype), as Flax and jax.nn have them
+InitializerByGate = Initializer | Mapping[str, Initializer] | None  # None, and a gate not named: PyTorch's draw
+
+# Whose initialiser, and in Flax whose metadata, a parameter takes.
+ROLES = {
+    "weight_ih": "kernel",
+    "weight_hr": "kernel",
+    "weight_hh": "recurrent_kernel",
+    "bias_ih": "bias",
+    "bias_hh": "bias",
+}
+
+
+def draw(
+    key: jax.Array,
+    shapes: Shapes,
+    gates: tuple[str, ...],
+    bound: float,
+    dtype: Any,
+    initializers: Mapping[str, InitializerByGate],
+) -> dict[str, dict[str, Any]]:
+    """Parameters of these shapes: uniform within `bound` of 0, or as initialisers by role draw them, gate by gate.
+
+    Raises:
+      TypeError: if key is no random key, dtype not floating, or an initialiser no function.
+      ValueError: naming a gate that is none of these, an initialiser whose result has another shape, or gates whose
+        metadata disagree.
+    """
+    dtype = floating(float if dtype is None else dtype)
+    for role, initializer in initializers.items():
+        _check_initializer(initializer, f"{role}_init", gates)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_shape)
+    try:
+        keys = jax.random.split(key, len(leaves))
+    except TypeError as error:
+        raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error
+    drawn = []
+    for leaf_key, ((*_, entry), shape) in zip(keys, leaves, strict=True):
+        default = jax.random.uniform(leaf_key, shape, dtype, -bound, bound)
+        initializer = initializers[ROLES[entry.key]]
+        drawn.append(default if initializer is None else _by_gate(entry.key, leaf_key, default, gates, initializer))
+    return jax.tree.unflatten(structure, drawn)
+
+
+def floating(dtype: Any) -> Any:
+    """The dtype as JAX has it.
+
+    Raises:
+      TypeError: if it is not floating.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be a floating dtype, got {dtype}.")
+    return dtype
+
+
+def check_params(params: PyTree, shapes: Shapes, layer: object) -> Any:
+    """The parameters' common dtype.
+
+    Raises:
+      TypeError: if they have another structure than the layer's.
+      ValueError: if one has another shape.
+    """
+    given = jax.tree.map(jnp.shape, params)
+    if given != shapes:
+        expected, found = dict(_flat(shapes)), dict(_flat(given))
+        wrong = [f"{name} is missing" for name in expected if name not in found]
+        wrong += [f"{name} is not known" for name in found if name not in expected]
+        wrong += [
+            f"{name} has shape {found[name]}, not {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ]
+        raise (TypeError if set(expected) != set(found) else ValueError)(
+            f"params do not match {layer}: {'; '.join(wrong[:4])}. Make them with init(key) or from_torch(state_dict)."
+        )
+    return jnp.result_type(*jax.tree.leaves(params))
+
+
+def check_sharding(params: PyTree) -> None:
+    """Raises ValueError if a sharding is part of a parameter's type, by which no loop can split and join gates."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", ())
+        if any(axis is not None for axis in spec):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"params: {name} is sharded by {spec} under an explicit mesh. Give the mesh automatic axes "
+                f"(jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,))), or call the layer under "
+                f"jax.sharding.auto_axes."
+            )
+
+
+def _check_initializer(initializer: object, name: str, gates: tuple[str, ...]) -> None:
+    if isinstance(initializer, Mapping):
+        known = [gate for gate in gates if gate]
+        for gate in initializer:
+            if gate not in known:
+                way_out = (
+                    f"Its gates are {', '.join(known)}." if known else "Its one gate has no name: give a function."
+                )
+                raise ValueError(f"{name} names the gate {gate!r}, which the cell does not have. {way_out}")
+    functions = initializer.values() if isinstance(initializer, Mapping) else [initializer] * (initializer is not None)
+    for function in functions:
+        if not callable(function):
+            raise TypeError(
+                f"{name} must be an initialiser, a function of (key, shape, dtype) such as jax.nn.initializers.ones, "
+                f"or a mapping from gates to some, got {function!r}."
+            )
+
+
+def _by_gate(
+    name: str,
+    key: jax.Array,
+    default: jax.Array,
+    gates: tuple[str, ...],
+    initializer: Initializer | Mapping[str, Initializer],
+) -> Any:
+    """A parameter whose gates are drawn one by one and put side by side; those that are not named are the default's."""
+    gates = ("",) if name == "weight_hr" else gates  # the projection, which has none
+    named: Mapping[str, Initializer]
+    named = initializer if isinstance(initializer, Mapping) else dict.fromkeys(gates, initializer)
+    parts: list[Any] = jnp.split(default, len(gates), axis=-1)
+    structures: dict[str, Any] = {}
+    for i, gate in enumerate(gates):
+        if gate in named:
+            drawn = _draw_gate(name, named[gate], jax.random.fold_in(key, i), parts[i])
+            (parts[i],), structures[gate] = jax.tree.flatten(drawn)
+    if not structures:
+        return default
+    (first, structure), *others = structures.items()
+    for gate, other in others:
+        if other != structure:
+            raise ValueError(
+                f"the gates of {name} are one array, with one metadata, but gate {first!r} is {structure} and gate "
+                f"{gate!r} is {other}. Wrap their initialisers alike."
+            )
+    return jax.tree.unflatten(structure, [jnp.concatenate(parts, axis=-1)])
+
+
+def _draw_gate(name: str, initializer: Initializer, key: jax.Array, like: jax.Array) -> Any:
+    """What the initialiser returns, an array or a pytree with one. Both biases start as one: b_hh at 0."""
+    drawn = initializer(key, like.shape, like.dtype)
+    found = [getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves(drawn)]
+    if found != [like.shape]:
+        raise ValueError(
+            f"{ROLES[name]}_init must return an array of shape {like.shape} for a gate of {name}, got "
+            f"{found[0] if len(found) == 1 else found}."
+        )
+    return jax.tree.map(
+        lambda leaf: jnp.zeros_like(like) if name == "bias_hh" else jnp.asarray(leaf, like.dtype), drawn
+    )
+
+
+def _flat(shapes: PyTree) -> list[tuple[str, tuple[int, ...]]]:
+    """The shapes in a nested dict, with their keys joined."""
+    leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=_is_shape)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), shape) for path, shape in leaves]
+
+
+def _is_shape(node: object) -> bool:
+    return isinstance(node, tuple)

@@ -1,0 +1,400 @@
+"""RecurrentLayer: what RNN, LSTM and GRU share, which is everything but the cell.
+
+A layer is a frozen spec; its parameters are a plain pytree, one dict for each layer and direction under PyTorch's
+suffix (`l0`, `l0_reverse`, `l1`, ...):
+
+    params["l0_reverse"]["weight_hh"]   is PyTorch's   weight_hh_l0_reverse, transposed
+
+Bidirectional means: reverse each sequence's valid span, run the same left-aligned recurrence, reverse back.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+import numbers
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack._cells.cell import Cell, Params
+from jaxpack._checks import at_least_one
+from jaxpack._layers import state_dict as state_dicts
+from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
+from jaxpack._layers.stack import names_forward_mode, run_stack
+from jaxpack._packed.convert import lay_out, pad
+from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
+from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._types import PyTree
+
+LayerParams = dict[str, Params]
+
+
+class _Call(NamedTuple):
+    """How one call of `apply` runs."""
+
+    params_dtype: Any
+    dtype: Any  # None for the result type of data and parameters
+    dropout_key: jax.Array | None
+    planned: bool  # or else lengths are all that is given
+    forward_mode: bool
+
+    def dtype_with(self, data: jax.Array) -> Any:
+        """The dtype of the computation."""
+        return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
+
+
+class RecurrentLayer(abc.ABC):
+    """A stack of one cell, in one or both directions."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    dropout: float
+    bidirectional: bool
+
+    @property
+    @abc.abstractmethod
+    def cell(self) -> Cell:
+        """The cell that every layer and direction runs."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "hidden_size", "num_layers"):
+            at_least_one(name, getattr(self, name))
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
+        for name in ("bias", "bidirectional"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        if self.dropout and self.num_layers == 1:
+            warnings.warn(
+                f"dropout acts between layers, so dropout={self.dropout} with num_layers=1 does nothing.",
+                stacklevel=_level_of_user(),
+            )
+
+    @property
+    def num_directions(self) -> int:
+        """2 if bidirectional, else 1."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether there is dropout between layers."""
+        return self.dropout > 0 and self.num_layers > 1
+
+    @property
+    def output_size(self) -> int:
+        """The width of the output: of both directions, side by side."""
+        return self.num_directions * self.cell.output_size
+
+    @property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shape of every parameter, in the structure of the parameters."""
+        suffixes = ("", "_reverse")[: self.num_directions]
+        return {
+            f"l{layer}{suffix}": self.cell.shapes(self.output_size if layer else self.input_size, self.bias)
+            for layer in range(self.num_layers)
+            for suffix in suffixes
+        }
+
+    def init(
+        self,
+        key: jax.Array,
+        dtype: Any = None,
+        *,
+        kernel_init: InitializerByGate = None,
+        recurrent_kernel_init: InitializerByGate = None,
+        bias_init: InitializerByGate = None,
+    ) -> LayerParams:
+        """Parameters, by default drawn as PyTorch draws them: uniform within 1/sqrt(hidden_size) of 0.
+
+        An initialiser is a function of (key, shape, dtype), as in jax.nn.initializers and Flax. It is called for each
+        gate, with that gate's shape, so orthogonal() is orthogonal gate by gate. A mapping gives some gates their own
+        and leaves the others at the default; gates are i, f, g, o (LSTM) and r, z, n (GRU), and RNN's has no name.
+
+        Examples:
+          >>> from jax.nn.initializers import ones, orthogonal
+          >>> lstm = jaxpack.LSTM(2, 4)
+          >>> params = lstm.init(jax.random.key(0), recurrent_kernel_init=orthogonal(), bias_init={"f": ones})
+          >>> params["l0"]["bias_ih"][4:8].tolist()  # of the gates i, f, g, o the second
+          [1.0, 1.0, 1.0, 1.0]
+
+        Args:
+          key: a JAX random key.
+          dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
+          kernel_init: of weight_ih, each gate [F, H], and as a function also of the projection weight_hr [H, P].
+          recurrent_kernel_init: of weight_hh, each gate [P, H].
+          bias_init: of both biases together, each gate [H]: bias_ih is drawn with it, bias_hh starts at 0.
+
+        Raises:
+          TypeError: if key, dtype or an initialiser is of another kind.
+          ValueError: naming a gate that the cell does not have, or an initialiser whose result has another shape.
+        """
+        initializers = {"kernel": kernel_init, "recurrent_kernel": recurrent_kernel_init, "bias": bias_init}
+        return draw(key, self.shapes, self.cell.gates, 1 / math.sqrt(self.hidden_size), dtype, initializers)
+
+    def apply(
+        self,
+        params: LayerParams,
+        inputs: PackedSequence | ArrayLike,
+        initial_state: Any = None,
+        dropout_key: jax.Array | None = None,
+        *,
+        lengths: ArrayLike | None = None,
+        plan: BucketPlan | None = None,
+        deterministic: bool = False,
+        dtype: Any = None,
+        forward_mode: bool = False,
+    ) -> tuple[Any, Any]:
+        """Runs the layer.
+
+        Examples:
+          >>> rnn = jaxpack.RNN(2, 4)
+          >>> params = rnn.init(jax.random.key(0))
+          >>> output, h_n = rnn.apply(params, np.ones((2, 3, 2)), lengths=[3, 1], plan=jaxpack.plan_rows([3, 1]))
+          >>> output.shape, h_n.shape  # padded as the inputs are; [num_layers * directions, B, hidden_size]
+          ((2, 3, 4), (1, 2, 4))
+
+        Args:
+          params: as `init` or `from_torch` gives.
+          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
+          initial_state: h_0, for LSTM (h_0, c_0), as the final state is laid out. Default: zeros.
+          dropout_key: a JAX random key. Needed if dropout is between layers, unless deterministic.
+          lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
+          plan: for padded inputs, the static shape to run under. Default: none, which is one program for all lengths
+            whose loops follow them as it runs (on GPUs: the padded plan).
+          deterministic: whether to leave dropout out, as for evaluation.
+          dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
+            float32 parameters is mixed precision. Default: the result type of inputs and parameters.
+          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call. It then runs a plain scan,
+            which is slower in training; jax.hessian and forward over reverse do not need it.
+
+        Returns:
+          The output, laid out as the inputs are, [.., D*H] for D directions of width H, zero past each length; and
+          the final state in the caller's row order: h_n [num_layers*D, B, H] after each sequence's own last step (its
+          first, for the backward direction), for LSTM (h_n, c_n). Of one sequence, without the batch axis. Sequences
+          that do not fit the plan are NaN in both.
+
+        Raises:
+          ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; if dropout
+            is on and no key is given; or if a parameter is sharded under an explicit mesh.
+          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, or
+            dtype is not floating; or under jax.jvp without forward_mode.
+        Source: torch.nn.RNN, LSTM and GRU.
+        """
+        key = self._active_dropout_key(dropout_key, deterministic)
+        params_dtype = check_params(params, self.shapes, self)
+        check_sharding(params)
+        if dtype is not None:
+            dtype = floating(dtype)
+            params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        call = _Call(params_dtype, dtype, key, plan is not None or lengths is None, forward_mode)
+        if isinstance(inputs, PackedSequence):
+            if lengths is not None or plan is not None:
+                raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
+            packed = check_packed(inputs, f"{type(self).__name__}.apply")
+            return self._apply_packed(params, packed, initial_state, call)
+        batch = as_batch(inputs, "inputs")
+        if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
+            raise ValueError(
+                f"inputs must be a PackedSequence, [B, T, {self.input_size}] or one sequence [T, {self.input_size}], "
+                f"got {_shapes(batch)}. Pass a list of sequences through jaxpack.pack_sequence."
+            )
+        self._check_features(batch)
+        if batch.ndim == 2:
+            return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
+        batch_size, max_length = batch_shape(batch, "inputs")
+        lengths = np.full(batch_size, max_length) if lengths is None else lengths
+        plan = padded_plan(batch_size, max_length) if plan is None else plan
+        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length))
+        output, state = self._apply_packed(params, packed, initial_state, call)
+        return pad(output, 0, max_length), state
+
+    def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
+        """Parameters from the state dict of the torch.nn module of the same options. Exact.
+
+        Examples:
+          >>> gru = jaxpack.GRU(2, 4)
+          >>> state_dict = {
+          ...     "weight_ih_l0": np.ones((12, 2), np.float32),
+          ...     "weight_hh_l0": np.ones((12, 4), np.float32),
+          ...     "bias_ih_l0": np.ones(12, np.float32),
+          ...     "bias_hh_l0": np.ones(12, np.float32),
+          ... }
+          >>> gru.from_torch(state_dict)["l0"]["weight_ih"].shape
+          (2, 12)
+
+        Args:
+          state_dict: tensors or NumPy arrays under PyTorch's names (weight_ih_l0, bias_hh_l1_reverse, ...).
+
+        Raises:
+          KeyError: naming the keys that are missing or not known.
+          TypeError: naming a key whose values are no floating numbers.
+          ValueError: naming a key whose shape is wrong, or whose values JAX would round (float64 without x64).
+        """
+        return state_dicts.from_state_dict(self.shapes, state_dict)
+
+    def to_torch(self, params: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, np.ndarray]:
+        """The state dict of the torch.nn module of the same options, as NumPy arrays. Exact; also for gradients.
+
+        `torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})` takes it.
+
+        Examples:
+          >>> lstm = jaxpack.LSTM(2, 4)
+          >>> state_dict = lstm.to_torch(lstm.init(jax.random.key(0)))
+          >>> {name: array.shape for name, array in state_dict.items()}
+          {'bias_hh_l0': (16,), 'bias_ih_l0': (16,), 'weight_hh_l0': (16, 4), 'weight_ih_l0': (16, 2)}
+        """
+        check_params(params, self.shapes, self)
+        return state_dicts.to_state_dict(params)
+
+    def final_output(self, state: Any) -> jax.Array:
+        """Returns the last layer's output after each sequence's own last step, both directions side by side.
+
+        final_output(h_n) = [h_n[-2] h_n[-1]] if bidirectional, else h_n[-1]
+
+        The last step of the backward direction is a sequence's first, where it has read everything; `last(output)`
+        would take it after one step. Without a second direction the two agree, but for sequences of length 0, whose
+        final output is their initial state.
+
+        Examples:
+          >>> lstm = jaxpack.LSTM(2, 4, num_layers=2, bidirectional=True)
+          >>> params = lstm.init(jax.random.key(0))
+          >>> output, state = lstm.apply(params, np.ones((3, 5, 2)), lengths=[5, 3, 1])
+          >>> lstm.final_output(state).shape
+          (3, 8)
+
+        Args:
+          state: the final state as `apply` returns it: h_n [num_layers*D, B, H], for LSTM (h_n, c_n). Of one sequence,
+            without the batch axis.
+
+        Returns:
+          [B, D*H], in the caller's row order; of one sequence [D*H].
+
+        Raises:
+          ValueError: if the state is not laid out as this layer's.
+        Source: Keras's Bidirectional(LSTM(n))(x), which is return_sequences=False.
+        """
+        widths, count = jax.tree.leaves(self.cell.state_sizes), self.num_layers * self.num_directions
+        structure: Any = jax.tree.structure(self.cell.state_sizes)
+        state = tuple(state) if isinstance(state, list) else state
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+        rows = shapes[0][1:-1] if shapes else ()
+        expected = [(count, *rows, width) for width in widths]
+        if jax.tree.structure(state) != structure or shapes != expected or len(rows) > 1:
+            names = ", ".join(f"{'hc'[i]}_n [{count}, B, {width}]" for i, width in enumerate(widths))
+            raise ValueError(
+                f"state must be what {self} returns beside the output, {names} (of one sequence, without B), got "
+                f"{_shapes(state)}. Under more axes, call it inside jax.vmap."
+            )
+        h_n = jax.tree.leaves(state)[0]
+        return jnp.concatenate(list(jnp.asarray(h_n)[-self.num_directions :]), axis=-1)
+
+    def _apply_packed(
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call
+    ) -> tuple[PackedSequence, Any]:
+        data = packed.data
+        if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
+            raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
+        self._check_features(data, packed=True)
+        dtype = call.dtype_with(data)
+        state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
+        packed = packed.replace(data=data.astype(dtype))
+        ordered = [params[group] for group in self.shapes]
+        with names_forward_mode(f"{type(self).__name__}.apply", "apply"):
+            outputs, final = run_stack(
+                self.cell,
+                self.num_directions,
+                float(self.dropout),
+                ordered,
+                packed,
+                state,
+                call.dropout_key,
+                call.planned,
+                call.forward_mode,
+            )
+        return packed.replace(data=outputs), final
+
+    def _apply_unbatched(
+        self,
+        params: LayerParams,
+        sequence: jax.Array,
+        initial_state: Any,
+        call: _Call,
+        lengths: ArrayLike | None,
+        plan: BucketPlan | None,
+    ) -> tuple[jax.Array, Any]:
+        """One sequence [T, F], as a batch of one. It runs under a plan, whose loops jax.vmap keeps static."""
+        if plan is not None or np.ndim(0 if lengths is None else lengths):
+            raise ValueError(
+                f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
+                f"number as lengths=. A batch is [B, T, {self.input_size}]."
+            )
+        max_length = len(sequence)
+        state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
+        batched = jax.tree.map(lambda leaf: leaf[:, None], state)
+        lengths = max_length if lengths is None else lengths
+        lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
+        lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
+        packed = lay_out(sequence[None], lengths, plan)
+        output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))
+        return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
+
+    def _check_features(self, array: jax.Array, packed: bool = False) -> None:
+        if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:
+            expected = f"[S, {self.input_size}]" if packed else f"{self.input_size} features in the last axis"
+            raise ValueError(f"inputs must have {expected} (input_size={self.input_size}), got shape {array.shape}.")
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"inputs must be real, got dtype {array.dtype}.")
+
+    def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
+        """The initial state as given, checked and cast, or zeros made from the inputs (which carry their sharding)."""
+        sizes, rows = self.cell.state_sizes, () if batch_size is None else (batch_size,)
+        shapes = [(self.num_layers * self.num_directions, *rows, size) for size in jax.tree.leaves(sizes)]
+        structure: Any = jax.tree.structure(sizes)
+        if state is None:
+            return jax.tree.unflatten(structure, [lax.full_like(like, 0, dtype, shape) for shape in shapes])
+        if isinstance(state, list):
+            state = tuple(state)
+        given = jax.tree.map(jnp.asarray, state)
+        if jax.tree.structure(given) != structure or [leaf.shape for leaf in jax.tree.leaves(given)] != shapes:
+            names = ("h_0", "c_0")[: len(shapes)]
+            expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            raise ValueError(
+                f"initial_state must be {f'({expected})' if len(shapes) > 1 else expected} "
+                f"([num_layers * num_directions, B, size]), got {_shapes(given)}."
+            )
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), given)
+
+    def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:
+        if deterministic or not self.has_dropout:
+            return None
+        if key is None:
+            raise ValueError(
+                f"dropout={self.dropout} is on, but there is no dropout_key. Pass dropout_key=jax.random.key(...) to "
+                f"train, or deterministic=True to evaluate."
+            )
+        return key
+
+
+def _level_of_user() -> int:
+    """The stacklevel, for a warning by our caller, of the first frame that is neither ours nor Flax's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxpack", "flax", "jax"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _shapes(tree: PyTree) -> str:
+    """The shapes in a pytree, for an error."""
+    leaves = [tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree)]
+    return f"shape {leaves[0]}" if len(leaves) == 1 else f"shapes {leaves}"

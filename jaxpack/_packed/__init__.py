@@ -1,0 +1,1 @@
+"""Packed batches: PackedSequence, packing and unpacking, reductions, and `packed_scan`."""

@@ -1,0 +1,133 @@
+"""Checks of index leaves: lengths and permutations that belong together, read where that takes no wait."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+
+from jaxpack._checks import check_lengths_type, is_traced
+from jaxpack._packed.describe import type_of
+from jaxpack._packed.gather import PACK_ANEW, Indexed, slot_lengths
+
+INDEX_NAMES = ("lengths", "sorted_indices", "unsorted_indices")
+
+
+_PATIENCE = 0.01  # seconds that a check waits for indices which are still being computed
+
+
+def as_index(leaf: Any, name: str, function: str) -> jax.Array:
+    """Lengths or indices as int32, which they always are where we made them."""
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: {name} must be integers, got {type_of(leaf)}. They are made by jaxpack.pack_sequence and "
+            f"pack_padded_sequence."
+        )
+    return array if isinstance(array, jax.Array) and array.dtype == jnp.int32 else jnp.asarray(array, jnp.int32)
+
+
+def check_indices(packed: Indexed, function: str) -> None:
+    """Raises ValueError unless lengths and permutations are of the plan's size and, if known, belong together."""
+    plan, indices = packed.plan, (packed.sorted_indices, packed.unsorted_indices)
+    check_lengths_type(packed.lengths.shape, packed.lengths.dtype)
+    for name in INDEX_NAMES:
+        leaf = getattr(packed, name)
+        if leaf.shape != (plan.num_sequences,):
+            raise ValueError(
+                f"{function}: {name} has {leaf.size} entries, but the plan is for {plan.num_sequences} sequences."
+            )
+    if not known(packed.lengths):
+        return
+    lengths = np.asarray(packed.lengths)
+    plan.check(lengths)
+    values = values_of(*indices)
+    if values is None:
+        return
+    order, slots = values
+    rows = np.arange(len(order))
+    inverse = not len(order) or (min(order.min(), slots.min()) >= 0 and max(order.max(), slots.max()) < len(order))
+    if not inverse or (order[slots] != rows).any():
+        raise ValueError(
+            f"{function}: sorted_indices and unsorted_indices are not inverse permutations. (jax.tree.map works on "
+            f"them too.) {PACK_ANEW}"
+        )
+    ranked = lengths[order]
+    if packed._is_sorted and (ranked[1:] > ranked[:-1]).any():
+        raise ValueError(
+            f"{function}: sorted_indices do not sort the lengths {lengths.tolist()[:8]}, longest first: the batch was "
+            f"packed with others. {PACK_ANEW}"
+        )
+
+
+def same_sequences(
+    packed: Indexed, other: Indexed, function: str, names: tuple[str, str], also: jax.Array | None = None
+) -> jax.Array | None:
+    """bool [B]: which slots hold sequences of the same length in both batches; None if all are known to.
+
+    Args:
+      names: of the batches, with the verb that errors go on with, such as "labels have".
+      also: a further condition on slots, if there is one.
+
+    Raises:
+      ValueError: if plans differ, or lengths that are known; under checkify also if traced ones do.
+    """
+    if other.plan != packed.plan:
+        raise ValueError(
+            f"{function}: {names[1]} the plan {other.plan}, {names[0]} {packed.plan}. Pack both under one."
+        )
+    leaves = [(getattr(packed, name), getattr(other, name)) for name in ("lengths", "sorted_indices")]
+    if all(ours is theirs for ours, theirs in leaves):
+        return also
+    values = values_of(*itertools.chain(*leaves))
+    if values is not None:
+        if any((ours != theirs).any() for ours, theirs in zip(values[::2], values[1::2], strict=True)):
+            raise ValueError(
+                f"{function}: {names[1]} the lengths {_brief(other.lengths)}, {names[0]} {_brief(packed.lengths)}."
+            )
+        return also
+    same = (other.sorted_indices == packed.sorted_indices) & (slot_lengths(other) == slot_lengths(packed))
+    checkify.debug_check(jnp.all(same), f"{function}: {names[1]} other lengths.")
+    return same if also is None else same & also
+
+
+def _brief(lengths: Any) -> str:
+    return np.array2string(np.asarray(lengths), threshold=16, edgeitems=8)
+
+
+def known(*arrays: Any) -> bool:
+    """Whether the values of arrays can be read now, without waiting long for a device.
+
+    A check is not worth the wait for a whole model, whose outcome it is not: what is computed from indices that do not
+    belong together is NaN in any case.
+    """
+    on_device: list[Any] = [array for array in arrays if isinstance(array, jax.Array)]
+    if any(is_traced(array) or not array.is_fully_addressable for array in on_device):
+        return False
+    until = time.monotonic() + _PATIENCE
+    while not all(array.is_ready() for array in on_device):
+        if time.monotonic() > until:
+            return False
+        time.sleep(_PATIENCE / 100)
+    return True
+
+
+def values_of(*arrays: Any) -> list[np.ndarray] | None:
+    """The values of arrays, if all are `known`: what a check reads, which must not wait for a device."""
+    return [np.asarray(array) for array in arrays] if known(*arrays) else None
+
+
+def host_view(leaf: Any) -> np.ndarray | None:
+    """An array's values where they cost nothing: NumPy's, or JAX's of a CPU that are computed already; else None."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if is_traced(leaf) or not isinstance(leaf, jax.Array):
+        return None
+    array: Any = leaf  # placed on a device by choice it stays there
+    free = array.is_fully_addressable and not array.committed and array.is_ready()
+    return np.asarray(array) if free and {device.platform for device in array.devices()} == {"cpu"} else None

@@ -1,0 +1,1 @@
+"""The fast recurrence of known cells; README.md in this folder explains it."""

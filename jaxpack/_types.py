@@ -1,0 +1,7 @@
+"""Names of types that many modules use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PyTree = Any

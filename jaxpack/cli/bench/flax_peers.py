@@ -1,0 +1,106 @@
+"""What `jaxpack bench` compares of Flax: its RNN and Bidirectional, beside jaxpack's of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+import jaxpack
+from jaxpack.cli.bench.calls import Calls, Missing, jax_calls
+from jaxpack.cli.bench.workloads import Workload
+
+_CELLS: Mapping[str, str] = MappingProxyType({"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"})
+
+
+class PeepholeCell(nnx.RNNCellBase):
+    """A cell as users write them, known to no library: an LSTM whose gates see the memory (Gers & Schmidhuber 2000)."""
+
+    def __init__(self, in_features: int, hidden_features: int, *, rngs: nnx.Rngs) -> None:
+        self.hidden_features = hidden_features
+        self.from_x = nnx.Linear(in_features, 4 * hidden_features, rngs=rngs)
+        self.from_h = nnx.Linear(hidden_features, 4 * hidden_features, use_bias=False, rngs=rngs)
+        self.peepholes = nnx.Param(nnx.initializers.normal(0.1)(rngs.params(), (3, hidden_features)))
+
+    def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
+        """One step."""
+        c, h = carry
+        i, f, g, o = jnp.split(self.from_x(inputs) + self.from_h(h), 4, axis=-1)
+        p_i, p_f, p_o = self.peepholes[...]
+        c = nnx.sigmoid(f + p_f * c) * c + nnx.sigmoid(i + p_i * c) * jnp.tanh(g)
+        h = nnx.sigmoid(o + p_o * c) * jnp.tanh(c)
+        return (c, h), h
+
+    def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> Any:
+        """Zeros."""
+        zeros = jnp.zeros((*input_shape[:-1], self.hidden_features))
+        return zeros, zeros
+
+    @property
+    def num_feature_axes(self) -> int:
+        """The features."""
+        return 1
+
+
+def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None = None, own_cell: bool = False) -> Calls:
+    """A stack of RNN or Bidirectional from a module of nnx modules, called with seq_lengths.
+
+    Args:
+      module: flax.nnx or jaxpack.nnx.
+      plan: for jaxpack.nnx.
+      own_cell: whether to run PeepholeCell in the LSTM's place.
+    """
+    if own_cell and workload.cell != "lstm":
+        raise Missing("the cell of a user's own is an LSTM")
+    cell = PeepholeCell if own_cell else getattr(nnx, _CELLS[workload.cell])
+    rngs = nnx.Rngs(workload.seed)
+    options = {} if plan is None else {"plan": plan}
+
+    def layer(features: int) -> Any:
+        rnns = [
+            module.RNN(cell(features, workload.hidden_size, rngs=rngs), **options)
+            for _ in range(workload.layer.num_directions)
+        ]
+        return module.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
+
+    split = [nnx.split(layer(features), nnx.Param, ...) for features in workload.input_sizes]
+    graphs, params, others = zip(*split, strict=True)
+
+    def apply(params: Any, inputs: jax.Array, rest: Any) -> jax.Array:
+        lengths, others = rest
+        outputs = inputs
+        for graph, layer_params, other in zip(graphs, params, others, strict=True):
+            merged = nnx.merge(graph, layer_params, other, copy=True)  # variables of this trace, for it counts keys
+            outputs = merged(outputs, seq_lengths=lengths)
+        return outputs
+
+    cells = workload.padded_plan.size if module is nnx else workload.cells_under(plan)
+    rest = workload.int32_lengths, others
+    return jax_calls(apply, params, workload.inputs, rest, workload.cotangent, cells)
+
+
+def linen_calls(workload: Workload) -> Calls:
+    """A stack of RNN or Bidirectional from flax.linen, called with seq_lengths."""
+    cell = getattr(linen, _CELLS[workload.cell])
+
+    def layer() -> Any:
+        rnns = [linen.RNN(cell(workload.hidden_size)) for _ in range(workload.layer.num_directions)]
+        return linen.Bidirectional(*rnns) if workload.bidirectional else rnns[0]
+
+    layers = [layer() for _ in range(workload.num_layers)]
+    keys = jax.random.split(jax.random.key(workload.seed), workload.num_layers)
+    examples = [jnp.zeros((1, 1, features)) for features in workload.input_sizes]
+    params = [layer.init(key, example) for layer, key, example in zip(layers, keys, examples, strict=True)]
+
+    def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        outputs = inputs
+        for layer, layer_params in zip(layers, params, strict=True):
+            outputs = layer.apply(layer_params, outputs, seq_lengths=lengths)
+        return outputs
+
+    arrays = workload.inputs, workload.int32_lengths, workload.cotangent
+    return jax_calls(apply, params, *arrays, workload.padded_plan.size)

@@ -1,0 +1,292 @@
+"""What `jaxpack bench` compares: a function for each library, from a workload to calls that can be timed.
+
+To add a library, write one more function under `@peer(name)`. It imports the library, makes the same layer and gives
+back `jax_calls(apply, params, inputs, rest, cotangent, cells)`, or calls of its own; it raises `Missing` if it cannot.
+
+All are given the same: the batch in the layout that they work on (packed, or padded; time or batch first), laid out
+before, weights from the workload's seed, and a loss that is the sum of the real outputs times a fixed cotangent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxpack
+import jaxpack.nnx
+from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, num_threads
+from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
+from jaxpack.cli.bench.workloads import Workload
+
+Build = Callable[[Workload], Calls]
+PEERS: dict[str, Build] = {}
+
+
+def peer(name: str) -> Callable[[Build], Build]:
+    """Enters a function under the name that the report and the option --peer know it by."""
+
+    def enter(build: Build) -> Build:
+        PEERS[name] = build
+        return build
+
+    return enter
+
+
+def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
+    """jaxpack from packed data to packed outputs."""
+
+    def pack(array: np.ndarray) -> jaxpack.PackedSequence:
+        return jaxpack.pack_padded_sequence(array, workload.lengths, batch_first=True, plan=plan)
+
+    def apply(params: Any, data: jax.Array, packed: jaxpack.PackedSequence) -> jax.Array:
+        output, _ = workload.layer.apply(params, packed.replace(data=data))
+        return output.data
+
+    packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
+    without_data = packed.replace(data=None)
+    return jax_calls(apply, workload.params, packed.data, without_data, cotangent, plan.size, same_weights=True)
+
+
+@peer("jaxpack")
+def _jaxpack(workload: Workload) -> Calls:
+    """The plan that jaxpack.plan_best chooses."""
+    return _packed(workload, workload.plan)
+
+
+@peer("jaxpack-buckets")
+def _jaxpack_buckets(workload: Workload) -> Calls:
+    """The staircase that jaxpack.plan_buckets chooses."""
+    return _packed(workload, _another_plan(workload, jaxpack.plan_buckets(workload.lengths)))
+
+
+@peer("jaxpack-rows")
+def _jaxpack_rows(workload: Workload) -> Calls:
+    """The rows of several sequences that jaxpack.plan_rows chooses."""
+    return _packed(workload, _another_plan(workload, jaxpack.plan_rows(workload.lengths)))
+
+
+def _another_plan(workload: Workload, plan: jaxpack.BucketPlan) -> jaxpack.BucketPlan:
+    """The plan, unless it is measured already."""
+    for name, measured in {"jaxpack": workload.plan, "jaxpack-padded": workload.padded_plan}.items():
+        if plan == measured:
+            raise Missing(f"is the same plan as {name}")
+    return plan
+
+
+@peer("jaxpack-padded")
+def _jaxpack_padded(workload: Workload) -> Calls:
+    """One rectangle: every row runs to the longest."""
+    return _packed(workload, workload.padded_plan)
+
+
+@peer("jaxpack-in-out")
+def _jaxpack_in_out(workload: Workload) -> Calls:
+    """The chosen plan, from a padded batch to padded outputs: with packing and padding in the time."""
+    return _padded(workload, workload.plan)
+
+
+@peer("jaxpack-no-plan")
+def _jaxpack_no_plan(workload: Workload) -> Calls:
+    """No plan: one program for all lengths, from a padded batch to padded outputs."""
+    return _padded(workload, None)
+
+
+def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
+    """jaxpack from a padded batch to padded outputs."""
+
+    def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=plan)
+        return output
+
+    arrays = workload.inputs, workload.int32_lengths, workload.cotangent
+    return jax_calls(apply, workload.params, *arrays, workload.cells_under(plan), same_weights=True)
+
+
+@peer("flax.nnx")
+def _flax_nnx(workload: Workload) -> Calls:
+    """flax.nnx.RNN with seq_lengths, and flax.nnx.Bidirectional."""
+    return nnx_calls(workload, nnx)
+
+
+@peer("flax.linen")
+def _flax_linen(workload: Workload) -> Calls:
+    """flax.linen.RNN with seq_lengths, and flax.linen.Bidirectional."""
+    return linen_calls(workload)
+
+
+@peer("jaxpack.nnx")
+def _jaxpack_nnx(workload: Workload) -> Calls:
+    """The call of flax.nnx with RNN and Bidirectional from jaxpack.nnx: the import is all that differs."""
+    return nnx_calls(workload, jaxpack.nnx)
+
+
+@peer("jaxpack.nnx-plan")
+def _jaxpack_nnx_plan(workload: Workload) -> Calls:
+    """The same with the chosen plan."""
+    return nnx_calls(workload, jaxpack.nnx, workload.plan)
+
+
+@peer("own-cell-flax")
+def _own_cell_flax(workload: Workload) -> Calls:
+    """flax.nnx.RNN with a cell of a user's own."""
+    return nnx_calls(workload, nnx, own_cell=True)
+
+
+@peer("own-cell-plan")
+def _own_cell_plan(workload: Workload) -> Calls:
+    """jaxpack.nnx.RNN with the same cell, under the chosen plan."""
+    return nnx_calls(workload, jaxpack.nnx, workload.plan, own_cell=True)
+
+
+@peer("torch-packed")
+def _torch_packed(workload: Workload) -> Calls:
+    """torch.nn.LSTM and kin on a PackedSequence."""
+    if not workload.lengths.all():
+        raise Missing("pack_padded_sequence of torch refuses lengths of 0")
+    torch = _torch()
+
+    def pack(array: np.ndarray) -> Any:
+        lengths = torch.from_numpy(np.asarray(workload.lengths))
+        arguments = {"batch_first": True, "enforce_sorted": False}
+        return torch.nn.utils.rnn.pack_padded_sequence(torch.from_numpy(array), lengths, **arguments)
+
+    packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
+
+    def layout(data: Any) -> Any:
+        return torch.nn.utils.rnn.PackedSequence(data, *packed[1:])
+
+    return _torch_calls(workload, packed.data, layout, lambda output: output.data, cotangent, workload.tokens)
+
+
+@peer("torch-padded")
+def _torch_padded(workload: Workload) -> Calls:
+    """torch.nn.LSTM and kin on a padded batch, time first. Torch takes no lengths for it.
+
+    So its backward direction reads the padding before the sequence, which takes as long but gives other outputs.
+    """
+    torch = _torch()
+    inputs, cotangent = (
+        torch.from_numpy(np.ascontiguousarray(array.swapaxes(0, 1))) for array in (workload.inputs, workload.cotangent)
+    )
+    calls = _torch_calls(workload, inputs, lambda x: x, lambda output: output, cotangent, workload.padded_plan.size)
+    return calls._replace(same_weights=not workload.bidirectional)
+
+
+def _torch_calls(
+    workload: Workload,
+    inputs: Any,
+    layout: Callable[[Any], Any],
+    data: Callable[[Any], Any],
+    cotangent: Any,
+    cells: int,
+) -> Calls:
+    """Calls of a torch module, from a tensor through `layout` to what the module takes, and by `data` back."""
+    torch = _torch()
+    device = _torch_device(torch)
+    modules = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
+    sizes = workload.features, workload.hidden_size, workload.num_layers
+    module = modules[workload.cell](*sizes, bidirectional=workload.bidirectional)
+    state = workload.layer.to_torch(workload.params)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    module, inputs, cotangent = module.to(device), inputs.to(device), cotangent.to(device)
+    leaves = [*module.parameters(), inputs.requires_grad_()]
+
+    def wait(result: Any) -> Any:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return wait(data(module(layout(inputs))[0]))
+
+    def training() -> Any:
+        loss = (data(module(layout(inputs))[0]) * cotangent).sum()
+        return wait((loss, torch.autograd.grad(loss, leaves)))
+
+    return Calls(forward, training, cells, same_weights=True)
+
+
+def _torch() -> Any:
+    """Torch, with as many threads as XLA."""
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(num_threads())
+    return torch
+
+
+def _torch_device(torch: Any) -> str:
+    """Where torch runs, which must be where JAX runs."""
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "cpu"
+    if backend == "gpu" and torch.cuda.is_available():
+        return "cuda"
+    raise Missing(f"JAX runs on {backend}, which torch {torch.__version__} cannot use here")
+
+
+@peer("haiku")
+def _haiku(workload: Workload) -> Calls:
+    """haiku.dynamic_unroll over the padded batch; both directions by reversing each sequence in its padding."""
+    if workload.cell == "rnn":
+        raise Missing("haiku.VanillaRNN is a relu, not a tanh")
+    hk = importlib.import_module("haiku")
+    cells = {"lstm": hk.LSTM, "gru": hk.GRU}
+
+    def unroll(inputs: jax.Array) -> jax.Array:
+        cell = cells[workload.cell](workload.hidden_size)
+        outputs, _ = hk.dynamic_unroll(cell, inputs, cell.initial_state(inputs.shape[0]), time_major=False)
+        return outputs
+
+    def stack(inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        steps = jnp.arange(workload.longest)
+        real = steps < lengths[:, None]
+        mirrored = jnp.where(real, lengths[:, None] - 1 - steps, steps)[..., None]
+        outputs = inputs
+        for _ in range(workload.num_layers):
+            directions = [unroll(outputs)]
+            if workload.bidirectional:
+                backward = unroll(jnp.take_along_axis(outputs, mirrored, axis=1))
+                directions.append(jnp.take_along_axis(backward, mirrored, axis=1))
+            outputs = jnp.concatenate(directions, axis=-1)
+        return outputs
+
+    transformed = hk.without_apply_rng(hk.transform(stack))
+    arrays = workload.inputs, workload.int32_lengths, workload.cotangent
+    params = transformed.init(jax.random.key(workload.seed), *arrays[:2])
+    return jax_calls(transformed.apply, params, *arrays, workload.padded_plan.size)
+
+
+@peer("keras")
+def _keras(workload: Workload) -> Calls:
+    """keras.layers.LSTM and kin with a mask, on Keras's JAX backend."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = importlib.import_module("keras")
+    if keras.backend.backend() != "jax":
+        raise Missing(f"its backend is {keras.backend.backend()}: set KERAS_BACKEND=jax")
+    cells = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
+    keras.utils.set_random_seed(workload.seed)
+
+    def layer(features: int) -> Any:
+        made = cells[workload.cell](workload.hidden_size, return_sequences=True)
+        made = keras.layers.Bidirectional(made) if workload.bidirectional else made
+        made.build((workload.batch_size, workload.longest, features))
+        return made
+
+    layers = [layer(features) for features in workload.input_sizes]
+    states = [[variable.value for variable in layer.non_trainable_variables] for layer in layers]
+
+    def apply(params: Any, inputs: jax.Array, mask: jax.Array) -> jax.Array:
+        outputs = inputs
+        for layer, layer_params, state in zip(layers, params, states, strict=True):
+            outputs, _ = layer.stateless_call(layer_params, state, outputs, mask=mask)
+        return outputs
+
+    params = [[variable.value for variable in layer.trainable_variables] for layer in layers]
+    return jax_calls(apply, params, workload.inputs, workload.mask, workload.cotangent, workload.padded_plan.size)

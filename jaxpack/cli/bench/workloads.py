@@ -1,0 +1,192 @@
+"""What `jaxpack bench` measures: named workloads with fixed seeds, and the arrays that all libraries are given."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxpack
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._recurrence.windows import ladder_cells
+from jaxpack.datasets import japanese_vowels
+
+EPOCH = "epoch"  # the workload that is a corpus
+
+LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
+    {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workload:
+    """One layer and a batch for it, or a corpus, in float32.
+
+    Attributes:
+      name: what it is called.
+      lengths: int [B], of all sequences.
+      cell: "lstm", "gru" or "rnn".
+      features, hidden_size, num_layers, bidirectional: the layer's sizes.
+      seed: of weights, inputs and cotangents.
+    """
+
+    name: str
+    lengths: np.ndarray
+    cell: str = "lstm"
+    features: int = 128
+    hidden_size: int = 256
+    num_layers: int = 1
+    bidirectional: bool = False
+    seed: int = 0
+
+    @property
+    def layer(self) -> RecurrentLayer:
+        """jaxpack's layer."""
+        sizes = self.features, self.hidden_size, self.num_layers
+        return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences."""
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """The steps of the longest, at least 1: the time axis of the padded batch."""
+        return max(int(self.lengths.max()), 1)
+
+    @property
+    def tokens(self) -> int:
+        """Real steps of all sequences."""
+        return int(self.lengths.sum())
+
+    @property
+    def useful_flops(self) -> dict[str, int]:
+        """Floating-point operations in matrix products that real tokens need, by pass.
+
+        Forward, each token meets each weight of a matrix in a product and a sum; backward does as much twice, for the
+        gradient of what came in and for that of the weights.
+        """
+        shapes = [shape for group in self.layer.shapes.values() for shape in group.values()]
+        weights = sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2)
+        forward = 2 * weights * self.tokens
+        return {"forward": forward, "training": 3 * forward}
+
+    @property
+    def input_sizes(self) -> list[int]:
+        """The features that each layer of the stack is given."""
+        return [self.features] + [self.layer.output_size] * (self.num_layers - 1)
+
+    @property
+    def int32_lengths(self) -> np.ndarray:
+        """The lengths as JAX wants them."""
+        return self.lengths.astype(np.int32)
+
+    @functools.cached_property
+    def plan(self) -> jaxpack.BucketPlan:
+        """The plan that `jaxpack.plan_best` chooses."""
+        return jaxpack.plan_best(self.lengths)
+
+    @functools.cached_property
+    def padded_plan(self) -> jaxpack.BucketPlan:
+        """The padded batch as a plan."""
+        return jaxpack.plan_padded(self.batch_size, self.longest)
+
+    def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
+        """The cells that jaxpack computes under a plan, or without one."""
+        return ladder_cells(self.padded_plan, self.lengths) if plan is None else plan.size
+
+    @functools.cached_property
+    def mask(self) -> np.ndarray:
+        """Which steps of the padded batch are real: bool [B, T]."""
+        return np.arange(self.longest) < self.lengths[:, None]
+
+    @functools.cached_property
+    def inputs(self) -> np.ndarray:
+        """The padded batch [B, T, F], normal, zero past each length."""
+        return self._normal(1, self.features)
+
+    @functools.cached_property
+    def cotangent(self) -> np.ndarray:
+        """What outputs are multiplied with to make the loss: [B, T, D*H], normal, zero past each length.
+
+        It is scaled so that the loss, a sum over all outputs, is of their own size.
+        """
+        return self._normal(2, self.layer.output_size) / np.float32(np.sqrt(self.tokens))
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """The layer's weights, which torch is given too."""
+        return self.layer.init(jax.random.key(self.seed))
+
+    def _normal(self, stream: int, features: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, stream])
+        array = generator.standard_normal((self.batch_size, self.longest, features), np.float32)
+        array *= self.mask[..., None]
+        return array
+
+
+def named_workload(name: str, seed: int = 0) -> Workload:
+    """The workload of this name; another seed draws other lengths, where they are drawn, and other weights.
+
+    Raises:
+      ValueError: listing the names, if it is none of them.
+    """
+    if name not in _WORKLOADS:
+        raise ValueError(f"{name!r} is no workload. There are {', '.join(_WORKLOADS)}.")
+    draw, options = _WORKLOADS[name]
+    return Workload(name, draw(np.random.default_rng(seed)), seed=seed, **options)
+
+
+def workload_names() -> tuple[str, ...]:
+    """All names."""
+    return tuple(_WORKLOADS)
+
+
+def _lognormal(generator: np.random.Generator, batch_size: int = 64) -> np.ndarray:
+    """Half the lengths are above 50, a sixth above 100."""
+    return np.clip(np.round(generator.lognormal(np.log(50), 0.7, batch_size)), 1, 200).astype(np.int64)
+
+
+def _uniform(generator: np.random.Generator) -> np.ndarray:
+    return generator.integers(1, 100, 64, endpoint=True)
+
+
+def _equal(generator: np.random.Generator, batch_size: int = 64, length: int = 100) -> np.ndarray:
+    return np.full(batch_size, length)
+
+
+def _vowels(generator: np.random.Generator) -> np.ndarray:
+    """One of the ten batches of an epoch of Japanese Vowels."""
+    train, _ = japanese_vowels()
+    return generator.permutation(train.lengths)[:27].astype(np.int64)
+
+
+def _longtail(generator: np.random.Generator) -> np.ndarray:
+    """6 of 128 sequences, 5 %, have 500 steps."""
+    lengths = np.clip(np.round(generator.normal(30, 5, 128)), 1, None).astype(np.int64)
+    lengths[generator.permutation(128)[:6]] = 500
+    return lengths
+
+
+_WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "lognormal": (_lognormal, {}),
+        "uniform": (_uniform, {}),
+        "equal": (_equal, {}),
+        "vowels": (_vowels, {"features": 12, "hidden_size": 64}),
+        "longtail": (_longtail, {}),
+        "bilstm2": (_lognormal, {"num_layers": 2, "bidirectional": True}),
+        "gru": (_lognormal, {"cell": "gru"}),
+        "rnn": (_lognormal, {"cell": "rnn"}),
+        "small": (functools.partial(_lognormal, batch_size=8), {"features": 32, "hidden_size": 32}),
+        "wide": (functools.partial(_lognormal, batch_size=256), {"hidden_size": 512}),
+        "long": (functools.partial(_equal, batch_size=16, length=10_000), {}),
+        EPOCH: (functools.partial(_lognormal, batch_size=4096), {}),
+    }
+)

@@ -1,0 +1,1 @@
+"""`jaxpack demo g2p`."""

@@ -1,0 +1,64 @@
+"""Batch: packed inputs, and which examples they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._types import PyTree
+from jaxpack.data._form import Form
+from jaxpack.data._packing import Rows, fill
+from jaxpack.data._source import Piece
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "indices", "weights"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch of examples under a plan: a pytree, to be handed to a jitted step as it is.
+
+    Examples:
+      >>> from jaxpack.data import SlotFilling
+      >>> (batch,) = SlotFilling([[1, 2, 3], [4]], jaxpack.plan_padded(3, 3), seed=None)  # 2 examples for 3 rows
+      >>> batch.inputs.lengths.tolist(), batch.indices.tolist(), batch.weights.tolist()
+      ([3, 1, 0], [0, 1, -1], [1.0, 1.0, 0.0])
+
+    Attributes:
+      inputs: the example's pytree, with a PackedSequence in place of each leaf that varies in time, under the plan of
+        its time axis, and an array [B, ...] in place of each that does not. Where an example is a bare array, a bare
+        PackedSequence.
+      indices: int32 [B], which example of the source sits in each row; -1 where a row is empty.
+      weights: float32 [B], 1, or 0 where a row is empty.
+    """
+
+    inputs: PyTree
+    indices: np.ndarray
+    weights: np.ndarray
+
+
+def lay_out(form: Form, pieces: Iterable[Piece], lengths: npt.ArrayLike, plans: Sequence[BucketPlan]) -> Batch:
+    """Returns the batch of these pieces, in the first rows, on the host.
+
+    Args:
+      form: the examples'.
+      pieces: each of which is taken over before the next is asked for.
+      lengths: [n, A] of the pieces, on each time axis.
+      plans: for each time axis.
+    """
+    by_axis = np.asarray(lengths, np.int64).reshape(-1, len(plans)).T
+    rows = [Rows.of(each, plan) for each, plan in zip(by_axis, plans, strict=True)]
+    indices = np.full(plans[0].num_sequences, -1, np.int32)
+
+    def numbered() -> Iterator[tuple[int, list[np.ndarray]]]:
+        for row, piece in enumerate(pieces):
+            indices[row] = piece.example
+            yield piece
+
+    data = fill(form, rows, numbered())
+    leaves = [leaf if axis is None else rows[axis].packed(leaf) for leaf, axis in zip(data, form.axes, strict=True)]
+    return Batch(jax.tree.unflatten(form.structure, leaves), indices, (indices >= 0).astype(np.float32))

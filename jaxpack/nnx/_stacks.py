@@ -1,0 +1,302 @@
+"""SimpleRNN, LSTM and GRU as flax.nnx modules: thin faces over jaxpack's layers, which hold every equation.
+
+Made with Flax's rngs, called with packed data or with a padded batch:
+
+    lstm = jaxpack.nnx.LSTM(12, 64, bidirectional=True, rngs=nnx.Rngs(0))
+    output, (h_n, c_n) = lstm(packed)
+    output, (h_n, c_n) = lstm(x, seq_lengths=lengths)
+
+`lstm.layer` is the spec, jaxpack.LSTM(12, 64, bidirectional=True), and `lstm.params` its parameters as nnx.Param:
+
+    nnx.update(lstm.params, lstm.layer.from_torch(state_dict))
+    lstm.layer.to_torch(nnx.to_pure_dict(nnx.state(lstm.params)))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, TypedDict, Unpack
+
+import jax
+from flax import nnx
+from jax.typing import ArrayLike
+
+from jaxpack._layers import layers
+from jaxpack._layers.params import ROLES, Initializer, InitializerByGate
+from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._plans.bucket_plan import BucketPlan
+
+__all__ = ["GRU", "LSTM", "SimpleRNN"]
+
+
+class Options(TypedDict, total=False):
+    """What all stacks take by keyword.
+
+    Attributes:
+      dtype: to compute in. Default: the result type of inputs and parameters.
+      param_dtype: the parameters' own. Default: JAX's float.
+      kernel_init, recurrent_kernel_init, bias_init: initialisers, or mappings from gates to some, as of
+        jaxpack.LSTM.init; nnx.with_partitioning may wrap them. Default: PyTorch's.
+      kernel_metadata, recurrent_kernel_metadata, bias_metadata: for the nnx.Param of the same parameters, such as
+        {"out_sharding": (None, "model")}.
+      deterministic: whether the module starts out as `eval()` would set it. Default: False.
+    """
+
+    dtype: Any
+    param_dtype: Any
+    kernel_init: InitializerByGate
+    recurrent_kernel_init: InitializerByGate
+    bias_init: InitializerByGate
+    kernel_metadata: Mapping[str, Any]
+    recurrent_kernel_metadata: Mapping[str, Any]
+    bias_metadata: Mapping[str, Any]
+    deterministic: bool
+
+
+class _Recurrent(nnx.Module):
+    """A layer spec with its parameters as nnx.Param and its dropout stream as nnx.Rngs."""
+
+    def __init__(
+        self,
+        layer: RecurrentLayer,
+        rngs: nnx.Rngs,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = None,
+        kernel_init: InitializerByGate = None,
+        recurrent_kernel_init: InitializerByGate = None,
+        bias_init: InitializerByGate = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+        recurrent_kernel_metadata: Mapping[str, Any] | None = None,
+        bias_metadata: Mapping[str, Any] | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.layer = layer
+        self.dtype = dtype
+        params = layer.init(
+            rngs.params(),
+            param_dtype,
+            kernel_init=_boxing(kernel_init),
+            recurrent_kernel_init=_boxing(recurrent_kernel_init),
+            bias_init=_boxing(bias_init),
+        )
+        given = {"kernel": kernel_metadata, "recurrent_kernel": recurrent_kernel_metadata, "bias": bias_metadata}
+        for group, entries in params.items():
+            variables = {name: _param(value, given[ROLES[name]] or {}) for name, value in entries.items()}
+            setattr(self, group, nnx.data(variables))
+        self.deterministic = deterministic
+        self.rngs = nnx.data(rngs.dropout.fork() if layer.has_dropout else None)
+
+    def __call__(
+        self,
+        inputs: PackedSequence | ArrayLike,
+        initial_state: Any = None,
+        *,
+        seq_lengths: ArrayLike | None = None,
+        plan: BucketPlan | None = None,
+        deterministic: bool | None = None,
+        forward_mode: bool = False,
+        rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
+    ) -> tuple[Any, Any]:
+        """Runs the layer, as `jaxpack.LSTM.apply` does.
+
+        Args:
+          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
+          initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
+          seq_lengths: int [B], for padded inputs. Default: all T.
+          plan: for padded inputs, the static shape to run under. Default: none, one program for all lengths.
+          deterministic: whether to leave dropout out. Default: as `train()` and `eval()` have set the module.
+          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call.
+          rngs: where dropout's key comes from, or a key. Default: the module's own stream.
+
+        Returns:
+          The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
+
+        Raises:
+          ValueError: as `jaxpack.LSTM.apply`; or if the batch or time axis is symbolic (see RNN, which takes such).
+          TypeError: as `jaxpack.LSTM.apply`.
+        """
+        deterministic = self.deterministic if deterministic is None else deterministic
+        active = self.layer.has_dropout and not deterministic
+        return self.layer.apply(
+            self._values(),
+            inputs,
+            initial_state,
+            _key(self.rngs if rngs is None else rngs) if active else None,
+            lengths=seq_lengths,
+            plan=plan,
+            deterministic=deterministic,
+            dtype=self.dtype,
+            forward_mode=forward_mode,
+        )
+
+    @property
+    def params(self) -> nnx.Dict:
+        """The parameters: the module's own nnx.Param, by layer and direction (l0, l0_reverse, ...)."""
+        return nnx.Dict({group: nnx.Dict(self._variables(group)) for group in self.layer.shapes})
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What nnx.view calls.
+
+        Args:
+          deterministic: whether to leave dropout out.
+        """
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def _values(self) -> LayerParams:
+        """The parameters as the core takes them."""
+        return {
+            group: {name: param[...] for name, param in self._variables(group).items()} for group in self.layer.shapes
+        }
+
+    def _variables(self, group: str) -> dict[str, nnx.Param]:
+        """A group's parameters. Only those: nnx.capture and the like put more into a module."""
+        entries = getattr(self, group)
+        return {name: entries[name] for name in self.layer.shapes[group]}
+
+
+class SimpleRNN(_Recurrent):
+    """A stack of simple (Elman) recurrent layers, called as `rnn(packed)`; returns (output, h_n).
+
+    input_size, hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are as of jaxpack.RNN.
+
+    Examples:
+      >>> from flax import nnx
+      >>> rnn = jaxpack.nnx.SimpleRNN(2, 4, nonlinearity="relu", rngs=nnx.Rngs(0))
+      >>> output, h_n = rnn(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Args:
+      rngs: draws the parameters from `params` and dropout from `dropout`.
+      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        rngs: nnx.Rngs,
+        **options: Unpack[Options],
+    ) -> None:
+        layer = layers.RNN(input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional)
+        super().__init__(layer, rngs, **options)
+
+
+class LSTM(_Recurrent):
+    """A stack of long short-term memory layers, called as `lstm(packed)`; returns (output, (h_n, c_n)).
+
+    input_size, hidden_size, num_layers, bias, dropout, bidirectional and proj_size are as of jaxpack.LSTM.
+
+    Examples:
+      >>> from flax import nnx
+      >>> lstm = jaxpack.nnx.LSTM(2, 4, bias_init={"f": nnx.initializers.ones}, rngs=nnx.Rngs(0))
+      >>> output, (h_n, c_n) = lstm(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Args:
+      rngs: draws the parameters from `params` and dropout from `dropout`.
+      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        *,
+        rngs: nnx.Rngs,
+        **options: Unpack[Options],
+    ) -> None:
+        layer = layers.LSTM(input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size)
+        super().__init__(layer, rngs, **options)
+
+
+class GRU(_Recurrent):
+    """A stack of gated recurrent layers, called as `gru(packed)`; returns (output, h_n).
+
+    input_size, hidden_size, num_layers, bias, dropout and bidirectional are as of jaxpack.GRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> gru = jaxpack.nnx.GRU(2, 4, rngs=nnx.Rngs(0))
+      >>> output, h_n = gru(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # 4 real steps; [num_layers * directions, B, hidden_size]
+      ((4, 4), (1, 2, 4))
+
+    Args:
+      rngs: draws the parameters from `params` and dropout from `dropout`.
+      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        rngs: nnx.Rngs,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(layers.GRU(input_size, hidden_size, num_layers, bias, dropout, bidirectional), rngs, **options)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])
+@dataclasses.dataclass
+class _Boxed:
+    """An array with nnx.VariableMetadata around it, as a pytree, which that is not: gates are put side by side so."""
+
+    array: jax.Array
+    metadata: Any
+
+
+def _boxing(initializer: InitializerByGate) -> InitializerByGate:
+    """An initialiser, or a mapping to some, whose results nnx.with_partitioning may have wrapped, as pytrees."""
+    if isinstance(initializer, Mapping):
+        return {gate: _boxed(each) for gate, each in initializer.items()}
+    return None if initializer is None else _boxed(initializer)
+
+
+def _boxed(initializer: Initializer) -> Initializer:
+    if not callable(initializer):
+        return initializer  # for the layer to refuse
+
+    def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        drawn = initializer(key, shape, dtype)
+        if not isinstance(drawn, nnx.VariableMetadata):
+            return drawn
+        return _Boxed(drawn.raw_value, dataclasses.replace(drawn, raw_value=None))
+
+    return boxed
+
+
+def _param(value: Any, metadata: Mapping[str, Any]) -> nnx.Param:
+    """The parameter, with its initialiser's metadata and the module's."""
+    if isinstance(value, _Boxed):
+        value = dataclasses.replace(value.metadata, raw_value=value.array)
+    return nnx.Param(value, **metadata)
+
+
+def _key(rngs: nnx.Rngs | nnx.RngStream | jax.Array) -> jax.Array:
+    """A dropout key."""
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.dropout()
+    return rngs() if isinstance(rngs, nnx.RngStream) else rngs

@@ -1,0 +1,196 @@
+"""The figures: a plan, a corpus beside its plan, a benchmark."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxpack._checks import concrete_lengths
+from jaxpack._extras import import_extra
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack.data._cover import coverage, num_batches
+
+Figure = Any  # matplotlib.figure.Figure, which only the extra brings
+
+_REAL, _SLACK, _EDGE = "#0072B2", "#F0E442", "#333333"
+_BEST, _OURS, _OTHER = "#0072B2", "#56B4E9", "#BBBBBB"
+_PAGE_DPI = 96  # pixels to an inch of a page, by definition of CSS
+_BARS, _POINTS = 100, 2000  # at most, of a histogram and of a curve
+_PASSES = {"forward": "Forward", "training": "Forward and backward"}
+
+
+def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
+    """The rows of a plan: time runs right, sequences run down, longest first; lines mark where slots start in a row.
+
+    Examples:
+      >>> figure = plot_plan(jaxpack.plan_padded(2, 3), [3, 1])
+      >>> figure.axes[0].get_title()
+      '1 bucket, 6 cells, 67% of them real'
+
+    Args:
+      plan: what to draw.
+      lengths: [N], if given real cells are dark and slack is light.
+
+    Returns:
+      A matplotlib.figure.Figure; save it with `.savefig(path)`.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+      TypeError: if the lengths are no lengths.
+      ValueError: if they do not fit the plan.
+    """
+    cells = f"{plan.size:,} cells"
+    if lengths is None:
+        filled = plan.room
+    else:
+        cells += f", {plan.efficiency(lengths):.0%} of them real"
+        filled = plan.filled(lengths)
+    figure = _figure(6.4, 4.0)
+    axes = figure.add_subplot()
+    starts, ends = plan.slot_starts, plan.slot_starts + plan.room
+    _draw_spans(axes, plan.slot_rows, starts, starts + filled, _REAL, "cells" if lengths is None else "real")
+    if lengths is not None:
+        _draw_spans(axes, plan.slot_rows, starts + filled, ends, _SLACK, "slack: computed, masked")
+    inner = starts > 0
+    axes.vlines(starts[inner], plan.slot_rows[inner], plan.slot_rows[inner] + 1, color="white", linewidth=1)
+    patches = importlib.import_module("matplotlib.patches")
+    for b in plan.buckets:
+        axes.add_patch(patches.Rectangle((b.start, 0), b.steps, b.rows, fill=False, edgecolor=_EDGE, linewidth=1))
+    axes.set_xlim(0, plan.num_steps)
+    axes.set_ylim(plan.rows[0], 0)
+    axes.set_xlabel("time [steps]")
+    axes.set_ylabel("sequences, longest first [rows]")
+    axes.set_title(f"{plan.summary}, {cells}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
+    """A corpus beside the plan that its batches fill: how long sequences are, and how far they fill the slots.
+
+    Examples:
+      >>> figure = plot_corpus([1, 2, 3, 4], jaxpack.plan_padded(2, 4))
+      >>> [axes.get_title() for axes in figure.axes]
+      ['4 sequences of 1 to 4 steps', '62.5% of cells real, 83.3% at best']
+
+    Args:
+      lengths: [N] whole numbers >= 0: the corpus's.
+      plan: of every batch, such as jaxpack.data.plan_cover makes. Each slot takes the sequences between its two marks.
+
+    Returns:
+      A matplotlib.figure.Figure; save it with `.savefig(path)`.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+      ValueError: if the corpus is empty, lengths are negative or not whole, or one is longer than the plan.
+    """
+    expected = coverage(lengths, plan)
+    longest_first = np.sort(concrete_lengths(lengths))[::-1]
+    plan.check(longest_first[:1])
+    figure = _figure(8.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    width = -(-int(longest_first[0] + 1) // _BARS)
+    left.hist(longest_first, np.arange(0, longest_first[0] + width + 1, width) - 0.5, color=_REAL)
+    left.set_xlabel("length [steps]")
+    left.set_ylabel("sequences")
+    left.set_title(f"{len(longest_first):,} sequences of {longest_first[-1]:,} to {longest_first[0]:,} steps")
+    drawn = np.unique(np.linspace(0, len(longest_first) - 1, _POINTS).astype(int))
+    slots = drawn / num_batches(longest_first, plan.room)
+    right.stairs(plan.room, fill=True, color=_SLACK, label="slack: computed, masked")
+    right.fill_between(slots, longest_first[drawn], step="post", color=_REAL, linewidth=0, label="real")
+    right.stairs(plan.room, color=_EDGE, linewidth=1)
+    right.set_xlabel("slots of the plan, longest first")
+    right.set_ylabel("time [steps]")
+    right.set_title(f"{expected.efficiency:.1%} of cells real, {expected.slot_bound:.1%} at best")
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.set_xlim(0, plan.num_sequences)
+    right.legend(loc="upper right", frameon=False)
+    return figure
+
+
+def plot_bench(results: Mapping[str, Any]) -> Figure:
+    """How many times the matmul limit each library takes: bars to the median, lines from 25 to 75 %.
+
+    Args:
+      results: what `jaxpack bench --json FILE` wrote, loaded.
+
+    Returns:
+      A matplotlib.figure.Figure; save it with `.savefig(path)`.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+    """
+    peers = results["peers"]
+    names = [peer["name"] for peer in peers]
+    colors = [_BEST if name == "jaxpack" else _OURS if name.startswith("jaxpack") else _OTHER for name in names]
+    figure = _figure(8.0, 1.8 + 0.34 * len(peers))
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), _PASSES.items(), strict=True):
+        ratios = [peer[key]["times_limit"] for peer in peers]
+        medians = np.array([ratio["median"] for ratio in ratios])
+        spread = np.array([[r["median"] - r["low"], r["high"] - r["median"]] for r in ratios]).T
+        bars = axes.barh(names, medians, xerr=spread, color=colors, ecolor=_EDGE, capsize=3)
+        axes.bar_label(bars, [f"{median:,.1f}" for median in medians], padding=4)
+        axes.axvline(1, color=_EDGE, linestyle="--", linewidth=1)
+        axes.margins(x=0.18)
+        axes.set_xlim(left=0)
+        axes.set_title(title)
+        axes.set_xlabel("time / matmul limit [1]")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.set_inverted(True)
+    figure.supxlabel("bars: median of the turns; lines: 25 to 75 %; dashed: the limit", fontsize="small")
+    machine = results["machine"]
+    figure.suptitle(
+        f"{results['workload']['name']}, on {machine['cpu'] if machine['backend'] == 'cpu' else machine['device']}"
+    )
+    return figure
+
+
+def formats() -> tuple[str, ...]:
+    """The formats, as file names end in them, that a figure can be saved in.
+
+    Examples:
+      >>> "png" in formats() and "svg" in formats()
+      True
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+    """
+    return tuple(sorted(_figure(1, 1).canvas.get_supported_filetypes()))
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches, which notebooks show."""
+    figure = import_extra("matplotlib.figure", "plot", "plots").Figure(
+        figsize=(width, height), layout="constrained", dpi=150
+    )
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure
+
+
+def _png(figure: Figure) -> tuple[bytes, dict[str, int]]:
+    """A figure as IPython shows it: two pixels to each of the page's, and the size to show it at.
+
+    IPython asks for it where pyplot has not registered its own way to show figures, which comes first.
+    """
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=2 * _PAGE_DPI)
+    width, height = figure.get_size_inches() * _PAGE_DPI
+    return written.getvalue(), {"width": round(width), "height": round(height)}
+
+
+def _draw_spans(axes: Any, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, color: str, label: str) -> None:
+    """Rectangles one row high, as one artist, without the seams that blurred edges would leave between rows."""
+    collections = importlib.import_module("matplotlib.collections")
+    corners = np.stack([[starts, ends, ends, starts], [rows, rows, rows + 1, rows + 1]])  # [2, 4, B]
+    axes.add_collection(collections.PolyCollection(corners.T, facecolor=color, antialiased=False, label=label))

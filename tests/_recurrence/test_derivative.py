@@ -1,0 +1,271 @@
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact, plan_padded, plan_rows
+from jaxpack._recurrence import derivative as recurrence
+from jaxpack._recurrence import windows as stairs
+from jaxpack._recurrence.derivative import ACCELERATOR, CPU
+
+F, H, B = 3, 4, 4
+LENGTHS = [9, 4, 0, 6]
+PLANS = {
+    "stairs": BucketPlan((4, 7, 10), (4, 3, 2)),
+    "none": None,
+    "rows": BucketPlan((11, 13), (2, 1), ((0, 9), (0, 7))),
+}
+LAYERS = {
+    "tanh": RNN(F, H, bidirectional=True),
+    "relu": RNN(F, H, nonlinearity="relu", bidirectional=True),
+    "lstm": LSTM(F, H, bidirectional=True),
+    "projected": LSTM(F, H, bidirectional=True, proj_size=2),
+    "gru": GRU(F, H, bidirectional=True),
+}
+each_layer = pytest.mark.parametrize("name", LAYERS)
+# Chunks of 7 cells do not divide the buckets, so that windows overlap; 1 is a step each; None is a bucket each.
+PAIRS = [(schedule, name) for schedule in ("small chunks", "accelerator") for name in LAYERS]
+SCHEDULES = {
+    "small chunks": CPU._replace(chunk_cells=7),
+    "single steps": CPU._replace(chunk_cells=1),
+    "cpu": CPU,
+    "accelerator": ACCELERATOR,
+}
+
+
+@pytest.fixture
+def on_schedule(monkeypatch):
+    """Makes every platform run a schedule, and saves memories where its chunks start."""
+
+    def use(schedule):
+        monkeypatch.setattr(recurrence, "CPU", schedule)
+        monkeypatch.setattr(recurrence, "ACCELERATOR", schedule)
+        if schedule.chunk_cells is not None:
+            monkeypatch.setattr(stairs, "CHUNK_CELLS", schedule.chunk_cells)
+        jax.clear_caches()
+
+    yield use
+    jax.clear_caches()
+
+
+def problem(layer, plan, poison=0.0):
+    """A function of primals, parameters, data, states and cotangents; slack of data and cotangents holds `poison`.
+
+    Without a plan it is one of padded data and traced lengths.
+    """
+    rng = np.random.default_rng(0)
+    padded = oracles.random_batch(LENGTHS, F)
+    if plan is None:
+        data, mask = padded, (np.arange(padded.shape[1]) < np.array(LENGTHS)[:, None])[..., None]
+    else:
+        packed = pack_padded_sequence(padded, LENGTHS, batch_first=True, plan=plan)
+        data, mask = packed.data, packed.mask[:, None]
+    shapes = [(layer.num_directions, B, size) for size in jax.tree.leaves(layer.cell.state_sizes)]
+    structure = jax.tree.structure(layer.cell.state_sizes)
+    states, dstates = (jax.tree.unflatten(structure, [rng.standard_normal(s) for s in shapes]) for _ in range(2))
+    doutput = jnp.where(mask, rng.standard_normal((*data.shape[:-1], layer.output_size)), poison)
+    data = jnp.where(mask, data, poison)
+
+    def apply(lengths, params, data, states, forward_mode):
+        if plan is None:
+            return layer.apply(params, data, states, lengths=lengths, forward_mode=forward_mode)
+        output, final = layer.apply(params, packed.replace(data=data), states, forward_mode=forward_mode)
+        return output.data, final
+
+    return apply, (layer.init(jax.random.key(0)), data, states), (doutput, dstates)
+
+
+def pulled_back(apply, primals, cotangents, forward_mode=False):
+    """The outputs, final states, and the cotangents of parameters, data and initial states."""
+
+    @jax.jit
+    def run(lengths, primals, cotangents):
+        values, vjp = jax.vjp(lambda *primals: apply(lengths, *primals, forward_mode), *primals)
+        return values, vjp(cotangents)
+
+    return run(jnp.array(LENGTHS), primals, cotangents)
+
+
+def assert_close(ours, theirs, tolerance=1e-12):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("schedule", "name"), [*PAIRS, ("single steps", "projected"), ("cpu", "gru")])
+@pytest.mark.optimized
+def test_equals_autodiff_through_the_plain_scan(name, schedule, on_schedule):
+    on_schedule(SCHEDULES[schedule])
+    case = problem(LAYERS[name], PLANS["stairs"])
+    assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("plan", ["rows", "none"])
+@each_layer
+def test_equals_autodiff_under_other_plans(name, plan, on_schedule):
+    on_schedule(SCHEDULES["small chunks"])
+    case = problem(LAYERS[name], PLANS[plan])
+    assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("plan", ["rows", "none"])
+def test_equals_autodiff_under_other_plans_as_accelerators_run(plan, on_schedule):
+    on_schedule(ACCELERATOR)
+    case = problem(LAYERS["projected"], PLANS[plan])
+    assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("plan", "schedule"),
+    [("stairs", "accelerator"), ("rows", "small chunks"), ("none", "small chunks")],
+)
+@pytest.mark.parametrize("name", ["relu", "projected", "gru"])
+def test_nan_in_slack_of_inputs_and_cotangents_is_inert(name, plan, schedule, on_schedule):
+    on_schedule(SCHEDULES[schedule])
+    clean = pulled_back(*problem(LAYERS[name], PLANS[plan]))
+    dirty = pulled_back(*problem(LAYERS[name], PLANS[plan], np.nan))
+    assert_close(dirty, clean, 0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("name", "plan"), [("gru", "rows"), ("lstm", "none")])
+def test_second_derivatives_are_the_plain_scans(name, plan):
+    layer = LAYERS[name]
+    apply, (params, data, states), _ = problem(layer, PLANS[plan])
+
+    def loss(scale, forward_mode):
+        scaled = jax.tree.map(lambda leaf: leaf * scale, params)
+        output, final = apply(jnp.array(LENGTHS), scaled, data * scale, states, forward_mode)
+        return (output**2).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(final))
+
+    fast, plain = (functools.partial(loss, forward_mode=mode) for mode in (False, True))
+    expected = jax.jit(jax.hessian(plain))(1.1)
+    assert_close(jax.jit(jax.hessian(fast))(1.1), expected)
+    assert_close(jax.jit(jax.grad(jax.grad(fast)))(1.1), expected)
+
+
+def test_forward_mode_says_what_to_pass():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+
+    def run(data, **options):
+        return layer.apply(params, data, **options)[0]
+
+    data = jnp.ones((2, 3, F))
+    with pytest.raises(TypeError, match=r"LSTM.apply has its own derivative.*forward_mode=True"):
+        jax.jvp(run, (data,), (data,))
+    value, tangent = jax.jvp(functools.partial(run, forward_mode=True), (data,), (data,))
+    assert value.shape == tangent.shape
+
+
+def rows_multiplied(jaxpr, shape, times=1):
+    """Rows multiplied with a matrix of this shape over a run of the jaxpr: of a platform's branches, in each."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general" and equation.invars[1].aval.shape == shape:
+            total += times * equation.invars[0].aval.shape[0]
+        inner = [j for p in params.values() for j in (p if isinstance(p, (tuple, list)) else [p])]
+        inner = [getattr(j, "jaxpr", j) for j in inner if hasattr(j, "eqns") or hasattr(j, "jaxpr")]
+        counts = [rows_multiplied(j, shape, times * params.get("length", 1)) for j in inner]
+        total += max(counts, default=0) if name == "cond" else sum(counts)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("plan", "cells"), [(plan_exact, 45), (lambda lengths: plan_padded(8, 8), 64), (lambda n: plan_rows(n, 6), 48)]
+)
+def test_the_recurrent_product_is_made_once_for_each_cell_of_the_plan(plan, cells):
+    lengths = [4, 6, 8, 5, 4, 3, 7, 8]
+    layer = LSTM(3, 5)
+    packed = pack_padded_sequence(jnp.ones((8, 8, 3)), lengths, batch_first=True, plan=plan(lengths))
+    params = layer.init(jax.random.key(0))
+    jaxpr = jax.make_jaxpr(layer.apply)(params, packed).jaxpr
+    assert rows_multiplied(jaxpr, (5, 20)) == cells
+    assert rows_multiplied(jaxpr, (3, 20)) == cells  # and so is the input's
+
+
+def compiled_training(layer, plan, lengths, input_size):
+    """A compiled gradient with respect to parameters and data."""
+    params = layer.init(jax.random.key(0))
+    batch = jnp.ones((len(lengths), max(lengths), input_size))
+    packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+
+    def loss(params, data):
+        return (layer.apply(params, packed.replace(data=data))[0].data ** 2).sum()
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(params, packed.data).compile()
+
+
+def dots_in_innermost_loops(text):
+    """How many dots of an optimized HLO module stand in loops that hold dots, but no other loop with dots."""
+    computations = dict(re.findall(r"^(?:ENTRY )?%([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
+
+    def dots(name):
+        called = re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", computations[name])
+        return len(re.findall(r" dot\(", computations[name])) + sum(map(dots, called))
+
+    def dots_in_loops(name):
+        inner = re.findall(r" while\(.*body=%([\w.\-]+)", computations[name])
+        return sum(dots(body) + dots_in_loops(body) for body in inner)
+
+    bodies = re.findall(r" while\(.*body=%([\w.\-]+)", text)
+    assert bodies
+    return sum(dots(body) for body in bodies if not dots_in_loops(body))
+
+
+@pytest.mark.parametrize("layer", [LSTM(8, 16), GRU(8, 16), RNN(8, 16)])
+@pytest.mark.parametrize(
+    "plan",
+    [BucketPlan((200,), (8,)), BucketPlan((100, 200), (8, 8)), BucketPlan((400,), (4,), ((0, 200),) * 4)],
+    ids=["padded", "stairs", "rows"],
+)
+@pytest.mark.optimized
+def test_one_dot_a_step_forward_and_one_backward(layer, plan):
+    text = compiled_training(layer, plan, [200] * 8, 8).as_text()
+    assert dots_in_innermost_loops(text) == 2 * plan.num_buckets
+
+
+def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one_and_no_plan_to_a_ladder():
+    layer = LSTM(3, 4)
+    params = layer.init(jax.random.key(0))
+
+    def loops(plan):
+        def loss(params, batch, lengths):
+            return layer.apply(params, batch, lengths=lengths, plan=plan)[0].sum()
+
+        export = jax.export.export(jax.jit(jax.grad(loss)), platforms=("cpu",))
+        return export(params, jnp.ones((8, 40, 3)), jnp.full(8, 40)).mlir_module().count("stablehlo.while")
+
+    padded = loops(plan_padded(8, 40))
+    assert loops(BucketPlan((80,), (4,), ((0, 40),) * 4)) <= padded + 2  # chunks of which there are two, not one
+    assert loops(None) > loops(plan_exact([40, 30, 20, 10] * 2)) > padded
+
+
+@pytest.mark.optimized
+def test_temporary_memory_does_not_grow_with_the_gates():
+    plan = plan_padded(8, 400)
+    memory = compiled_training(LSTM(8, 64), plan, [400] * 8, 8).memory_analysis().temp_size_in_bytes
+    per_cell = memory / plan.size / 4  # float32 numbers for each cell
+    # h, its cotangent and a few more of width 64, far from the 4 gates that autodiff saves beside them.
+    assert per_cell < 5 * 64
+
+
+def test_each_platform_gets_its_own_loops_in_one_export():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+    packed = pack_padded_sequence(jnp.ones((B, 9, F)), LENGTHS, batch_first=True, plan=PLANS["stairs"])
+    step = jax.jit(jax.grad(lambda p, packed: (layer.apply(p, packed)[0].data ** 2).sum()))
+
+    def whiles(*platforms):
+        return jax.export.export(step, platforms=platforms)(params, packed).mlir_module().count("stablehlo.while")
+
+    assert whiles("cpu", "cuda") == whiles("cpu") + whiles("cuda")
+    assert whiles("cuda") == whiles("tpu") < whiles("cpu")  # both directions share a loop

@@ -1,0 +1,16 @@
+"""The public namespaces."""
+
+PACKAGES = [
+    "",
+    ".cells",
+    ".data",
+    ".data.grain",
+    ".datasets",
+    ".interop",
+    ".linen",
+    ".losses",
+    ".metrics",
+    ".nnx",
+    ".plot",
+    ".serving",
+]
