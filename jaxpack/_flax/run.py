@@ -26,7 +26,7 @@ from jax.typing import ArrayLike
 from jaxpack._cells.cell import Cell, Params
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._checks import concrete_lengths, is_traced
-from jaxpack._layers.stack import names_forward_mode, run_stack
+from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._packed.convert import lay_out, pad_packed_sequence, reverse_sequences
 from jaxpack._packed.inputs import batch_shape, lengths_and_plan, padded_plan
@@ -437,7 +437,7 @@ def _recur(
     """The fast recurrence in one direction, or in both."""
     kind = _Kind(known[0].cell, known[0].dtype, tuple(each.residual for each in known))
     states = [_swap(_checked(kind.cell, carry)) for carry in carries]
-    with names_forward_mode("jaxpack's RNN", "rnn"):
+    with explain_forward_mode("jaxpack's RNN", "rnn"):
         return run_known(how, kind, [each.tree for each in known], states, inputs, lengths)
 
 
@@ -469,7 +469,8 @@ def run_known(
     params, packed = kind.params(trees), how.enter(inputs, lengths)
     packed = packed.replace(data=packed.data.astype(kind.dtype))
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    outputs, final = run_stack(kind.cell, len(params), 0.0, params, packed, state, None, how.planned, how.forward_mode)
+    stack = Stack(kind.cell, len(params), planned=how.planned, forward_mode=how.forward_mode)
+    outputs, final = run_stack(stack, params, packed, state)
     finals = [how.layout.unflatten(_swap(jax.tree.map(lambda leaf, i=i: leaf[i], final))) for i in range(len(params))]
     parts = jnp.split(outputs, len(params), axis=-1)
     return [(state, how.leave(packed.replace(data=part))) for state, part in zip(finals, parts, strict=True)]
