@@ -31,7 +31,7 @@ include_patterns = [
     ".github/CONTRIBUTING.md",
     "CHANGELOG.md",
     "README.md",
-    "jaxpack/datasets/*.md",
+    "jaxpack/*/*.md",
     "notebooks/*.ipynb",
 ]
 contents = {
@@ -72,8 +72,10 @@ def docname(path: str) -> str:
     """Returns the address of a page on the site from that of its file, both without their suffix.
 
     README -> index    .docs/guide/plans -> guide/plans    .github/CONTRIBUTING -> contributing
+    jaxpack/_recurrence/README -> recurrence
     """
     name = re.sub(r"^(\.docs|\.github|jaxpack)/", "", path)
+    name = re.sub(r"^_?(\w+)/README$", r"\1", name)
     return "index" if name == "README" else name.lower()
 
 

@@ -89,13 +89,14 @@ def test_the_reference_has_everything_public():
     assert missing == []
 
 
-def test_the_files_and_tests_that_pages_name_exist():
+def test_the_files_that_pages_name_exist_and_have_what_they_name():
     pages = [ROOT / ".docs" / "how-it-works.md", ROOT / ".github" / "CONTRIBUTING.md"]
-    text = "".join(page.read_text() for page in pages)
-    named = re.findall(r"((?:tests|jaxpack)/[\w/]+\.py)(?:::(test_\w+))?", text)
-    assert len(named) > 20
-    assert [path for path, _ in named if not (ROOT / path).is_file()] == []
-    assert [(path, name) for path, name in named if name and f"def {name}(" not in (ROOT / path).read_text()] == []
+    named = re.findall(r"`((?:\w+/)+\w+\.py)(?:::(\w+))?`", "".join(page.read_text() for page in pages))
+    assert len(named) > 40
+    for file, name in named:
+        path = ROOT / file if file.startswith(("jaxpack/", "tests/")) else ROOT / "jaxpack" / file
+        assert path.is_file(), file
+        assert not name or f"def {name}(" in path.read_text(), (file, name)
 
 
 def test_importing_the_core_needs_no_extra():
