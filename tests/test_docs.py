@@ -57,6 +57,43 @@ def test_ci_runs_the_other_commands_of_the_readme():
     assert [sum(bool(re.search(pattern, command)) for command in COMMANDS) for pattern in patterns] == [1, 1]
 
 
+def test_ci_lists_the_parts_it_has():
+    script = ROOT / ".ci" / "run"
+    listed = subprocess.run(["bash", script, "--list"], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == re.findall(r"^part_(\w+)\(", script.read_text(), re.MULTILINE)
+    unknown = subprocess.run(["bash", script, "lint", "tset"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "no part is named tset" in unknown.stderr
+
+
+def test_broken_links_inside_a_built_site_are_named(tmp_path):
+    def check():
+        return subprocess.run(
+            [sys.executable, ROOT / ".ci" / "check_links.py", tmp_path], capture_output=True, text=True
+        )
+
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "index.html").write_text('<a href="guide/plans.html#rows">rows</a> <a href="https://jax.dev/x">JAX</a>')
+    (tmp_path / "guide" / "plans.html").write_text('<h2 id="rows">Rows</h2> <a href="../">up</a> <a href="#">top</a>')
+    assert check().returncode == 0
+    (tmp_path / "guide" / "speed.html").write_text('<a href="plans.html#row">row</a> <img src="../speed.svg">')
+    found = check()
+    assert found.returncode == 1
+    assert found.stderr.splitlines() == [
+        "guide/speed.html: plans.html#row leads to no anchor",
+        "guide/speed.html: ../speed.svg leads to no file",
+    ]
+
+
+def test_the_changelog_has_this_version_and_known_headings():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    releases = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert releases[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(jaxpack.__version__)} \(\d{{4}}-\d\d-\d\d\)", releases[1])
+    headings = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
+    assert headings <= {"Added", "Changed", "Fixed", "Deprecated", "Removed", "Breaking"}
+
+
 def test_a_packed_model_is_trained_on_ones_own_data_in_under_20_lines():
     section = README[README.index("## On your own data") :]
     code = blocks(section, "python")[0]
