@@ -28,12 +28,13 @@ include_patterns = [
     ".docs/*.md",
     ".docs/guide/*.md",
     ".docs/reference/*.rst",
-    ".github/CONTRIBUTING.md",
+    ".github/*.md",
     "CHANGELOG.md",
     "README.md",
     "jaxpack/*/*.md",
     "notebooks/*.ipynb",
 ]
+exclude_patterns = [".github/PULL_REQUEST_TEMPLATE.md"]
 contents = {
     "Start": ("", ["self", "coming-from"]),
     "Notebooks": ("notebooks/", ["*"]),
@@ -42,7 +43,7 @@ contents = {
         "reference/",
         ["plans", "packed", "layers", "cells", "flax", "interop", "data", "losses", "serving", "plot", "datasets"],
     ),
-    "Development": ("", ["how-it-works", "contributing", "changelog"]),
+    "Development": ("", ["how-it-works", "contributing", "code_of_conduct", "security", "changelog"]),
 }
 
 html_theme = "furo"

@@ -26,7 +26,7 @@ PUBLIC = [package for package in PACKAGES if package not in (".cells", ".plot")]
 
 
 def docstrings():
-    """A test for each docstring with examples, and for a module that needs what is not installed one that says so."""
+    """Yields a test for each docstring with examples, and a skipped one for each module whose packages are missing."""
     for name in MODULES:
         try:
             module = importlib.import_module(name)
@@ -39,7 +39,7 @@ def docstrings():
 
 
 def examples_in(module):
-    """The docstrings of a module, and of the functions and classes whose source it holds, wherever they are public."""
+    """Yields the docstrings of a module, and of the functions and classes whose source it holds."""
     finder, names = doctest.DocTestFinder(), vars(module) | KNOWN
     yield from finder.find(types.ModuleType(module.__name__, module.__doc__), globs=names)
     for name, member in vars(module).items():

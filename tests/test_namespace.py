@@ -19,7 +19,7 @@ NAMES = MODULES[1:]
 
 
 def exports(name):
-    """The classes and functions of ours that a namespace exports."""
+    """Returns the classes and functions of jaxpack that a namespace exports."""
     module = importlib.import_module(name)
     found = {each: getattr(module, each) for each in module.__all__}
     return {each: o for each, o in found.items() if getattr(o, "__module__", "").startswith("jaxpack")}
