@@ -9,6 +9,7 @@ The source folder is the repository itself, so the relative links of a page lead
 import inspect
 import re
 import sys
+import typing
 
 from sphinx.project import Project
 
@@ -123,6 +124,22 @@ def _follow_import(app, module, name):
     return _source_module(obj, module) if callable(obj) else None
 
 
+def _spell_out_options(app, obj, bound_method):
+    """Replaces `**options: Unpack[Options]` in a signature by the keywords of the TypedDict `Options`."""
+    if not inspect.isfunction(obj) or "Unpack[" not in str(obj.__annotations__):
+        return
+    signature, parameters = inspect.signature(obj), []
+    for parameter in signature.parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            parameters.append(parameter)
+            continue
+        (options,) = typing.get_args(typing.get_type_hints(obj)[parameter.name])
+        for name, hint in options.__annotations__.items():
+            text = getattr(hint, "__forward_arg__", hint)
+            parameters.append(inspect.Parameter(name, parameter.KEYWORD_ONLY, default=object(), annotation=text))
+    obj.__signature__ = signature.replace(parameters=parameters)
+
+
 def _escape_stars(app, what, name, obj, options, lines):
     """Escapes the stars of docstrings, which are shapes such as [S, *F] and no emphasis, except in code."""
     for i, line in enumerate(lines):
@@ -145,6 +162,7 @@ def setup(app):
     Project.path2doc = _path2doc
     app.connect("source-read", _add_contents)
     app.connect("viewcode-follow-imported", _follow_import)
+    app.connect("autodoc-before-process-signature", _spell_out_options, priority=600)  # after defaults are preserved
     app.connect("autodoc-process-signature", _shorten)
     app.connect("autodoc-process-docstring", _escape_stars, priority=400)  # before napoleon
     app.add_autodoc_attrgetter(type, _class_attribute)

@@ -2,8 +2,8 @@
 
 from jaxpack._namespace import publish as _publish
 from jaxpack.nnx._rnn import RNN, Bidirectional
-from jaxpack.nnx._stacks import GRU, LSTM, Options, SimpleRNN
+from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
 
-__all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "Options", "SimpleRNN"]
+__all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN"]
 
 _publish(__name__)
