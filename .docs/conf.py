@@ -151,7 +151,7 @@ def _shorten(app, what, name, obj, options, signature, returns):
     """Writes type aliases, and defaults that are objects, by their names: Sphinx can then parse the signature."""
 
     def short(text):
-        text = re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text)
+        text = re.sub(r"TypeAliasForwardRef\('([\w.]+)'\)", r"\1", text).replace("npt.ArrayLike", "ArrayLike")
         return re.sub(r"<function (\w+)>|<[\w.]+ object>", lambda found: found[1] or "...", text)
 
     return tuple(text and short(text) for text in (signature, returns))
