@@ -1,5 +1,6 @@
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ def check_outputs(layer, lengths):
     output, state = jax.jit(functools.partial(layer.apply, lengths=lengths, plan=plan))(params, x)
     real = np.arange(T) < np.array(lengths)[:, None]
     mask = None if real.all() else real
-    y, states = jnp.nan_to_num(x), []
+    y: Any = jnp.nan_to_num(x)
+    states: Any = []
     for each, arrays in zip(keras_layers(layer), to_keras(layer, params), strict=True):
         each.set_weights(arrays)
         y, *carries = jax.jit(functools.partial(each, mask=mask))(y)

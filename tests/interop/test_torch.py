@@ -1,5 +1,7 @@
 """The differences from PyTorch that the page on coming from it lists, with PyTorch side by side."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def ours(name, *args, **options):
     return getattr(jaxpack, name)(*args, **options)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {
     "not sorted": (("pack_padded_sequence", X, [2, 3]), SORTED, RuntimeError),
     "a length of 0": (("pack_padded_sequence", X, [3, 0]), SORTED, RuntimeError),
     "fewer lengths than rows": (("pack_padded_sequence", X, [3]), SORTED, RuntimeError),
