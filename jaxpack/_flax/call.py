@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxpack._flax.known import KnownCell
-from jaxpack._flax.layout import Layout
+from jaxpack._flax.layout import Layout, Lengths
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.scan import Scan
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     inputs: PackedSequence | jax.Array
     layout: Layout
-    seq_lengths: ArrayLike | None
+    seq_lengths: Lengths | None
     plan: BucketPlan | None
     forward_mode: bool
 
@@ -47,7 +47,7 @@ class Direction(NamedTuple):
       reverse: True to read each sequence from its end.
       keep_order: True to bring the outputs of a reversed direction back to the order of the inputs.
       stacks_variables: True if `scan` gives variables of the cell a time axis, which only a padded batch has.
-      can_delegate: True if Flax's own scan does no more work, given sequences of equal length.
+      works_in_flax: False if Flax's own RNN fails on this call.
     """
 
     carry: PyTree
@@ -57,7 +57,7 @@ class Direction(NamedTuple):
     reverse: bool
     keep_order: bool
     stacks_variables: bool
-    can_delegate: bool
+    works_in_flax: bool = True
 
 
 def resolve_options(module: Any, **given: Any) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def resolve_options(module: Any, **given: Any) -> dict[str, Any]:
 
 
 def check_inputs(
-    inputs: PackedSequence | ArrayLike, seq_lengths: ArrayLike | None, plan: BucketPlan | None
+    inputs: PackedSequence | ArrayLike, seq_lengths: Lengths | None, plan: BucketPlan | None
 ) -> PackedSequence | jax.Array:
     """Validates the inputs of a call. Padded ones become an array.
 
@@ -80,17 +80,20 @@ def check_inputs(
     return check_packed(inputs, "RNN")
 
 
-def check_pair(forward_rnn: Any, backward_rnn: Any, rnn_class: type, needs_ours: bool) -> bool:
+def check_pair(
+    rnns: tuple[Any, Any], rnn_class: type, inputs: PackedSequence | jax.Array, plan: BucketPlan | None
+) -> bool:
     """Returns True if both RNNs of a Bidirectional are jaxpack's, which can share a batch and its steps.
 
     Raises:
       TypeError: if they are not, and the call has a plan or packed inputs.
     """
+    forward_rnn, backward_rnn = rnns
     if forward_rnn is backward_rnn:
         warnings.warn("forward_rnn and backward_rnn are the same object, and share their parameters.", stacklevel=4)
     if type(forward_rnn) is rnn_class and type(backward_rnn) is rnn_class:
         return True
-    if needs_ours:
+    if isinstance(inputs, PackedSequence) or plan is not None:
         raise TypeError(
             f"a plan and packed inputs need RNNs of jaxpack, got {type(forward_rnn).__module__}."
             f"{type(forward_rnn).__name__} and {type(backward_rnn).__module__}.{type(backward_rnn).__name__}. Import "
@@ -100,9 +103,13 @@ def check_pair(forward_rnn: Any, backward_rnn: Any, rnn_class: type, needs_ours:
 
 
 def delegate_to_flax(call: Call, directions: Sequence[Direction]) -> bool:
-    """Returns True if Flax's own call does as well: every sequence has all steps, and no cell is known."""
-    padded = not isinstance(call.inputs, PackedSequence)
-    return padded and call.seq_lengths is None and all(each.can_delegate for each in directions)
+    """Returns True if Flax's own call does as well: sequences have all steps, no cell is known and no plan acts."""
+    if isinstance(call.inputs, PackedSequence) or call.seq_lengths is not None:
+        return False
+    return all(
+        each.known is None and (each.plan is None or each.stacks_variables) and each.works_in_flax
+        for each in directions
+    )
 
 
 def merge(

@@ -87,7 +87,7 @@ class KnownCell:
 
 
 def flip(state: PyTree) -> PyTree:
-    """Turns (c, h) into (h, c) and back. An array h stays what it is."""
+    """Turns (c, h) into (h, c) and back. Returns an array h unchanged."""
     return state[::-1] if isinstance(state, tuple) else state
 
 

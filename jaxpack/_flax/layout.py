@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jaxpack._packed.inputs import batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
+
+Lengths = ArrayLike | Sequence[int]
 
 
 class Layout(NamedTuple):
@@ -79,7 +82,7 @@ class Layout(NamedTuple):
         """The plan with one bucket that holds the padded batch."""
         return padded_plan(self.batch_size, self.num_steps or 1)
 
-    def check_lengths(self, seq_lengths: ArrayLike | None, plan: BucketPlan | None) -> tuple[Any, BucketPlan]:
+    def check_lengths(self, seq_lengths: Lengths | None, plan: BucketPlan | None) -> tuple[Any, BucketPlan]:
         """Validates lengths and plan; returns int32 lengths [B] and the plan, by default the padded one.
 
         Raises:
@@ -141,7 +144,7 @@ class Layout(NamedTuple):
         """Reshapes a carry [B, ...] to [*batch, ...]."""
         return jax.tree.map(lambda leaf: leaf.reshape(*self.batch_shape, *leaf.shape[1:]), carry)
 
-    def flatten_lengths(self, seq_lengths: ArrayLike | None) -> Any:
+    def flatten_lengths(self, seq_lengths: Lengths | None) -> Any:
         """Reshapes lengths [*batch] to [B]. The default is T for every sequence.
 
         Raises:

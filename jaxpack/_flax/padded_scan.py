@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxpack._checks import concrete_lengths, is_traced
 from jaxpack._flax.call import Call, Direction
-from jaxpack._flax.layout import Layout
+from jaxpack._flax.layout import Layout, Lengths
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.scan import select
@@ -77,7 +76,7 @@ def _check_no_plan(call: Call, direction: Direction) -> None:
     )
 
 
-def _fits_and_spans(layout: Layout, seq_lengths: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
+def _fits_and_spans(layout: Layout, seq_lengths: Lengths | None) -> tuple[jax.Array, jax.Array]:
     """Returns bool [B], True where a length fits the padded batch; and int32 [1, B], the length, or T where not.
 
     Raises:

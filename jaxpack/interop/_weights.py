@@ -1,4 +1,4 @@
-"""What all conversions share: a layer's weights as NumPy arrays, and the checks of what users pass.
+"""Code that all conversions share: a layer's weights as NumPy arrays, and the checks of arguments.
 
 Between libraries, the weights of one layer and direction are a dict that always has both biases, zeros where a library
 has none:
@@ -85,7 +85,7 @@ def reversed_error(layer: RecurrentLayer, found: str, unit: str) -> ValueError:
 
     Args:
       found: the module and its option, such as "modules[1] has reverse=True".
-      unit: what the library calls one module.
+      unit: the library's word for a module.
     """
     return ValueError(
         f"{found}, but {layer} reads every layer in one order. {_split(unit, 'call jaxpack.reverse_sequences')}"

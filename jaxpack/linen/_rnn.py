@@ -9,7 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -79,7 +79,7 @@ class RNN(nn.RNN):
         *,
         initial_carry: PyTree | None = None,
         init_key: jax.Array | None = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -136,18 +136,18 @@ class RNN(nn.RNN):
         if known is not None and self.is_initializing() and layout.has_plans:
             plan = layout.padded_plan  # one loop to compile, for outputs that are rarely read
         stacks_variables = bool(self.variable_axes)
-        can_delegate = known is None and (plan is None or stacks_variables) and is_filter_empty(self._read_only())
-        return Direction(carry, known, self._scan(), plan, reverse, keep_order, stacks_variables, can_delegate)
+        works_in_flax = is_filter_empty(self._read_only())
+        return Direction(carry, known, self._scan(), plan, reverse, keep_order, stacks_variables, works_in_flax)
 
     @nn.nowrap
     def _collections(self) -> tuple[Any, Any]:
-        """Returns the collections that steps read, and those that they hand on: carried ones that may change now."""
+        """Returns the collections that steps read, and those that they change and hand on."""
         carried = intersect_filters(self.variable_carry, self.cell.scope.mutable)
         return union_filters(self.variable_broadcast, self._read_only()), carried
 
     @nn.nowrap
     def _read_only(self) -> Any:
-        """Returns the carried collections that may not change in this call, on which Flax's own RNN fails."""
+        """Returns the carried collections that are immutable in this call, on which Flax's own RNN fails."""
         return subtract_filters(self.variable_carry, self.cell.scope.mutable)
 
     @nn.nowrap
@@ -204,7 +204,7 @@ def _step(cell: Any, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
 class _BucketKeys:
     """Random keys for one bucket after the other. For each of them nn.scan splits keys anew from its first step.
 
-    From the second bucket on, streams whose keys are split over steps get other keys. Streams whose keys all steps
+    From the second bucket on, streams whose keys are split over steps get new keys. Streams whose keys all steps
     share get the same keys in every bucket.
     """
 
@@ -265,7 +265,7 @@ class Bidirectional(nn.Bidirectional):
         *,
         initial_carry: tuple[PyTree, PyTree] | None = None,
         init_key: jax.Array | None = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -294,7 +294,7 @@ class Bidirectional(nn.Bidirectional):
         plan = self.plan if plan is None else plan
         call_flax = functools.partial(super().__call__, inputs, seq_lengths=seq_lengths, **options)
         rnns = self.forward_rnn, self.backward_rnn
-        if not check_pair(*rnns, RNN, isinstance(inputs, PackedSequence) or plan is not None):
+        if not check_pair(rnns, RNN, inputs, plan):
             return call_flax(initial_carry=initial_carry, init_key=init_key)
         carries = (None, None) if initial_carry is None else initial_carry
         keys = (None, None) if init_key is None else jax.random.split(init_key)

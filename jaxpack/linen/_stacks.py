@@ -41,7 +41,7 @@ __all__ = ["GRU", "LSTM", "SimpleRNN"]
 _INITIALIZERS = ("kernel_init", "recurrent_kernel_init", "bias_init")
 
 
-class _Recurrent(nn.Module):
+class _Stack(nn.Module):
     """Base of the stacks. A subclass has the options of its layer class, except input_size."""
 
     dtype: Any = dataclasses.field(default=None, kw_only=True)
@@ -118,9 +118,8 @@ class _Recurrent(nn.Module):
         if weights:
             return weights[0].shape[0]
         data = inputs.data if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
-        return max(
-            (1, *jnp.shape(jax.tree.leaves(data)[0]))[-1], 1
-        )  # 1 for inputs without one, which the layer refuses
+        size = (1, *jnp.shape(jax.tree.leaves(data)[0]))[-1]
+        return max(size, 1)  # 1 for inputs without features, which the layer refuses
 
     @nn.nowrap
     def _params(self, layer: RecurrentLayer) -> LayerParams:
@@ -147,7 +146,7 @@ def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
     return padded_plan(batch_size, num_steps)
 
 
-class SimpleRNN(_Recurrent):
+class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn.apply(variables, packed) returns (output, h_n).
 
     The attributes hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are those of jaxpack.RNN.
@@ -178,7 +177,7 @@ class SimpleRNN(_Recurrent):
     bidirectional: bool = False
 
 
-class LSTM(_Recurrent):
+class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
     The attributes hidden_size, num_layers, bias, dropout, bidirectional and proj_size are those of jaxpack.LSTM. dtype,
@@ -203,7 +202,7 @@ class LSTM(_Recurrent):
     proj_size: int = 0
 
 
-class GRU(_Recurrent):
+class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
     The attributes hidden_size, num_layers, bias, dropout and bidirectional are those of jaxpack.GRU. dtype,

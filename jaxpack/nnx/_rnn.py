@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ class RNN(nnx.RNN):
         inputs: PackedSequence | ArrayLike,
         *,
         initial_carry: PyTree | None = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -146,8 +146,7 @@ class RNN(nnx.RNN):
         stacks_variables = any(isinstance(axis, int) for axis in self.state_axes.values())
         known = None if stacks_variables else _known(self.cell, call.inputs.dtype, carry)
         plan = self.plan if call.plan is None else call.plan
-        can_delegate = known is None and (plan is None or stacks_variables)
-        return Direction(carry, known, self._scan, plan, reverse, keep_order, stacks_variables, can_delegate)
+        return Direction(carry, known, self._scan, plan, reverse, keep_order, stacks_variables)
 
     def _fresh_broadcast_keys(self) -> Any:
         """Gives the streams whose keys all steps share new keys for one call."""
@@ -234,7 +233,7 @@ class Bidirectional(nnx.Bidirectional):
         *,
         initial_carry: tuple[PyTree, PyTree] | None = None,
         rngs: Any = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -263,7 +262,7 @@ class Bidirectional(nnx.Bidirectional):
         plan = self.plan if plan is None else plan
         call_flax = functools.partial(super().__call__, inputs, seq_lengths=seq_lengths, **options)
         rnns = self.forward_rnn, self.backward_rnn
-        if not check_pair(*rnns, RNN, isinstance(inputs, PackedSequence) or plan is not None):
+        if not check_pair(rnns, RNN, inputs, plan):
             return call_flax(initial_carry=initial_carry, rngs=rngs)
         layout = Layout.of(inputs, options["time_major"], self.forward_rnn.cell.num_feature_axes)
         call = Call(inputs, layout, seq_lengths, plan, forward_mode)

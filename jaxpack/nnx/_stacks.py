@@ -46,7 +46,7 @@ class Options(TypedDict, total=False):
     deterministic: bool
 
 
-class _Recurrent(nnx.Module):
+class _Stack(nnx.Module):
     """Base of the stacks: a layer spec with its parameters as nnx.Param, and a stream of keys for dropout."""
 
     def __init__(
@@ -149,7 +149,7 @@ class _Recurrent(nnx.Module):
         return {name: entries[name] for name in self.layer.shapes[group]}
 
 
-class SimpleRNN(_Recurrent):
+class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn(packed) returns (output, h_n).
 
     The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are those of
@@ -192,7 +192,7 @@ class SimpleRNN(_Recurrent):
         super().__init__(layer, rngs, **options)
 
 
-class LSTM(_Recurrent):
+class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm(packed) returns (output, (h_n, c_n)).
 
     The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and proj_size are those of
@@ -227,7 +227,7 @@ class LSTM(_Recurrent):
         super().__init__(layer, rngs, **options)
 
 
-class GRU(_Recurrent):
+class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
     The arguments input_size, hidden_size, num_layers, bias, dropout and bidirectional are those of jaxpack.GRU.

@@ -1,3 +1,5 @@
+"""Weights from and to Haiku: values against Haiku's own cores, round trips, refusals."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def core(layer, **options):
 
 
 def unroll(layer, reverse=False, **options):
-    """Haiku's own run of one direction over equal lengths, as a transformed (x) -> (outputs, state)."""
+    """Returns Haiku's own run of one direction over equal lengths, a transformed (x) -> (outputs, state)."""
 
     def run(x):
         module = core(layer, **options)
@@ -35,7 +37,7 @@ def named(layer, cell):
 
 
 def haiku_params(layer, seed=0, **options):
-    """Random parameters as Haiku lays them out, of each direction."""
+    """Returns random parameters in Haiku's layout for each layer and direction."""
     rng = np.random.default_rng(seed)
     sizes = [shapes["weight_ih"][0] for shapes in layer.shapes.values()]
     inits = [(unroll(layer, **options).init, jnp.ones((2, T, size))) for size in sizes]

@@ -1,3 +1,5 @@
+"""Weights in safetensors files: round trips, PyTorch's files, refusals; nothing is unpickled."""
+
 import pickle
 import sys
 
@@ -102,7 +104,7 @@ def test_other_dtypes_are_refused(tmp_path, safetensors):
 
 
 class Trap:
-    """Touches a file if it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -160,7 +162,7 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
 
 
 class _Absent:
-    """Finds that safetensors is not installed."""
+    """An import finder that knows no safetensors."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "safetensors":
