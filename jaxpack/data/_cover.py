@@ -77,23 +77,29 @@ class Coverage:
 
 
 @overload
-def plan_cover(
+def plan_cover(  # noqa: D418
     lengths: Mapping[str, npt.ArrayLike],
     batch_size: int | None = ...,
     *,
     max_cells: int | None = ...,
     miss: float | None = ...,
     planner: Planner | None = ...,
-) -> dict[str, BucketPlan]: ...
+) -> dict[str, BucketPlan]:
+    """Returns one plan for each time axis."""
+
+
 @overload
-def plan_cover(
+def plan_cover(  # noqa: D418
     lengths: npt.ArrayLike,
     batch_size: int | None = ...,
     *,
     max_cells: int | None = ...,
     miss: float | None = ...,
     planner: Planner | None = ...,
-) -> BucketPlan: ...
+) -> BucketPlan:
+    """Returns one plan."""
+
+
 def plan_cover(
     lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike],
     batch_size: int | None = None,

@@ -18,7 +18,7 @@ from jaxpack.data._axes import Plans, axis_names, plans_of
 from jaxpack.data._batch import Batch, lay_out
 from jaxpack.data._batcher import Batcher
 from jaxpack.data._form import Form
-from jaxpack.data._joint_buffer import slot_buffer
+from jaxpack.data._joint_buffer import make_buffer
 from jaxpack.data._slot_filling import BUFFERED_BATCHES
 from jaxpack.data._source import LOOKAHEAD, Length, Piece, too_long_message
 from jaxpack.data._trend import Trend
@@ -279,7 +279,7 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
     def _clear(self, number: int, parent: State) -> None:
         """Holds nothing; the parent stands before this example, in this state."""
         self._read, self._anchors = number, [(number, parent)]
-        self._buffer = slot_buffer(self._plans, self._buffer_size, 1, self._rng)
+        self._buffer = make_buffer(self._plans, self._buffer_size, 1, self._rng)
         self._held: dict[int, Piece] = {}
         self._taken: list[PyTree] = []  # from the parent, until it was found to be right
         self._drawn = _rng_state(self._rng)  # the generator's state after the last draw

@@ -20,9 +20,24 @@ from jaxpack.data._lengths import lengths_by_axis
 from jaxpack.data._trend import Trend
 
 TooLong = Literal["error", "truncate", "drop", "split"]
-Length = Any  # an int; a tuple of ints, one for each time axis, where there are several
+Length = Any  # an int; with several time axes, a tuple with an int for each
 
 LOOKAHEAD = 1000  # examples of a stream that are read to find one that is more than an empty list
+
+
+class ByPosition(Protocol):
+    """Examples with a length, which are read by their position."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """The example at a position."""
+        ...
+
+
+Source = ByPosition | Iterable[PyTree]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -259,10 +259,10 @@ def test_a_state_of_another_batcher_is_refused():
         (lambda: list(SlotFilling([[1]], plan_padded(1, 2), lengths=[2])), ValueError, "has 1 steps, but .* as 2"),
         (lambda: SlotFilling(Stream([[1]]), plan_padded(1, 1), lengths=[1]), ValueError, "this one has no index"),
         (lambda: SlotFilling([np.ones((1, 2)), np.ones((1, 3))], batch_size=2), ValueError, "example 1 has features"),
-        (lambda: SlotFilling([[1]], plan_padded(1, 1), shard_index=1), ValueError, "shard_index must lie in"),
+        (lambda: SlotFilling([[1]], plan_padded(1, 1), shard_index=1), ValueError, "shard_index must be in"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), buffer_size=0), ValueError, "buffer_size must be at least 1"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), seed=0.5), TypeError, "seed must be an int"),
-        (lambda: len(SlotFilling(Stream([[1]]), plan_padded(1, 1))), TypeError, "not known before it was read"),
+        (lambda: len(SlotFilling(Stream([[1]]), plan_padded(1, 1))), TypeError, "not known before it is read"),
     ],
 )
 def test_bad_sources_and_options_are_named(call, error, message):
