@@ -42,8 +42,8 @@ class SlotBuffer(Buffer):
     def _deal(self) -> list[np.ndarray]:
         count = num_batches(self._lengths[:, 0], self._room)
         count = -(-count // self._shard_count) * self._shard_count
-        places = np.arange(self._slots * count)
-        places = np.where(places < len(self._numbers), places, -1).reshape(self._slots, count)
+        numbers = np.arange(self._slots * count)
+        places = np.where(numbers < len(self._numbers), numbers, -1).reshape(self._slots, count)
         if self._rng is not None:
             self._rng.permuted(places, axis=1, out=places)
         return [batch[batch >= 0] for batch in places.T]

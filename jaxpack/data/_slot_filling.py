@@ -11,7 +11,7 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.data._axes import Plans, axis_names, by_axis, plans_of
 from jaxpack.data._batcher import Batcher, Lengths, Options, Round
 from jaxpack.data._buffer import rounds
-from jaxpack.data._cover import plan_cover
+from jaxpack.data._cover import cover
 from jaxpack.data._joint_buffer import make_buffer
 from jaxpack.data._source import Source
 
@@ -76,9 +76,9 @@ class SlotFilling(Batcher):
             plans_of(plan, axis_names(options.get("time_varying")))  # checked before the source is read, which is slow
         super().__init__(source, **options)
         if plan is None:
-            columns = [np.ascontiguousarray(column) for column in self._corpus("a plan").T]
-            plan = plan_cover(by_axis(columns, self._names), batch_size, max_cells=max_cells)
-        self._plans = plans_of(plan, self._names)
+            self._plans = cover(self._corpus("a plan"), batch_size, max_cells=max_cells)
+        else:
+            self._plans = plans_of(plan, self._names)
         self._held = BUFFERED_BATCHES * self.shard_count * self._plans[0].num_sequences
         self._limit([plan.max_length for plan in self._plans], self._held)
 

@@ -174,10 +174,10 @@ def test_rooms_of_very_many_distinct_lengths_miss_as_often_as_said(monkeypatch):
         (lambda: plan_cover([], 2), ValueError, "the corpus is empty"),
         (lambda: plan_cover([3, -1], 2), ValueError, r"lengths\[1\] = -1 is negative"),
         (lambda: plan_cover([3, np.nan], 2), ValueError, "whole numbers"),
-        (lambda: plan_cover([3]), ValueError, "give batch_size or max_cells"),
-        (lambda: plan_cover([3], 1, max_cells=9), ValueError, "give batch_size or max_cells"),
+        (lambda: plan_cover([3]), ValueError, "pass either batch_size or max_cells"),
+        (lambda: plan_cover([3], 1, max_cells=9), ValueError, "pass either batch_size or max_cells"),
         (lambda: plan_cover([3], 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda: plan_cover([3], 1.5), TypeError, "batch_size must be an int"),
+        (lambda: plan_cover([3], 1.5), TypeError, "batch_size must be an int"),  # type: ignore[call-overload]
         (lambda: plan_cover([3], max_cells=2), ValueError, "max_cells = 2 does not hold the longest"),
         (lambda: plan_cover([3], 1, miss=0), ValueError, "between 0 and 1, got 0"),
         (lambda: plan_family([3], 2, 0), ValueError, "num_plans must be at least 1"),

@@ -28,7 +28,7 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -152,7 +152,7 @@ def _passes(calls: dict[str, Calls]) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def _in_turns(
-    runs: dict[str, dict[str, Callable[[], Any]]], repeats: int, tell: Tell
+    runs: Mapping[str, Mapping[str, Callable[[], Any]]], repeats: int, tell: Tell
 ) -> dict[tuple[str, str], dict[str, np.ndarray]]:
     """Times every run once a turn: seconds and page faults, [repeats] each.
 

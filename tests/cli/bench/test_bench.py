@@ -1,11 +1,13 @@
 """`jaxpack bench`: what it counts, what it compares, what it lists as missing, what it refuses. No time is asserted."""
 
+import functools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from jaxpack.cli.bench.workloads import Workload, named_workload, workload_names
 
 LENGTHS = np.array([3, 8, 8, 2])  # few: without a plan there is a loop for each of up to eight
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
+CACHE = "jax_enable_compilation_cache"
 NAMES = (
     "lognormal",
     "uniform",
@@ -90,6 +93,7 @@ class Run:
         self.result = json.loads((folder / "result.json").read_text())
         self.peers = {peer["name"]: peer for peer in self.result["peers"]}
         self.missing = {peer["name"]: peer["reason"] for peer in self.result["missing"]}
+        self.calls: dict[str, Any] = {}  # what each library was compiled to
 
     def row(self, table, name):
         """The entries of a library in one of the report's tables."""
@@ -100,7 +104,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """All libraries; what each was compiled to is kept in `calls`."""
+    """All libraries, with their calls."""
     calls = {}
 
     def keeping(name, build):
@@ -366,25 +370,25 @@ def test_lengths_of_0_are_measured_but_not_by_torch_packed():
 
 
 def test_all_runs_take_turns_each_after_one_that_is_not_timed():
-    order = []
-    runs = {name: {"forward": lambda name=name: order.append(name)} for name in "ab"}
+    order: list[str] = []
+    runs = {name: {"forward": functools.partial(order.append, name)} for name in "ab"}
     samples = bench_measure._in_turns(runs, 3, quiet)
     assert "".join(order) == "aabb" * 3
     assert samples["b", "forward"]["seconds"].shape == (3,)
 
 
 def test_compile_seconds_do_not_come_from_a_cache(monkeypatch):
-    before = jax.config.jax_enable_compilation_cache
+    before = getattr(jax.config, CACHE)
     seen = []
 
     def build(workload):
-        seen.append(jax.config.jax_enable_compilation_cache)
+        seen.append(getattr(jax.config, CACHE))
         raise Missing("enough")
 
     monkeypatch.setitem(PEERS, "other", build)
     measure(tiny(), ["other"], 1, quiet)
     assert seen == [False]
-    assert jax.config.jax_enable_compilation_cache == before
+    assert getattr(jax.config, CACHE) == before
 
 
 def test_workloads_are_those_of_the_list():
