@@ -5,7 +5,7 @@ Order statistics of a random batch concentrate: with B sequences drawn, the i-th
 
 - Batches that are *made to fit* (`SlotFilling`). With N sequences in n = ceil(N/B) batches, slot i needs room for the
   (n i)-th longest of the corpus: the n sequences that slot i takes over the epoch then all fit, and with less room some
-  would not. So sum(lengths) / (n sum(room)), the *slot bound*, is the largest efficiency that B slots can have.
+  would not. So sum(lengths) / (n sum(room)), the *slot bound*, is the largest efficiency of B slots in n batches.
 - Batches *drawn at random*. The rooms must then be larger than the quantiles, and some batches still miss.
 
 A random batch fits if few enough of its sequences are longer than each room. Drawn without replacement, those counts
@@ -58,7 +58,7 @@ class Coverage:
     Attributes:
       efficiency: the share of the plan's cells that sequences fill in an epoch of `SlotFilling`; 0 if the longest
         sequence does not fit.
-      slot_bound: the largest efficiency that any plan with as many slots can have in `SlotFilling`.
+      slot_bound: the largest efficiency of any plan with as many slots that needs the fewest batches, ceil(N/B).
       miss: the probability that a batch drawn at random, without replacement, does not fit.
       random_efficiency: the expected share of the cells that a batch drawn at random fills; batches that miss count
         too.

@@ -448,13 +448,13 @@ def test_useful_operations_count_every_matrix_of_every_layer_and_direction():
 def test_an_unknown_workload_is_refused_with_the_list():
     result = invoke("nope")
     assert result.exit_code == 2
-    assert f"'nope' is no workload. There are {', '.join(NAMES)}." in message(result)
+    assert f"'nope' is not a workload. Choose one of {', '.join(NAMES)}." in message(result)
 
 
 def test_an_unknown_library_is_refused_with_the_list():
     result = invoke("--peer", "nope")
     assert result.exit_code == 2
-    assert f"'nope' is not known. There are {', '.join(PEERS)}." in message(result)
+    assert f"'nope' is unknown. Choose from {', '.join(PEERS)}." in message(result)
 
 
 @pytest.mark.parametrize(
@@ -465,7 +465,7 @@ def test_an_unknown_library_is_refused_with_the_list():
         ("4\n2.5", "line 2: '2.5' is not a whole number"),
         ("4\n-6", "line 2: -6 is negative"),
         ("0 0", "there is nothing to compute"),
-        ("100000000 1 1", "Give the lengths of one batch"),
+        ("100000000 1 1", "Pass the lengths of one batch"),
     ],
 )
 def test_a_bad_file_of_lengths_is_refused(tmp_path, text, expected):
@@ -486,10 +486,10 @@ def test_a_missing_file_of_lengths_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("gru", "--features", 3), "Invalid value for '--features': the workload gru has its own"),
-        (("--hidden-size", 3), "Invalid value for '--hidden-size': the workload lognormal has its own"),
-        (("--cell", "gru"), "Invalid value for '--cell': the workload lognormal has its own"),
-        (("gru", "--lengths", "x"), "give a workload (gru) or lengths, not both"),
+        (("gru", "--features", 3), "Invalid value for '--features': the workload gru has a fixed one"),
+        (("--hidden-size", 3), "Invalid value for '--hidden-size': the workload lognormal has a fixed one"),
+        (("--cell", "gru"), "Invalid value for '--cell': the workload lognormal has a fixed one"),
+        (("gru", "--lengths", "x"), "pass a workload (gru) or lengths, not both"),
         (("--repeats", 0), "Invalid value for '--repeats'"),
         (("--features", 0), "Invalid value for '--features'"),
         (("--cell", "transformer"), "Invalid value for '--cell'"),
@@ -540,9 +540,9 @@ def test_huge_pages_run_the_same_command_in_a_process_that_starts_with_the_varia
 @pytest.mark.parametrize(
     ("libc", "tunables", "expected"),
     [
-        (("", ""), "", "is of glibc 2.35 and newer"),
-        (("glibc", "2.31"), "", "is of glibc 2.35 and newer; here is glibc 2.31"),
-        (("glibc", "2.36"), "glibc.malloc.hugetlb=1", "has glibc.malloc.hugetlb=1 already"),
+        (("", ""), "", "it needs glibc 2.35 or newer; this system has another C library."),
+        (("glibc", "2.31"), "", "it needs glibc 2.35 or newer; this system has glibc 2.31."),
+        (("glibc", "2.36"), "glibc.malloc.hugetlb=1", "already has glibc.malloc.hugetlb=1"),
     ],
 )
 def test_huge_pages_are_refused_where_they_would_change_nothing(monkeypatch, libc, tunables, expected):

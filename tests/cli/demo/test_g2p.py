@@ -136,7 +136,7 @@ def test_a_signal_ends_the_step_and_the_run_resumes_exactly(whole, tmp_path, mon
         disturbed(patch, name, at, lambda: os.kill(os.getpid(), number))
         stopped = Run("--checkpoint", tmp_path)
     assert stopped.exit_code == EXIT_CODES[number]
-    assert f"Stopped by {number.name}. Run the same command to go on" in plain(stopped.progress)
+    assert f"Stopped by {number.name}. Run the same command to resume" in plain(stopped.progress)
     resumed = Run("--checkpoint", tmp_path)
     assert resumed.found.resumed == steps
     same_run(resumed, whole)
