@@ -7,11 +7,6 @@ Order statistics of a random batch concentrate: with B sequences drawn, the i-th
   (n i)-th longest of the corpus: the n sequences that slot i takes over the epoch then all fit, and with less room some
   would not. So sum(lengths) / (n sum(room)), the *slot bound*, is the largest efficiency of B slots in n batches.
 - Batches *drawn at random*. The rooms must then be larger than the quantiles, and some batches still miss.
-
-A random batch fits if few enough of its sequences are longer than each room. Drawn without replacement, those counts
-are hypergeometric. The probability that no count is exceeded follows exactly from a recursion over the rooms, largest
-first (Noé 1972, The Calculation of Distributions of Two-Sided Kolmogorov-Smirnov Type Statistics; here for draws from a
-finite corpus).
 """
 
 from __future__ import annotations
@@ -24,12 +19,12 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln, xlog1py, xlogy  # jax needs scipy too
 
 from jaxpack._checks import at_least_one, concrete_lengths
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_padded, plan_rows
+from jaxpack.data._chances import miss_probability, random_rooms
 from jaxpack.data._lengths import lengths_by_axis
 from jaxpack.data._parts import joint_rooms
 
@@ -39,11 +34,7 @@ Planner = Callable[[np.ndarray], BucketPlan]
 
 _RUNS = 1e5  # runs of a corpus's program, beside which compiling one more bucket costs nothing
 _MISSES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)  # candidates for the plans of a family
-_BISECTIONS = 20  # in the search for the quantile of a miss probability
-_ALIKE = 64  # first step of the search for a batch size, as a part of it: plans have hardly more cells than rooms steps
-_CHANCES = 2**24  # the most probabilities computed at once, one for each slot and length
-_DEVIATIONS = 9  # a count is within this many standard deviations of its mean, to a float's precision
-_NOTHING = 1e-30  # a chance below this share of the largest one is dropped
+_ALIKE = 64  # steps of the search for a batch size start at this part, since plans have few cells beyond their rooms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +157,7 @@ def cover(
 
     def rooms(batch_size: int) -> list[np.ndarray]:
         if miss is not None:
-            return [_random_rooms(column, batch_size)(miss / num_axes) for column in ordered]
+            return [random_rooms(column, batch_size)(miss / num_axes) for column in ordered]
         return joint_rooms(corpus, batch_size) if num_axes > 1 else [_rooms(ordered[0], batch_size)]
 
     if batch_size is not None:
@@ -204,10 +195,10 @@ def plan_family(
     num_plans = at_least_one("num_plans", num_plans)
     planner = planner or _rows
     every = plan_padded(batch_size, max(1, int(corpus[0])))
-    rooms = _random_rooms(corpus, batch_size)
+    rooms = random_rooms(corpus, batch_size)
     options = {planner(rooms(miss)): None for miss in _MISSES}
     smaller = sorted((plan for plan in options if plan.size < every.size), key=lambda plan: plan.size)
-    missed = {plan: _miss(corpus, plan.room) for plan in smaller} | {every: 0.0}
+    missed = {plan: miss_probability(corpus, plan.room) for plan in smaller} | {every: 0.0}
 
     def expected_cells(plans: tuple[BucketPlan, ...]) -> float:
         reach = [1.0, *(missed[plan] for plan in plans)]
@@ -238,7 +229,7 @@ def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
     efficiency = corpus.sum() / (num_batches(corpus, plan.room) * plan.size) if corpus[0] <= plan.max_length else 0
     bound = corpus.sum() / (-(-len(corpus) // slots) * _rooms(corpus, slots).sum())
     filled = min(slots, len(corpus)) * corpus.mean() / plan.size
-    return Coverage(float(efficiency), float(bound), _miss(corpus, plan.room), float(filled))
+    return Coverage(float(efficiency), float(bound), miss_probability(corpus, plan.room), float(filled))
 
 
 def num_batches(corpus: np.ndarray, room: np.ndarray) -> int:
@@ -302,100 +293,3 @@ def _largest_size(fits: Callable[[int], bool], least: int, most: int) -> int:
         middle = min((least + most + 1) // 2, 4 * least)  # most batches have far fewer sequences than cells
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
     return least
-
-
-def _random_rooms(corpus: np.ndarray, batch_size: int) -> Callable[[float], np.ndarray]:
-    """Returns a function from a miss probability to rooms [B], each exceeded with the same probability."""
-    drawn = min(batch_size, len(corpus))
-    values, counts = np.unique(corpus, return_counts=True)
-    longer = len(corpus) - np.cumsum(counts)
-    every = -(-len(values) * drawn // _CHANCES)  # takes one in this many lengths, always the longest
-    values, longer = values[::-1][::every][::-1], longer[::-1][::every][::-1]
-    tails = _tails(len(corpus), longer, drawn)
-
-    def rooms(quantile: float) -> np.ndarray:
-        """Returns for each slot the least length which it exceeds with at most this probability."""
-        places = np.array([np.searchsorted(tail, quantile, "right") - 1 for tail in tails])
-        found = np.maximum(1, values[::-1][places])
-        return np.concatenate([found, np.ones(batch_size - drawn, found.dtype)])
-
-    def missed_at_most(miss: float) -> np.ndarray:
-        low, high = 0.0, miss  # no slot is missed more often than all jointly
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _miss(corpus, rooms(middle)) <= miss else (low, middle)
-        return rooms(low)
-
-    return missed_at_most
-
-
-def _tails(size: int, longer: np.ndarray, drawn: int) -> np.ndarray:
-    """Computes [drawn, U], the probability that the i-th longest of a batch exceeds each of U lengths, longest first.
-
-    Args:
-      size: how many sequences the corpus has.
-      longer: int [U], how many of them are longer than each length, shortest length first.
-      drawn: how many sequences a batch has.
-    """
-    counts = np.arange(drawn)[:, None]
-    chances = np.exp(_log_hypergeometric(size, longer[::-1], drawn, counts))  # [drawn, U]
-    return np.maximum.accumulate(1 - np.cumsum(chances, axis=0), axis=1)
-
-
-def _miss(corpus: np.ndarray, room: np.ndarray) -> float:
-    """Computes the exact probability that a batch drawn without replacement does not fit.
-
-    The recursion takes the distinct rooms, largest first. If slot s is the first with a room, at most s sequences may
-    be longer than it. If each sequence were drawn independently, with probability drawn / size, the numbers of
-    sequences drawn between two rooms would be binomial and independent. Given that `drawn` are drawn in all, their
-    distribution is that of a batch. `chances[m]` is the probability that m sequences are longer than the room reached
-    and no limit was exceeded before.
-    """
-    size, drawn = len(corpus), min(len(room), len(corpus))
-    rooms, first = np.unique(-room[:drawn], return_index=True)
-    longer = np.searchsorted(-corpus, rooms)  # sequences of the corpus per room
-    share = drawn / size
-    low, chances, before = 0, np.ones(1), 0  # `chances` are those of low, low + 1, ...
-    for most, now in zip(first, longer, strict=True):
-        more_low, more = _binomial(now - before, share, most - low)
-        chances = np.convolve(chances, more)[: most + 1 - low - more_low] if more.size else more
-        if not chances.any():
-            return 1.0
-        low, before = low + more_low, now
-        kept = np.flatnonzero(chances > _NOTHING * chances.max())
-        low, chances = low + kept[0], chances[kept[0] : kept[-1] + 1]
-    counts = low + np.arange(len(chances))
-    fits = (chances * np.exp(_log_binomial(size - before, share, drawn - counts))).sum()
-    return float(np.clip(1 - fits / np.exp(_log_binomial(size, share, np.array(drawn))), 0, 1))
-
-
-def _binomial(number: int, share: float, most: int) -> tuple[int, np.ndarray]:
-    """Returns the least number of hits with a chance above zero, to a float's precision, and the chances from it up.
-
-    Chances of more than `most` >= 0 hits are left out, so there may be none.
-    """
-    mean = number * share
-    spread = _DEVIATIONS * (np.sqrt(mean) + _DEVIATIONS)
-    low, high = max(0, int(mean - spread)), min(number, most, int(mean + spread) + 1)
-    return low, np.exp(_log_binomial(number, share, np.arange(low, high + 1)))
-
-
-def _log_binomial(number: int, share: float, hits: np.ndarray) -> np.ndarray:
-    """Computes log P(hits) of `number` draws, each with the chance `share`; -inf where impossible."""
-    possible = (hits >= 0) & (hits <= number)
-    hits = np.where(possible, hits, 0)
-    log = _log_choose(number, hits) + xlogy(hits, share) + xlog1py(number - hits, -share)
-    return np.where(possible, log, -np.inf)
-
-
-def _log_hypergeometric(size: int, marked: np.ndarray, drawn: int, hits: np.ndarray) -> np.ndarray:
-    """Computes log P(hits) of draws without replacement from `size`, `marked` of them; -inf where impossible."""
-    possible = (hits <= marked) & (hits <= drawn) & (drawn - hits <= size - marked)
-    hits = np.where(possible, hits, np.maximum(0, drawn - (size - marked)))
-    with np.errstate(invalid="ignore"):
-        log = _log_choose(marked, hits) + _log_choose(size - marked, drawn - hits) - _log_choose(size, drawn)
-    return np.where(possible, log, -np.inf)
-
-
-def _log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
-    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)

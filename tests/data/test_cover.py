@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpack import BucketPlan, plan_buckets, plan_padded
-from jaxpack.data import SlotFilling, coverage, plan_cover, plan_family
-from jaxpack.data import _cover as cover
+from jaxpack.data import SlotFilling, _chances, coverage, plan_cover, plan_family
 
 corpora = st.lists(st.integers(0, 12), min_size=1, max_size=40)
 
@@ -168,7 +167,7 @@ def test_a_budget_of_cells_for_thousands_of_sequences_takes_few_plans():
 
 
 def test_rooms_of_very_many_distinct_lengths_miss_as_often_as_said(monkeypatch):
-    monkeypatch.setattr(cover, "_CHANCES", 2000)  # of 16 * 1500: every twelfth length is looked at
+    monkeypatch.setattr(_chances, "_CHANCES", 2000)  # of 16 * 1500: every twelfth length is looked at
     lengths = np.random.default_rng(3).permutation(1500) + 1
     plan = plan_cover(lengths, 16, miss=0.1)
     assert 0.03 < coverage(lengths, plan).miss <= 0.1
