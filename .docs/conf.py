@@ -44,7 +44,7 @@ contents = {
         "reference/",
         ["plans", "packed", "layers", "cells", "flax", "interop", "data", "losses", "serving", "plot", "datasets"],
     ),
-    "Development": ("", ["how-it-works", "contributing", "code_of_conduct", "security", "changelog"]),
+    "Development": ("", ["how-it-works", "recurrence", "contributing", "code_of_conduct", "security", "changelog"]),
 }
 
 html_theme = "furo"

@@ -1,5 +1,6 @@
 """The public namespaces: what is exported, where it says it lives, and how a name is retired."""
 
+import ast
 import importlib
 import pathlib
 import pickle
@@ -62,6 +63,37 @@ def test_everything_outside_the_package_imports_public_modules_only():
     ]
     assert len(pages) > 10
     assert private == []
+
+
+def imported_rooms(path):
+    """The rooms (modules and folders right below the package) that a module imports when it is imported."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for package, *rest in (module.split(".") for module in modules):
+            if package == "jaxpack":
+                yield rest[0] if rest and rest[0] in ROOMS else "jaxpack"
+
+
+ROOMS = {path.stem for path in (ROOT / "jaxpack").iterdir() if path.suffix in ("", ".py") and path.name[:2] != "__"}
+
+
+def test_imports_run_downward_on_the_map():
+    page = (ROOT / ".docs" / "how-it-works.md").read_text(encoding="utf-8")
+    floors = page.split("## The map")[1].split("```")[1].splitlines()
+    height = {room: -i for i, floor in enumerate(floors) for room in floor.split()}
+    assert ROOMS | {"jaxpack"} == set(height)
+    upward = set()
+    for path in (ROOT / "jaxpack").rglob("*.py"):
+        room = path.relative_to(ROOT / "jaxpack").parts[0].removesuffix(".py").replace("__init__", "jaxpack")
+        if room != "__main__":
+            others = set(imported_rooms(path)) - {room}
+            upward |= {(room, other) for other in others if height[other] >= height[room]}
+    assert upward == set()
 
 
 def test_a_deprecated_name_still_works_and_says_what_to_write(monkeypatch):
