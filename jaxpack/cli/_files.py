@@ -60,7 +60,7 @@ def read_or_parse_lengths(argument: str, parameter: str) -> np.ndarray:
     Raises:
       typer.BadParameter: as `read_lengths`, and if the argument is neither.
     """
-    # Path.exists raises if a long list is no valid name, os.path.exists does not.
+    # Path.exists raises if a long list is not a valid name; os.path.exists does not.
     if argument == STANDARD_INPUT or os.path.exists(argument):
         return read_lengths(pathlib.Path(argument), parameter)
     try:

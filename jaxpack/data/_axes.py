@@ -54,7 +54,7 @@ def axes_of(time_varying: PyTree, structure: Any, ranks: Sequence[int]) -> tuple
       ranks: the number of axes of each leaf.
 
     Raises:
-      ValueError: if time_varying is no prefix of the structure.
+      ValueError: if time_varying is not a prefix of the structure.
     """
     if time_varying is None:
         return tuple(0 if rank else None for rank in ranks)

@@ -125,7 +125,7 @@ def plan_cover(
     Raises:
       ValueError: if the corpus is empty, lengths are negative or not whole, both or none of batch_size and max_cells
         are given, or one of them or miss is out of range.
-      TypeError: if batch_size or max_cells is no int.
+      TypeError: if batch_size or max_cells is not an int.
     """
     if not isinstance(lengths, Mapping):
         corpus = concrete_lengths(lengths)[:, None]
@@ -188,7 +188,7 @@ def plan_family(
 
     Raises:
       ValueError: if the corpus is empty, lengths are negative or not whole, or another argument is below 1.
-      TypeError: if batch_size or num_plans is no int.
+      TypeError: if batch_size or num_plans is not an int.
     """
     corpus = _longest_first(lengths)
     batch_size = at_least_one("batch_size", batch_size)

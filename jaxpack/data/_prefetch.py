@@ -38,7 +38,7 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
       An exception of the iterator, of any kind, is raised in place of its item.
 
     Raises:
-      TypeError: if size is no int.
+      TypeError: if size is not an int.
       ValueError: if size is below 1.
     Source: mirrors flax.jax_utils.prefetch_to_device.
     """

@@ -1,4 +1,4 @@
-"""The command line: what it accepts, and that the demo's report tells the truth."""
+"""The command line: its options and errors, and the truth of the demo's report."""
 
 import collections
 import contextlib
@@ -43,12 +43,12 @@ def invoke(*arguments):
 
 
 def plain(text):
-    """Text without the escape sequences that colour it on some CI machines."""
+    """Removes the escape sequences that colour text on some CI machines."""
     return re.sub(r"\x1b\[[\d;]*m", "", text)
 
 
 class Run:
-    """A run of the demo: its report, and how often XLA compiled each function, read from JAX's own log."""
+    """A run of the demo: its report, and how often XLA compiled each function, from JAX's log."""
 
     def __init__(self, *options):
         self.compiled: collections.Counter[str] = collections.Counter()
@@ -72,7 +72,7 @@ class Run:
         return False
 
     def row(self, heading):
-        """The numbers in a row of the report's table."""
+        """Returns the numbers in a row of the report's table."""
         (line,) = [line for line in self.report.splitlines() if line.startswith(heading)]
         return [float(n.replace(",", "").rstrip("%")) for n in line.removeprefix(heading).split()]
 
@@ -85,7 +85,7 @@ def packed():
 @pytest.fixture(scope="module")
 def padded():
     with pytest.MonkeyPatch.context() as patch:
-        # A packed plan that no batch fits, and that compiles fast: training under it would make everything NaN.
+        # A packed plan that compiles fast and no batch fits: training under it would make everything NaN.
         patch.setattr(demo_file, "plan_run", lambda lengths, rows: jaxpack.plan_padded(rows.shape[-1], 1))
         return Run("--padded")
 
@@ -130,8 +130,10 @@ def test_padded_training_learns_the_same(packed, padded):
     accuracy = re.compile(r"Test accuracy +([\d.]+)%, (\d+) of 370")
     (share, correct), (_, correct_padded) = (accuracy.findall(run.report)[0] for run in (packed, padded))
     assert float(share) == pytest.approx(100 * int(correct) / 370, abs=0.05)
-    assert abs(int(correct) - int(correct_padded)) <= 2  # rounding may turn an utterance on the edge
-    assert int(correct) > 2 * 370 / 9  # it has learnt something
+    assert (
+        abs(int(correct) - int(correct_padded)) <= 2
+    )  # rounding may change an answer near a boundary
+    assert int(correct) > 2 * 370 / 9  # better than twice chance
 
 
 def test_report_shows_the_plan_that_was_trained(packed, padded):
@@ -195,7 +197,7 @@ def test_empty_rows_change_neither_loss_nor_training():
     likelihoods = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(loss, -np.log(likelihoods[[0, 1], [0, 1]]).mean(), rtol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, trained, trained_too)
-    with pytest.raises(AssertionError):  # a label of a real row does make a difference
+    with pytest.raises(AssertionError):  # the label of a real row matters
         jax.tree.map(np.testing.assert_array_equal, trained, trained_otherwise)
 
 
@@ -292,7 +294,7 @@ OUTPUTS = {
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Commands that fail if they begin to work, and otherwise find nothing."""
+    """Makes commands fail if they begin to work."""
 
     def work(*args, **kwargs):
         raise AssertionError("the work began")
@@ -311,7 +313,7 @@ WORK = [
 
 
 def refused(output, path):
-    """The error of a command whose output, named by an option, goes to a path that cannot be written."""
+    """Returns the error of a command whose output goes to a path that cannot be written."""
     if "--plot" in output:
         pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
     *command, option, _ = OUTPUTS[output]
@@ -418,7 +420,7 @@ def test_a_report_that_nobody_can_read_ends_without_a_traceback(device, said, ar
         cli.main()
     sys.stdout.flush()  # as Python does at its end
     with contextlib.suppress(BrokenPipeError):
-        stdout.close()  # which typer may have put another in the place of
+        stdout.close()  # typer may have replaced it
     assert stopped.value.code == 1
     error = capfd.readouterr().err
     assert error.startswith(said)

@@ -1,4 +1,4 @@
-"""`jaxpack plan`: what it counts and estimates, what it chooses, what it reads, what it refuses."""
+"""`jaxpack plan`: its counts and estimates, its choice, the files that it reads, and the input that it refuses."""
 
 import codecs
 import re
@@ -26,19 +26,19 @@ def invoke(*arguments, standard_input=None):
 
 
 def message(result):
-    """An error without its box and line breaks."""
+    """Returns an error without its box and line breaks."""
     assert result.exit_code == 2, result.output
     return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", " ", result.output).split())
 
 
 def counts(result, heading):
-    """A row of the table, in numbers."""
+    """Returns a row of the table as numbers."""
     (line,) = [line for line in result.output.splitlines() if line.startswith(f"{heading}  ")]
     return [float(n.replace(",", "")) for n in line.removeprefix(heading).split()]
 
 
 def columns(buckets, lengths=LENGTHS):
-    """The plans that the table shows."""
+    """Returns the plans that the table shows."""
     padded = jaxpack.plan_padded(len(lengths), max(lengths))
     return [padded, jaxpack.plan_exact(lengths), buckets, jaxpack.plan_rows(lengths)]
 
@@ -48,7 +48,7 @@ def longest_first(lengths):
 
 
 def pictures(result):
-    """The lines of each picture, by its heading."""
+    """Returns the lines of each picture by its heading."""
     _, *parts = re.split(r"^(buckets.*|rows(?: and.*|, .*)?)\n", result.output, flags=re.MULTILINE)
     drawn = [re.findall(r"^  ([█▓░].*)$", part, re.MULTILINE) for part in parts[1::2]]
     return dict(zip(parts[::2], drawn, strict=True))
@@ -302,7 +302,7 @@ def test_a_corpus_that_is_no_single_batch_is_planned_as_a_corpus(tmp_path):
     output = invoke(tmp_path / "lengths", "--batch-size", 10).output
     assert "One batch would have more cells than int32 can index." in output
     assert re.search(r"^cells that are real +100.0% +100.0%$", output, re.MULTILINE)
-    assert "reference layer" in output  # what * says
+    assert "reference layer" in output  # the note of *
 
 
 def test_a_report_of_large_numbers_fits_80_columns(tmp_path):

@@ -1,4 +1,4 @@
-"""`jaxpack serve-bench`: its report tells what happened, and its exit status whether all went well."""
+"""`jaxpack serve-bench`: its report is true, and its exit status tells whether the test passed."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def invoke(*arguments):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of the command, and what it wrote."""
+    """A run of the command: its report and its JSON."""
     path = tmp_path_factory.mktemp("serve") / "result.json"
     result = invoke(*SMALL, "--json", path)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Examples of several time axes, such as source and target: each under its own plan, every one once an epoch."""
+"""Examples with several time axes, such as source and target: each axis has its plan, every example comes once."""
 
 import json
 import re
@@ -20,12 +20,12 @@ NAMES = ("source", "target")
 
 
 def pairs_of(lengths):
-    """Every step says whose it is and which."""
+    """Examples each of whose steps holds the number of its example and its place."""
     return [(np.arange(a) + 100 * i, -np.arange(b) - 100 * i) for i, (a, b) in enumerate(lengths)]
 
 
 def steps(packed):
-    """Rows of a packed batch on the host."""
+    """Returns the rows of a packed batch on the host."""
     plan, slots = packed.plan, packed.unsorted_indices
     places = zip(plan.slot_starts[slots], packed.lengths, plan.slot_rows[slots], strict=True)
     return [packed.data[plan.step_offsets[start + np.arange(length)] + row].tolist() for start, length, row in places]
@@ -44,7 +44,7 @@ def batchers(draw):
     lengths = draw(lengths_of_pairs)
     batch_size = draw(st.integers(1, 5))
     columns = dict(zip(NAMES, zip(*lengths, (LONGEST, LONGEST), strict=True), strict=True))
-    own = {name: plan_cover(columns[name], batch_size) for name in NAMES}  # which pairs need not fit together
+    own = {name: plan_cover(columns[name], batch_size) for name in NAMES}  # pairs need not fit both
     together = plan_cover(columns, batch_size)
     padded = {name: plan_padded(batch_size, LONGEST) for name in NAMES}
     options = {
@@ -138,7 +138,7 @@ def related(correlation, size=4000):
 
 
 class Sized:
-    """Pairs that are never looked at, but for the first."""
+    """Pairs of blank examples with these lengths."""
 
     def __init__(self, lengths):
         self.lengths = lengths
@@ -241,7 +241,7 @@ EXAMPLES = {
     "nested": {"x": {"ids": np.ones(3), "mask": np.ones(3)}, "y": {"ids": np.ones(5)}},
     "triple": (np.ones(3), np.ones(5), np.ones(9)),
 }
-DOORS = {
+FEEDS = {
     "slots": lambda source, **options: SlotFilling(source, batch_size=1, **options),
     "lengths": lambda source, **options: list(
         SlotFilling(source, options.pop("plan", plan_padded(1, 9)), lengths=options.pop("lengths", [3]), **options)
@@ -254,11 +254,11 @@ DOORS = {
 }
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("feed", FEEDS)
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
-def test_leaves_of_different_lengths_are_named_with_what_to_write(door, example):
+def test_leaves_of_different_lengths_are_named_with_what_to_write(feed, example):
     with pytest.raises(ValueError, match=r"leaves of example 0 that vary in time have different lengths") as caught:
-        DOORS[door]([example])
+        FEEDS[feed]([example])
     message = str(caught.value)
     for path, leaf in jax.tree_util.tree_flatten_with_path(example, is_leaf=lambda node: type(node) is list)[0]:
         if np.ndim(leaf):
@@ -266,9 +266,9 @@ def test_leaves_of_different_lengths_are_named_with_what_to_write(door, example)
     named, fixed = (eval(text) for text in re.findall(r"time_varying=(.*?[)}]+)[.]", message))  # as a user would paste
     assert len(SlotFilling([example], batch_size=1, time_varying=named)) == 1
     assert len(SlotFilling([example], batch_size=1, time_varying=fixed)) == 1
-    if door in ("buckets", "chunks"):
+    if feed in ("buckets", "chunks"):
         with pytest.raises(ValueError, match=r"takes examples of one time axis.*SlotFilling, whose batches fit"):
-            DOORS[door]([example], time_varying=named)
+            FEEDS[feed]([example], time_varying=named)
 
 
 def test_a_fixed_leaf_whose_leading_axis_is_time_is_named_with_what_to_write():

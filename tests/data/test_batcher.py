@@ -1,4 +1,4 @@
-"""What all batchers promise: every example once, the same again from a seed, resuming anywhere, shards in step."""
+"""Promises of all batchers: every example once, reproducible epochs, exact resumes, and shards in step."""
 
 import json
 import sys
@@ -19,13 +19,13 @@ LONGEST = 9
 
 
 def examples_of(lengths):
-    """Every step of an example says whose it is and which."""
+    """Examples each of whose steps holds the number of its example and its place."""
     return [np.arange(length) + 100 * index for index, length in enumerate(lengths)]
 
 
 @st.composite
 def batchers(draw):
-    """A function from shard_index and shard_count to a batcher, and the lengths of its source."""
+    """Draws a function from shard_index and shard_count to a batcher, and the lengths of its source."""
     lengths = draw(st.lists(st.integers(0, LONGEST), min_size=1, max_size=30))
     batch_size = draw(st.integers(1, 5))
     source = draw(st.sampled_from([examples_of(lengths), Stream(examples_of(lengths))]))
@@ -47,7 +47,7 @@ def batchers(draw):
 
 
 def contents(batch):
-    """What a batch holds, row by row, as plain values."""
+    """Returns the content of a batch, row by row, as plain values."""
     steps = [row.tolist() for row in jaxpack.unpack_sequence(batch.inputs)]
     return batch.indices.tolist(), batch.weights.tolist(), steps, batch.inputs.plan
 

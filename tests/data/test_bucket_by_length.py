@@ -1,4 +1,4 @@
-"""BucketByLength: a program a bucket, batch sizes from a budget with a cap."""
+"""BucketByLength: one program per bucket, batch sizes from a budget with a cap."""
 
 import itertools
 

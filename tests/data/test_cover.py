@@ -1,4 +1,4 @@
-"""Plans for a corpus: what they promise is what simulation finds."""
+"""Plans for a corpus: their promises agree with simulations."""
 
 import fractions
 import itertools
@@ -20,7 +20,7 @@ def gamma(size=2000):
 
 
 def share_missed(plan, lengths, batch_size, draws, rng):
-    """By simulation: how often a batch drawn without replacement does not fit."""
+    """Simulates how often a batch drawn without replacement does not fit."""
     batches = np.stack([rng.permutation(lengths)[:batch_size] for _ in range(draws)])
     longest_first = -np.sort(-batches, axis=1)
     return (longest_first > plan.room[: longest_first.shape[1]]).any(axis=1).mean()
@@ -119,7 +119,7 @@ def test_a_plan_too_short_for_the_corpus_has_no_efficiency_but_a_miss_probabilit
 
 
 def miss_by_sampling_theory(corpus, room):
-    """P(a batch of len(room) does not fit), from hypergeometric draws of one room after the other, in exact numbers."""
+    """Computes P(a batch of len(room) does not fit) from hypergeometric draws, one room after the other, exactly."""
     room, drawn = sorted(room, reverse=True), min(len(room), len(corpus))
     ways, left = {0: 1}, len(corpus)  # ways to draw so many of the sequences longer than the room reached
     for slot in range(drawn):
@@ -167,7 +167,7 @@ def test_a_budget_of_cells_for_thousands_of_sequences_takes_few_plans():
 
 
 def test_rooms_of_very_many_distinct_lengths_miss_as_often_as_said(monkeypatch):
-    monkeypatch.setattr(_chances, "_CHANCES", 2000)  # of 16 * 1500: every twelfth length is looked at
+    monkeypatch.setattr(_chances, "_CHANCES", 2000)  # of 16 * 1500: it takes every twelfth length
     lengths = np.random.default_rng(3).permutation(1500) + 1
     plan = plan_cover(lengths, 16, miss=0.1)
     assert 0.03 < coverage(lengths, plan).miss <= 0.1

@@ -1,4 +1,4 @@
-"""Batches in Grain's pipelines: every example once, and checkpoints through all of it."""
+"""Batches in Grain's pipelines: every example once, and checkpoints of the whole pipeline."""
 
 import itertools
 import runpy
@@ -24,7 +24,7 @@ prefetch = grain.experimental.ThreadPrefetchIterDataset
 
 
 def corpus(lengths=LENGTHS):
-    """Sequences whose values are all different, and none 0."""
+    """Returns sequences whose values are all different and not 0."""
     ends = np.cumsum(lengths)
     return [np.arange(end - length, end) + 1.0 for length, end in zip(lengths, ends, strict=True)]
 
@@ -34,7 +34,7 @@ def stream(lengths=LENGTHS):
 
 
 def values(batches):
-    """All that is in batches, in order of size."""
+    """Returns all values in batches, sorted."""
     return np.sort(np.concatenate([batch.inputs.data[batch.inputs.data != 0] for batch in batches]))
 
 

@@ -1,4 +1,4 @@
-"""Packing on the host gives what pack_sequence gives, and says what is wrong with examples."""
+"""pack_on_host equals pack_sequence, and its errors name the fault of an example."""
 
 import jax
 import numpy as np

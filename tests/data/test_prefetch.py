@@ -1,4 +1,4 @@
-"""prefetch_to_device: the same items, ahead of time, with the state of what was given."""
+"""prefetch_to_device: the same items, ahead of time, with the state after the last item taken."""
 
 import ctypes
 import gc
@@ -48,7 +48,7 @@ def test_packing_runs_ahead_while_nobody_asks():
     iterator = prefetch_to_device(map(lay_out, range(10)), 2)
     assert next(iterator) == 0
     for _ in range(100):
-        if len(laid_out) >= 4:  # the one given, two that are ready, one that waits to be put
+        if len(laid_out) >= 4:  # the one taken, two ready ones, and one that waits for room
             break
         time.sleep(0.02)
     assert 3 <= len(laid_out) <= 4
@@ -89,15 +89,15 @@ def test_the_thread_ends_with_its_iterator():
     assert not thread.is_alive()
 
 
-SECONDS = 5.0  # in which a waiting thread must have ended; it does in one, on a machine with nothing else to do
+SECONDS = 5.0  # a waiting thread must end within this time; it takes one on an idle machine
 
 
 class Own(BaseException):
-    """What a program may raise to end."""
+    """An exception that ends a program."""
 
 
 def in_threads(call, count=1):
-    """Starts threads that do this, and returns them with what they gave or raised."""
+    """Starts threads that run a function; returns them with a queue of their results or errors."""
     results = []
 
     def run():
@@ -126,7 +126,7 @@ def raising(error, after=1):
 
 
 class Waiting:
-    """Gives an item, and the next when it is told to."""
+    """An iterator that gives an item, and the next one when `go` is set."""
 
     def __init__(self):
         self.go, self.asked = threading.Event(), threading.Event()
@@ -210,7 +210,7 @@ def test_a_thread_that_ends_without_a_word_is_named_and_another_is_started():
     assert worker.ident is not None
     assert source.asked.wait(SECONDS)
     source.go.set()
-    while not iterator._shared.ready:  # it waits for room now
+    while not iterator._shared.ready:  # then it waits for room
         time.sleep(0.01)
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident), ctypes.py_object(SystemExit))
     assert next(iterator) == 2
@@ -231,7 +231,7 @@ def test_a_forked_child_gets_an_error(started):
     if started:
         next(iterator)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # JAX and Python warn of forks beside threads
+        warnings.simplefilter("ignore")  # JAX and Python warn of forks of processes with threads
         child = os.fork()
     if not child:
         try:

@@ -1,4 +1,4 @@
-"""The buffer draws batches that fit, in the proportions of what it holds."""
+"""The buffer draws batches that fit, in the proportions of its content."""
 
 import numpy as np
 from hypothesis import given

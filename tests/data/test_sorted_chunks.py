@@ -1,4 +1,4 @@
-"""SortedChunks: windows sorted, each batch under the plan that costs it least."""
+"""SortedChunks: sorted windows, each batch under the plan with the fewest cells per sequence."""
 
 import numpy as np
 import pytest

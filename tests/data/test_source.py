@@ -24,7 +24,7 @@ LENGTHS = [1, 2, 3, 4, 5, 6]
 
 
 class Series:
-    """As pandas has it: [] takes labels."""
+    """A series like that of pandas, whose [] takes labels."""
 
     def __init__(self, values, labels):
         self.values, self.index = list(values), list(labels)
@@ -53,7 +53,7 @@ class Series:
 
 
 class _Positions:
-    """Without a length, as pandas's."""
+    """An indexer without a length, like that of pandas."""
 
     def __init__(self, values):
         self._values = values
@@ -67,7 +67,7 @@ SERIES = {"fake": Series, "pandas": lambda values, labels: pytest.importorskip("
 
 
 def contents(batches):
-    """What each example became: its first step and how many there are."""
+    """Returns for each example its first step and its number of steps in the batches."""
     found = {}
     for batch in batches:
         plan, slots = batch.inputs.plan, batch.inputs.unsorted_indices
@@ -114,7 +114,7 @@ class Table:
 
 
 class Labelled:
-    """By label, with nothing that says so but its keys."""
+    """A source that is read by label, which only its keys show."""
 
     def __len__(self):
         return 2
@@ -203,6 +203,6 @@ TAKERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("taker", TAKERS)
 def test_lengths_without_an_order_are_refused(taker, lengths, message):
     if taker == "plan_cover" and isinstance(lengths(), dict):
-        message = "lengths"  # there a dict is of time axes
+        message = "lengths"  # plan_cover takes a dict by time axis
     with pytest.raises((TypeError, ValueError), match=message):
         TAKERS[taker](lengths())

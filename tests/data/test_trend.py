@@ -1,4 +1,4 @@
-"""A stream that is ordered by length is warned of, once; one in random order never is."""
+"""A stream ordered by length causes one warning; a stream in random order causes none."""
 
 import warnings
 from collections.abc import Callable
@@ -31,13 +31,13 @@ def grain_slots(stream):
     return SlotFillIterDataset(source, PLAN)
 
 
-DOORS: dict[str, Callable[..., Any]] = {
+FEEDS: dict[str, Callable[..., Any]] = {
     "slots": lambda stream, **options: SlotFilling(stream, PLAN, **options),
     "buckets": lambda stream, **options: BucketByLength(stream, (8, 29), batch_size=8, buffer_size=500, **options),
     "chunks": lambda stream, **options: SortedChunks(stream, [plan_padded(8, 29)], window=8, **options),
     "grain": grain_slots,
 }
-DOOR = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+FEED = pytest.mark.parametrize("feed", FEEDS.values(), ids=FEEDS)
 ORDERS = {
     "ascending": np.sort(LENGTHS),
     "descending": -np.sort(-LENGTHS),
@@ -56,9 +56,9 @@ def caught(run):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@DOOR
-def test_an_ordered_stream_is_warned_of_once_an_epoch(door, order):
-    batches = door(Stream(ORDERS[order]))
+@FEED
+def test_an_ordered_stream_is_warned_of_once_an_epoch(feed, order):
+    batches = feed(Stream(ORDERS[order]))
     for _ in range(2):
         (warning,) = caught(lambda: list(batches))
         assert "ordered by length" in str(warning.message)
@@ -77,10 +77,10 @@ DISTRIBUTIONS = {
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-@DOOR
-def test_a_stream_in_random_order_is_never_warned_of(door, distribution):
+@FEED
+def test_a_stream_in_random_order_is_never_warned_of(feed, distribution):
     lengths = DISTRIBUTIONS[distribution](np.random.default_rng(3))
-    assert caught(lambda: list(door(Stream(lengths)))) == []
+    assert caught(lambda: list(feed(Stream(lengths)))) == []
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -104,9 +104,9 @@ def test_the_order_of_a_source_with_an_index_does_not_matter():
     assert caught(lambda: list(SlotFilling(source, PLAN, buffer_size=100))) == []
 
 
-@pytest.mark.parametrize(("door", "warned"), [("slots", 1), ("buckets", 0), ("chunks", 0)])
-def test_without_a_seed_an_order_may_be_wanted_but_for_slots(door, warned):
-    assert len(caught(lambda: list(DOORS[door](Stream(np.sort(LENGTHS)), seed=None)))) == warned
+@pytest.mark.parametrize(("feed", "warned"), [("slots", 1), ("buckets", 0), ("chunks", 0)])
+def test_without_a_seed_an_order_may_be_wanted_but_for_slots(feed, warned):
+    assert len(caught(lambda: list(FEEDS[feed](Stream(np.sort(LENGTHS)), seed=None)))) == warned
 
 
 def test_parts_of_one_long_example_are_no_trend():

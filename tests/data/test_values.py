@@ -1,4 +1,4 @@
-"""What reaches a batch is what was given, whichever way it came: values, and memory that its source uses again."""
+"""Batches hold the values that were given, in every way of feeding, even if the source reuses its memory."""
 
 import itertools
 import re
@@ -70,11 +70,11 @@ FIRST |= {
 }
 FIRST["slot fill dataset"] = lambda source, **options: SlotFillIterDataset(as_map(source), PLAN, **options)
 EVERY = PROMOTING | FIRST
-DOORS = pytest.mark.parametrize("door", EVERY.values(), ids=EVERY)
+FEEDS = pytest.mark.parametrize("feed", EVERY.values(), ids=EVERY)
 
 
 def rows(batches, pick=lambda inputs: inputs):
-    """What each example became, in the order of the source."""
+    """Returns each example's row in the batches, in the order of the source."""
     found = {}
     for place, batch in enumerate(batches):
         packed = pick(batch.inputs)
@@ -87,15 +87,15 @@ def rows(batches, pick=lambda inputs: inputs):
     return [found[key] for key in sorted(found, key=str)]
 
 
-def held(door, source, **options):
-    """The values of each example, and the one dtype of all batches."""
-    found = rows(door(source, **options))
+def held(feed, source, **options):
+    """Returns the values of each example, and the one dtype of all batches."""
+    found = rows(feed(source, **options))
     (dtype,) = {row.dtype for row in found}
     return sorted(row.tolist() for row in found), dtype
 
 
 def outcome(call):
-    """What it returns, or the message of its TypeError."""
+    """Returns the result of a call, or the message of its TypeError."""
     try:
         return call(), None
     except TypeError as error:
@@ -125,39 +125,39 @@ def plain(example):
 
 @pytest.mark.parametrize("order", ["given", "reversed"])
 @pytest.mark.parametrize("examples", MIXED.values(), ids=MIXED)
-@DOORS
-def test_mixed_dtypes_are_promoted_or_refused_by_name(door, examples, order):
+@FEEDS
+def test_mixed_dtypes_are_promoted_or_refused_by_name(feed, examples, order):
     examples = examples if order == "given" else examples[::-1]
     arrays = [np.asarray(example) for example in examples]
     native = [array.astype(array.dtype.newbyteorder("=")) for array in arrays]
     promoted = jax.eval_shape(lambda *parts: jnp.concatenate(parts), *native).dtype
-    result, error = outcome(lambda: held(door, examples))
+    result, error = outcome(lambda: held(feed, examples))
     if error is None:
         assert result == (sorted(plain(example) for example in examples), promoted)
     else:
-        assert door in FIRST.values()
+        assert feed in FIRST.values()
         assert re.search(r"example [12] has dtype \S+, which \S+ cannot hold", error)
 
 
 @pytest.mark.parametrize(
     "examples", [[[], [1, 2, 3]], [[1, 2, 3], []], [[], [], [7], []], [[[1, 2], [3, 4]], []], [[], []], [[], [2.5]]]
 )
-@DOORS
-def test_an_empty_list_takes_the_dtype_of_others(door, examples):
+@FEEDS
+def test_an_empty_list_takes_the_dtype_of_others(feed, examples):
     full = [example for example in examples if example]
-    values, dtype = held(door, examples)
+    values, dtype = held(feed, examples)
     assert dtype == (jnp.asarray(full[0]).dtype if full else np.float32)
     assert values == sorted(examples)
 
 
-@DOORS
-def test_an_empty_list_in_a_pytree_does_too(door):
+@FEEDS
+def test_an_empty_list_in_a_pytree_does_too(feed):
     examples = [
         {"x": [], "y": np.zeros((0, 2), np.int16), "label": 300},
         {"x": [1, 2], "y": np.ones((2, 2), np.int16), "label": 2},
         {"x": [], "y": [], "label": 0},
     ]
-    batches = list(door(examples, time_varying={"x": True, "y": True, "label": False}))
+    batches = list(feed(examples, time_varying={"x": True, "y": True, "label": False}))
     for key, dtype in {"x": np.int32, "y": np.int16}.items():
         found = rows(batches, lambda inputs, key=key: inputs[key])
         assert {row.dtype for row in found} == {np.dtype(dtype)}
@@ -166,24 +166,24 @@ def test_an_empty_list_in_a_pytree_does_too(door):
 
 
 @pytest.mark.parametrize("values", [[1, 2**40], [-(2**31) - 1]])
-@DOORS
-def test_a_value_that_jax_would_wrap_is_named(door, values):
+@FEEDS
+def test_a_value_that_jax_would_wrap_is_named(feed, values):
     with pytest.raises(ValueError, match=f"example 1 holds {values[-1]} at .*int32 cannot hold"):
-        list(door([[1], values]))
+        list(feed([[1], values]))
 
 
-@DOORS
-def test_64_bit_values_are_kept_where_jax_keeps_them(door, x64):
-    assert held(door, [[2**40], [1, 2]]) == ([[1, 2], [2**40]], np.dtype(np.int64))
+@FEEDS
+def test_64_bit_values_are_kept_where_jax_keeps_them(feed, x64):
+    assert held(feed, [[2**40], [1, 2]]) == ([[1, 2], [2**40]], np.dtype(np.int64))
 
 
 @pytest.mark.parametrize("labels", [[np.int16(3), 40_000], [np.float16(0.5), np.float32(70_000)], [True, 5]])
-@DOORS
-def test_fixed_leaves_have_the_same_rule(door, labels):
+@FEEDS
+def test_fixed_leaves_have_the_same_rule(feed, labels):
     examples = [(np.ones(1, np.float32), label) for label in labels]
-    batches, error = outcome(lambda: list(door(examples)))
+    batches, error = outcome(lambda: list(feed(examples)))
     if error is not None:
-        assert door in FIRST.values()
+        assert feed in FIRST.values()
         first, second = (np.asarray(label).dtype for label in labels)
         assert f"leaf [1] of example 1 has dtype {second}, which {first} cannot hold" in error
     else:
@@ -197,21 +197,21 @@ def test_fixed_leaves_have_the_same_rule(door, labels):
 
 
 @pytest.mark.parametrize("example", [["a"], np.array([None]), np.array(["2020-01-01"], "M8[s]"), [2**70]])
-@DOORS
-def test_what_is_no_number_is_named(door, example):
+@FEEDS
+def test_what_is_no_number_is_named(feed, example):
     with pytest.raises(TypeError, match="must hold numbers"):
-        list(door([example, example]))
+        list(feed([example, example]))
 
 
 def test_torch_tensors_are_taken_with_their_dtypes():
     torch = pytest.importorskip("torch")
     examples = [torch.ones(2, dtype=torch.bfloat16), [torch.tensor(3), torch.tensor(4)], torch.arange(3.0)]
-    for door in EVERY.values():
-        result, error = outcome(lambda door=door: held(door, examples))
+    for feed in EVERY.values():
+        result, error = outcome(lambda feed=feed: held(feed, examples))
         if error is None:
             assert result == ([[0, 1, 2], [1, 1], [3, 4]], np.float32)
         else:
-            assert door in FIRST.values()
+            assert feed in FIRST.values()
             assert "example 2 has dtype float32, which bfloat16 cannot hold" in error
 
 
@@ -241,7 +241,7 @@ def test_pack_on_host_is_pack_sequence_leaf_for_leaf(sequences):
 
 
 class Reader:
-    """Reads every example into the same memory, as audio readers do."""
+    """A source that reads every example into the same memory, as audio readers do."""
 
     def __init__(self, convert=lambda array: array):
         self.buffer, self.convert = np.zeros(6, np.float32), convert
@@ -257,7 +257,7 @@ class Reader:
 
 
 class Loader:
-    """A map of Grain's, whose dataset would pickle or share the reader."""
+    """A map for Grain, whose data set would pickle or share the reader."""
 
     def __init__(self, reader):
         self.reader = reader
@@ -266,7 +266,7 @@ class Loader:
         return self.reader[index]
 
 
-REUSED: dict[str, Callable[..., Any]] = {f"{name}, {how}": door for name, make in BATCHERS.items() for how, door in (
+REUSED: dict[str, Callable[..., Any]] = {f"{name}, {how}": feed for name, make in BATCHERS.items() for how, feed in (
     ("index", make),
     ("lengths", lambda source, make=make: make(source, lengths=[1 + i % 6 for i in range(12)])),
     ("stream", lambda source, make=make: make(Stream(source))),
@@ -277,8 +277,8 @@ REUSED["slot fill dataset"] = lambda source: SlotFillIterDataset(
 
 
 @pytest.mark.parametrize("convert", ["numpy", "torch", "pytree"])
-@pytest.mark.parametrize("door", REUSED.values(), ids=REUSED)
-def test_a_source_may_read_into_the_same_memory(door, convert):
+@pytest.mark.parametrize("feed", REUSED.values(), ids=REUSED)
+def test_a_source_may_read_into_the_same_memory(feed, convert):
     if convert == "torch":
         torch = pytest.importorskip("torch")
         source, pick = Reader(torch.from_numpy), lambda inputs: inputs
@@ -286,7 +286,7 @@ def test_a_source_may_read_into_the_same_memory(door, convert):
         source, pick = Reader(lambda array: {"x": array, "y": array[:, None]}), lambda inputs: inputs["x"]
     else:
         source, pick = Reader(), lambda inputs: inputs
-    found = rows(door(source), pick)
+    found = rows(feed(source), pick)
     assert sorted(row.tolist() for row in found) == sorted([float(i)] * (1 + i % 6) for i in range(12))
 
 
@@ -298,10 +298,10 @@ def test_so_may_one_whose_examples_are_cut(too_long):
         assert all(len(set(row.tolist())) == 1 for row in found)
 
 
-@DOORS
-def test_batches_share_no_memory(door):
+@FEEDS
+def test_batches_share_no_memory(feed):
     source = [np.full(1 + i % 6, i, np.float32) for i in range(12)]
-    batches = list(door(source))
+    batches = list(feed(source))
     arrays = [leaf for batch in batches for leaf in jax.tree.leaves(batch)]
     assert all(leaf.flags.writeable for leaf in arrays)
     assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))

@@ -1,4 +1,4 @@
-"""The data that ship with the package are what the source's text files say."""
+"""The data that ship with the package equal the source's text files."""
 
 import hashlib
 import importlib.resources
@@ -31,7 +31,7 @@ test  369 9 11  1.421622 -0.386758 -0.187715 -0.504102 -0.026528 -0.56274
                -0.072393 -0.080955 -0.244424 -0.001849 -0.016634 0.224688
 """
 
-# Copied from cmudict.dict: words whose pronunciations, further ones or remarks a reader may get wrong.
+# Copied from cmudict.dict: words whose further pronunciations or remarks are easily misread.
 PRONOUNCED = """
 'bout B AW1 T
 a AH0

@@ -72,6 +72,14 @@ def nnx_params(layer, dtype=float):
     return params
 
 
+def with_numbers(module, seed=0):
+    """Sets an nnx module's parameters to random numbers, drawn by NumPy: Flax's initialisers compile for seconds."""
+    rng = np.random.default_rng(seed)
+    params = nnx.state(module, nnx.Param)
+    nnx.update(module, jax.tree.map(lambda leaf: rng.uniform(-0.5, 0.5, leaf.shape).astype(leaf.dtype), params))
+    return module
+
+
 def trees_like(layer, trees):
     """Returns random trees of these shapes. Biases are zero only if the layer has none."""
     rng = np.random.default_rng(1)
@@ -223,7 +231,7 @@ MERGES = {"sum": lambda a, b: a + b, "swapped": lambda a, b: jnp.concatenate([b,
 @pytest.mark.parametrize("merge", MERGES)
 def test_any_merge_fn_of_the_last_module_is_applied_to_the_halves(merge):
     layer = GRU(F, H, bidirectional=True)
-    rnns = [nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(seed))) for seed in (0, 1)]
+    rnns = [nnx.RNN(with_numbers(nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0)), seed)) for seed in (0, 1)]
     theirs = nnx.Bidirectional(*rnns, merge_fn=MERGES[merge])
     x = np.ones((2, T, F), np.float32) * np.arange(T)[:, None]
     output, _ = layer.apply(from_nnx(layer, theirs), x)
@@ -233,7 +241,8 @@ def test_any_merge_fn_of_the_last_module_is_applied_to_the_halves(merge):
 @pytest.mark.parametrize("keep_order", [False, True])
 def test_a_reversed_rnn_of_nnx_runs_on_reversed_sequences(keep_order):
     layer, lengths = GRU(F, H), [5, 3]
-    theirs = nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(0)), reverse=True, keep_order=keep_order)
+    cell = with_numbers(nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0)))
+    theirs = nnx.RNN(cell, reverse=True, keep_order=keep_order)
     x = oracles.random_batch(lengths, F, dtype=np.float32)
     packed = jaxpack.pack_padded_sequence(x, lengths, batch_first=True)
     output, _ = layer.apply(from_nnx(layer, theirs), jaxpack.reverse_sequences(packed))
@@ -245,11 +254,12 @@ def test_a_reversed_rnn_of_nnx_runs_on_reversed_sequences(keep_order):
 
 def test_both_directions_may_come_as_a_pair():
     layer = GRU(F, H, bidirectional=True)
-    trees = [tree["cell"] for seed in (0, 1) for tree in to_linen(GRU(F, H), GRU(F, H).init(jax.random.key(seed)))]
-    expected = from_linen(layer, dict(zip(("forward_rnn", "backward_rnn"), trees, strict=True)))
+    (both,) = to_linen(layer, oracles.random_params(layer))
+    trees = [both["forward_rnn"]["cell"], both["backward_rnn"]["cell"]]
+    expected = from_linen(layer, both)
     for given in (trees, tuple(trees), [trees], [{"params": {"cell": tree}} for tree in trees]):
         same(from_linen(layer, given), expected)
-    cells = [nnx.GRUCell(F, H, rngs=nnx.Rngs(seed)) for seed in (0, 1)]
+    cells = [with_numbers(nnx.GRUCell(F, H, **QUICK, rngs=nnx.Rngs(0)), seed) for seed in (0, 1)]
     expected = from_nnx(layer, nnx.Bidirectional(*(nnx.RNN(cell) for cell in cells)))
     for given in (cells, [cells], [nnx.RNN(cell) for cell in cells], [nnx.state(cell) for cell in cells]):
         same(from_nnx(layer, given), expected)

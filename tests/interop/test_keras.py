@@ -181,7 +181,7 @@ MASK = np.arange(T) < np.array(LENGTHS)[:, None]
 def keras_bidirectional(kind=None, merge_mode="concat", **options):
     """Returns a built Bidirectional with random weights, by default of an LSTM."""
     kind = keras.layers.LSTM if kind is None else kind
-    theirs = keras.layers.Bidirectional(kind(H, **options), merge_mode=merge_mode)
+    theirs = keras.layers.Bidirectional(kind(H, **QUICK, **options), merge_mode=merge_mode)
     theirs.build((3, T, F))
     return with_weights(theirs)
 
@@ -270,9 +270,10 @@ def in_order(packed_output):
 def test_a_layer_that_goes_backwards_runs_on_reversed_sequences(bidirectional):
     # Keras returns outputs in the order in which it read, after the padding, which it read first.
     layer = GRU(F, H, bidirectional=bidirectional)
-    theirs = keras.layers.GRU(H, go_backwards=True, return_sequences=True, return_state=True, zero_output_for_mask=True)
+    options = {"return_sequences": True, "return_state": True, "zero_output_for_mask": True} | QUICK
+    theirs = keras.layers.GRU(H, go_backwards=True, **options)
     if bidirectional:
-        backward = keras.layers.GRU(H, return_sequences=True, return_state=True, zero_output_for_mask=True)
+        backward = keras.layers.GRU(H, **options)
         theirs = keras.layers.Bidirectional(theirs, backward_layer=backward)
     theirs.build((3, T, F))
     expected, *states = run(with_weights(theirs))
@@ -283,7 +284,7 @@ def test_a_layer_that_goes_backwards_runs_on_reversed_sequences(bidirectional):
 
 
 def cell_of(layer):
-    return keras.layers.LSTMCell if isinstance(layer, LSTM) else keras.layers.GRUCell
+    return functools.partial(keras.layers.LSTMCell if isinstance(layer, LSTM) else keras.layers.GRUCell, **QUICK)
 
 
 WRAPPED = {

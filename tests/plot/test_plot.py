@@ -1,4 +1,4 @@
-"""Plots: what is drawn is what was counted or measured, and a missing matplotlib is named with the way out."""
+"""Plots show the counts and measurements, and the error about a missing matplotlib names the extra."""
 
 import pickle
 import struct
@@ -21,7 +21,7 @@ def matplotlib():
 
 
 def drawn_spans(axes, label):
-    """Row, start and end of each rectangle of a label; one row high."""
+    """Returns row, start and end of each rectangle with a label; all are one row high."""
     (spans,) = [spans for spans in axes.collections if spans.get_label() == label]
     boxes = [path.get_extents() for path in spans.get_paths()]
     assert all(box.height == 1 for box in boxes)
@@ -29,12 +29,12 @@ def drawn_spans(axes, label):
 
 
 def drawn_cells(axes, label):
-    """The area of the rectangles of a label: they are one row high."""
+    """Returns the area of the rectangles with a label, which are one row high."""
     return sum(end - start for _, start, end in drawn_spans(axes, label))
 
 
 def drawn_lines(axes):
-    """Row and step of each line where a slot starts within a row."""
+    """Returns row and step of each line where a slot starts within a row."""
     (lines,) = [lines for lines in axes.collections if hasattr(lines, "get_segments")]
     return [(segment[0, 1], segment[0, 0]) for segment in lines.get_segments()]
 
@@ -65,7 +65,7 @@ def ratio(median):
 
 
 def results():
-    """The part of a benchmark's result that is drawn."""
+    """Returns the part of a benchmark's result that is drawn."""
     medians = {"jaxpack": (2.0, 2.25), "flax.nnx": (4.0, 7.0)}
     peers = [
         {"name": name, "forward": {"times_limit": ratio(f)}, "training": {"times_limit": ratio(t)}}
@@ -158,7 +158,7 @@ def test_bench_plot_says_what_its_lines_are(matplotlib):
 
 
 def size_of_png(data):
-    """Width and height, from the header."""
+    """Reads width and height from the header of a PNG."""
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     return struct.unpack(">II", data[16:24])
 
@@ -185,7 +185,7 @@ def test_notebooks_show_a_figure_once_with_pyplot_and_without(matplotlib):
     pylabtools.select_figure_formats(types.SimpleNamespace(display_formatter=notebook), {"png"})  # as pyplot does
     shown, metadata = notebook.format(figure)
     assert shown.keys() == {"text/plain", "image/png"}
-    assert "image/png" not in metadata  # pyplot's way comes first
+    assert "image/png" not in metadata  # pyplot's own display comes first
 
 
 def test_figures_can_be_saved_in_the_formats_that_are_named(matplotlib, tmp_path):

@@ -1,4 +1,4 @@
-"""The server's and the queue's entrance: what the example's dtypes hold arrives as it was sent, all else is refused."""
+"""Values that the example's dtypes hold reach server and queue unchanged; all others are refused."""
 
 import re
 
@@ -13,24 +13,24 @@ from jaxpack.serving import Queue, Server
 DTYPES = {
     name: jnp.dtype(name) for name in ("bool", "uint8", "int16", "int32", "float16", "bfloat16", "float32", "complex64")
 }
-SOON = 20  # seconds in which an answer comes
+SOON = 20  # seconds within which an answer must come
 
 
 @pytest.fixture(scope="module")
 def server():
-    """Sends back what it gets, a leaf a dtype, and pairs of int32."""
+    """A server that returns its input: a leaf per dtype, and pairs of int32."""
     example = {**{name: np.zeros(1, dtype) for name, dtype in DTYPES.items()}, "pairs": np.zeros((1, 2), np.int32)}
     return Server(lambda _, packed: packed, None, [jaxpack.plan_padded(3, 4)], example)
 
 
 @pytest.fixture(scope="module")
 def lists():
-    """Sends back lists of token ids."""
+    """A server that returns lists of token ids."""
     return Server(lambda _, packed: packed, None, [jaxpack.plan_padded(3, 4)], np.zeros(1, np.int32))
 
 
 def request(steps=2, **leaves):
-    """A request of zeros but for some leaves."""
+    """Returns a request of zeros with some other leaves."""
     zeros = {**{name: np.zeros(steps, dtype) for name, dtype in DTYPES.items()}, "pairs": np.zeros((steps, 2), int)}
     return {**zeros, **leaves}
 
@@ -69,7 +69,7 @@ HELD = [
 @pytest.mark.parametrize(("name", "values"), HELD, ids=lambda value: str(value).replace(" ", ""))
 @pytest.mark.parametrize("x64", [False, True])
 def test_values_that_the_dtype_holds_arrive_as_they_were_sent(server, serve, name, values, x64):
-    with jax.enable_x64(x64):  # of the thread that sends, which the server's dtypes do not ask
+    with jax.enable_x64(x64):  # of the sending thread, which the server ignores
         (result,) = serve(server, [request(**{name: values})])
     assert result[name].dtype == DTYPES[name]
     np.testing.assert_array_equal(result[name].astype(complex), values.astype(complex))

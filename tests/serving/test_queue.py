@@ -1,4 +1,4 @@
-"""The queue: each future its own answer or error, waiting, limits, shutdown; and what the load test finds."""
+"""The queue: every future gets its answer or error; waits, limits, shutdown; and the faults in a load test."""
 
 import asyncio
 import concurrent.futures
@@ -21,8 +21,8 @@ from jaxpack import plan_padded
 from jaxpack.serving import LoadReport, Queue, Server, Tally, measure_load
 
 WIDE, LONG = plan_padded(4, 3), plan_padded(1, 9)
-FOREVER = 3600  # seconds that no test waits for
-SOON = 20  # seconds in which whatever comes, comes, on a busy machine too
+FOREVER = 3600  # seconds, longer than any test waits
+SOON = 20  # seconds within which answers come even on a busy machine
 EXITS = [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError()]
 
 
@@ -36,7 +36,7 @@ def served():
 
 @pytest.fixture
 def server(served, monkeypatch):
-    """The server with a `run` that tests may replace."""
+    """The server, with a `run` that tests may replace."""
     monkeypatch.setattr(served, "run", served.run)
     return served
 
@@ -69,7 +69,7 @@ def check(sequence, result):
 
 
 def sequences_of(count):
-    """Sequences of 0 to 9 steps, each with numbers of its own."""
+    """Returns sequences of 0 to 9 steps, all with different numbers."""
     return [list(range(i, i + i % 10)) for i in range(count)]
 
 
@@ -224,7 +224,7 @@ def test_when_the_thread_dies_all_that_wait_and_come_get_an_error_that_names_it(
     futures += [requests.submit([i]) for i in (1, 2)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         late = pool.submit(requests.submit, [3]) if blocked else None
-        monkeypatch.setattr(requests, "_answer", lambda batch: sys.exit("gone"))  # where nothing is expected to fail
+        monkeypatch.setattr(requests, "_answer", lambda batch: sys.exit("gone"))  # a place where no error is expected
         gate.set()
         check([0], futures[0].result(SOON))
         found = [future.exception(SOON) for future in futures[1:]]
@@ -352,7 +352,9 @@ IN_A_FORK = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # Python's, JAX's: forks may hang
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::RuntimeWarning"
+)  # forks may hang
 @pytest.mark.parametrize("use", IN_A_FORK)
 def test_a_forked_child_gets_an_error_and_waits_for_nobody(server, use):
     function, message = IN_A_FORK[use]

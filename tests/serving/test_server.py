@@ -1,4 +1,4 @@
-"""Servers: results, order, routes, refusals, no compilation after warm-up, and what is saved and loaded."""
+"""Servers: results, order, routes, refusals, no compilation after warm-up, saving and loading."""
 
 import concurrent.futures
 import dataclasses
@@ -42,14 +42,14 @@ request_lengths = st.lists(st.integers(0, LONG.max_length), max_size=9)
 
 
 def answer(params, packed):
-    """Values per sequence and per step, some of which say whose they are."""
+    """Returns values per sequence and per step, some of which carry the sequence's number."""
     numbers = packed.replace(data=packed.data["number"])
     output, (h_n, _) = LAYER.apply(params, packed.replace(data=packed.data["x"]))
     return {"steps": (output, numbers), "state": h_n[-1], "number": jaxpack.segment_max(numbers)}
 
 
 def requests_of(lengths, seed=0):
-    """Sequences of these lengths, each of whose steps carries the sequence's number."""
+    """Returns sequences with these lengths, each of whose steps carries the sequence's number."""
     generator = np.random.default_rng([seed, *lengths])
     return [
         {"x": generator.standard_normal((length, F)), "number": np.full(length, i, np.int32)}
@@ -58,7 +58,7 @@ def requests_of(lengths, seed=0):
 
 
 def check(params, requests, results):
-    """Results against NumPy's, computed one sequence at a time."""
+    """Compares results with NumPy's, computed one sequence at a time."""
     assert len(results) == len(requests)
     for i, (request, result) in enumerate(zip(requests, results, strict=True)):
         zeros = np.zeros((1, 1, H))
@@ -77,13 +77,13 @@ def params():
 
 @pytest.fixture(scope="module")
 def server(params):
-    with jax.enable_x64(True):  # which the server keeps: no test that calls it is in 64-bit mode itself
+    with jax.enable_x64(True):  # the server keeps 64-bit mode, which its callers do not set
         return Server(answer, params, PLANS, EXAMPLE)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A server that compiles fast, of bare arrays and parameters of several kinds."""
+    """A server that compiles fast, with bare arrays and parameters of several kinds."""
     params = {"scale": jnp.ones(F, jnp.bfloat16), "shift": 2.5, "node": Node(jnp.arange(F))}
     return Server(shifted, params, [BucketPlan((2, 4), (3, 2))], jax.ShapeDtypeStruct((1, F), np.float32))
 
@@ -135,7 +135,7 @@ def test_nothing_is_compiled_after_the_warm_up(server):
         for lengths in ([0], [7], [10], [4, 4], [3, 3, 7, 1], [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0]):
             server(requests_of(lengths))
     assert not compiled
-    with counted_compilations() as compiled:  # the count is no constant
+    with counted_compilations() as compiled:  # the count can be above 0
         jax.jit(lambda x: x + 41)(1.0)
     assert len(compiled) == 1
 
@@ -187,7 +187,7 @@ def test_a_split_costs_little_more_than_the_cheapest(plans):
 
 
 def cheapest_split(lengths, costs):
-    """By integer programming: for every length there must be slots enough for all that are at least as long."""
+    """Finds the least cost by integer programming: every length needs slots for all sequences at least as long."""
     steps = np.unique(lengths)
     slots = [[(plan.room >= step).sum() for plan in costs] for step in steps]
     needed = [(lengths >= step).sum() for step in steps]
@@ -225,7 +225,7 @@ def test_a_refusal_names_the_sequence_and_what_would_be_right(server, case):
 
 
 def request(x):
-    """A request that is right but for `x`; a list stands for its steps."""
+    """Returns a request that is right except for `x`; a list gives its steps."""
     x = np.zeros((len(x), F)) if isinstance(x, list) else x
     return {"x": x, "number": np.zeros(np.shape(x)[:1], int)}
 
@@ -336,7 +336,7 @@ MANIFEST, WEIGHTS, PROGRAM = "manifest.json", "weights.msgpack", "plan-000.jaxex
 
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
-    """Two servers on disk, the second of other sequences and parameters."""
+    """Two servers on disk, the second with other sequences and parameters."""
     folder = tmp_path_factory.mktemp("servers")
     small.save(folder / "small")
     weight = np.ones(2, np.float32)
@@ -350,7 +350,7 @@ def truncated(path):
 
 
 def listed(path, data=None):
-    """The manifest gives the checksum of what is there now, as if it had been saved so."""
+    """Writes the present checksum of a file into the manifest, as if the file had been saved."""
     if data is not None:
         path.write_bytes(data)
     manifest = json.loads((path.parent / MANIFEST).read_text())
@@ -359,7 +359,7 @@ def listed(path, data=None):
 
 
 def edited(**entries):
-    """A manifest with other entries; None: without one."""
+    """Returns a function that changes entries of the manifest; None removes an entry."""
 
     def damage(folder, other):
         manifest = json.loads((folder / MANIFEST).read_text()) | entries

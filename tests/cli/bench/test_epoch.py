@@ -1,4 +1,4 @@
-"""`jaxpack bench epoch`: what it trains on, what it counts, what it refuses. No time is asserted."""
+"""`jaxpack bench epoch`: its batches, counts and refusals. No test asserts a time."""
 
 import json
 import re
@@ -20,7 +20,7 @@ NAMES = ("padded", "padded-batch", "bucketed", "sorted", "slot-filled")
 
 
 def batcher(name, lengths):
-    """One of the batchers, over sequences of one feature whose steps all hold their number."""
+    """Returns a batcher over sequences with one feature, whose steps all hold the sequence's number."""
     source = [np.full((length, 1), i, np.float32) for i, length in enumerate(lengths)]
     return BATCHERS[name](Workload("tiny", lengths, features=1, hidden_size=1), source)
 
@@ -42,7 +42,7 @@ def peers(run):
 
 
 def rows(report, table):
-    """The entries of a table by name."""
+    """Returns the entries of a table by name."""
     lines = iter(report.splitlines())
     assert any(line.startswith(f"{table}  ") for line in lines)
     return {line.split()[0]: line.split()[1:] for line, _ in zip(lines, NAMES, strict=False)}

@@ -1,4 +1,4 @@
-"""`jaxpack demo g2p`: it learns, its report tells the truth, and it can be stopped anywhere and goes on exactly."""
+"""`jaxpack demo g2p`: it learns, its report is true, and an interrupted run resumes exactly."""
 
 import inspect
 import os
@@ -21,13 +21,13 @@ from jaxpack.datasets import Pronunciations, cmudict
 
 WORDS = 130, 24, 24  # to train, validate and test on
 BATCH_SIZE, EPOCHS = 32, 2
-STEPS = 10  # of those: 5 batches an epoch
+STEPS = 10  # 5 batches per epoch
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    """A few words; checkpoints every three steps; and one compilation for all runs."""
+    """Uses a few words, checkpoints every three steps, and one compilation for all runs."""
     splits = tuple(
         Pronunciations(split.words[-count:], split.pronunciations[-count:])
         for split, count in zip(cmudict(), WORDS, strict=True)
@@ -46,7 +46,7 @@ def _small():
 
 
 class Run:
-    """A run of the command: its exit code, what it printed, and the report that it printed it from."""
+    """A run of the command: its exit code, its output, and the report object behind the output."""
 
     def __init__(self, *options):
         self.found: Any = None
@@ -66,7 +66,7 @@ def invoke(*arguments):
 
 
 def plain(text):
-    """Text without the frames and escape sequences that a terminal may get."""
+    """Removes the frames and escape sequences that a terminal may get."""
     return " ".join(re.sub(r"\x1b\[[\d;]*m|[│╭╮╰╯─]", "", text).split())
 
 
@@ -86,7 +86,7 @@ def disturbed(patch, name, at, disturb):
 
 @pytest.fixture(scope="module")
 def whole():
-    """A run that nothing disturbs."""
+    """An undisturbed run."""
     run = Run()
     assert run.exit_code == 0, run.result.output
     return run
@@ -177,7 +177,7 @@ def test_a_finished_run_prints_its_report_again(whole, tmp_path):
 
 
 def same_run(run, whole):
-    """Asserts that a run found what the whole one did, bit for bit."""
+    """Asserts that a run has the results of the whole one, bit for bit."""
     assert run.exit_code == 0, run.result.output
     for name in ("losses", "validation", "test", "samples"):
         assert getattr(run.found, name) == getattr(whole.found, name)
