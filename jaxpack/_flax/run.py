@@ -27,11 +27,12 @@ from jaxpack._cells.cell import Cell, Params
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._checks import concrete_lengths, is_traced
 from jaxpack._layers.stack import names_forward_mode, run_stack
-from jaxpack._packed.broadcast import expand, vary_like
-from jaxpack._packed.convert import lay_out, pad_packed_sequence, reverse_sequences
+from jaxpack._packed.broadcast import expand, tree_where, vary_like
+from jaxpack._packed.convert import pad_packed_sequence, reverse_sequences
 from jaxpack._packed.inputs import batch_shape, lengths_and_plan, padded_plan
+from jaxpack._packed.layout import lay_out
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
-from jaxpack._packed.scan import Scan, scan_packed, select
+from jaxpack._packed.scan import Scan, scan_packed
 from jaxpack._packed.slack import poison, select_or_poison
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -512,8 +513,8 @@ def _scan_padded(
 
     def masked(step: Callable[[PyTree, PyTree], Any], carry: PyTree, cell: tuple[jax.Array, jax.Array]) -> Any:
         x, real = cell
-        stepped, y = step(select(real, carry, safe), x)
-        return select(real, stepped, carry), y
+        stepped, y = step(tree_where(real, carry, safe), x)
+        return tree_where(real, stepped, carry), y
 
     carry, outputs = direction.scan(masked, carry, (x, real))
     if direction.reverse and direction.keep_order:

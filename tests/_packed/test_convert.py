@@ -211,7 +211,7 @@ def test_lists_of_any_lengths_are_packed_and_taken_apart_without_a_program(ones)
 
 
 def test_lists_of_arrays_on_a_chosen_device_are_one_program_under_a_plan():
-    from jaxpack._packed.convert import lay_out
+    from jaxpack._packed.layout import lay_out
 
     plan, device = plan_padded(2, 17), jax.devices()[1]
     before = lay_out._cache_size()

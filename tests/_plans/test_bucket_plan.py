@@ -269,7 +269,7 @@ def test_what_is_no_staircase_is_refused(boundaries, rows, error, message):
         (((0,), ()), ValueError, r"got starts\[1\] = \(\) in a row of 2 steps"),
         (((0,), (1,)), ValueError, r"increase from 0 .* got starts\[1\] = \(1,\)"),
         (((0, 2, 2), (0,)), ValueError, r"got starts\[0\] = \(0, 2, 2\) in a row of 4 steps"),
-        (((0, 4), (0,)), ValueError, r"lie before its end, got starts\[0\] = \(0, 4\)"),
+        (((0, 4), (0,)), ValueError, r"be below its end, got starts\[0\] = \(0, 4\)"),
         (((0, 1), (0, 2)), ValueError, r"got starts\[1\] = \(0, 2\) in a row of 2 steps"),
         (((0, 1.5), (0,)), TypeError, r"starts\[0\] must be a tuple of ints, got \(0, 1.5\)"),
         ((0, 2), TypeError, r"starts\[0\] must be a tuple of ints, got 0"),

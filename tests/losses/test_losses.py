@@ -374,7 +374,7 @@ def test_checkify_reports_a_label_that_is_no_class_and_no_ignored_one():
         pack(logits_batch(dtype=np.float32)),
         pack(labels_batch()).map(lambda k: jnp.where(k == 1, -100, k)),
     )
-    for ignored, message in [(None, "labels.data must lie in 0 to 3"), (IGNORED, None)]:
+    for ignored, message in [(None, "labels.data must be in 0 to 3"), (IGNORED, None)]:
         run = jax.jit(checkify.checkify(functools.partial(token_cross_entropy, ignore_label=ignored)))
         error = run(logits, labels)[0].get()
         assert error is None if message is None else message in error
@@ -708,7 +708,7 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (lambda: tokens(PACKED, LABELS.astype(float)), TypeError, "labels integers, got dtypes float32 and float32"),
         (lambda: tokens(PACKED, LABELS, jnp.ones(3)), ValueError, r"weights must be one per sequence, \[4\], got .*3"),
         (lambda: tokens(PACKED, LABELS, jnp.ones(4, complex)), TypeError, "weights must be real"),
-        (lambda: tokens(PACKED, LABELS.map(lambda k: k + 1)), ValueError, r"labels.data must lie in 0 to 3.* = 4\."),
+        (lambda: tokens(PACKED, LABELS.map(lambda k: k + 1)), ValueError, r"labels.data must be in 0 to 3.* = 4\."),
         (lambda: tokens(PACKED, pack(np.full((4, 6), -100))), ValueError, r"give ignore_label\), got .* = -100\."),
         (lambda: tokens(LABELS, PACKED), ValueError, "Logits come first: are the two swapped"),
         (lambda: tokens(PACKED, column(LABELS)), ValueError, r"Drop the last axis of the labels: labels.map"),
@@ -858,5 +858,5 @@ def test_a_loss_does_not_wait_for_its_logits():
     means = token_cross_entropy(late, labels), accuracy(late, labels)
     assert not late.data.is_ready()
     jax.tree.map(np.testing.assert_allclose, means, expected)
-    with pytest.raises(ValueError, match=r"labels.data must lie in 0 to 2.*got labels.data\[0\] = 3"):
+    with pytest.raises(ValueError, match=r"labels.data must be in 0 to 2.*got labels.data\[0\] = 3"):
         token_cross_entropy(late, labels + 2)
