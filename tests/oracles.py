@@ -94,8 +94,8 @@ def layer(kind, params, sequences, initial):
                     hs.append(state[0])
                 for full, value in zip(finals, state, strict=True):
                     full[row, b] = value
-                hs = np.array(hs).reshape(len(x), len(state[0]))
-                directions.append(hs[::-1] if d else hs)
+                steps = np.array(hs).reshape(len(x), len(state[0]))
+                directions.append(steps[::-1] if d else steps)
             x = np.concatenate(directions, -1)
             depth += 1
         outputs.append(x)

@@ -6,7 +6,7 @@ result takes a `plan=`, `enforce_sorted` is off by default, and `sorted_indices`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def pack_padded_sequence(
 def pad_packed_sequence(
     sequence: PackedSequence,
     batch_first: bool = False,
-    padding_value: float = 0.0,
+    padding_value: ArrayLike = 0.0,
     total_length: int | None = None,
 ) -> tuple[PyTree, jax.Array]:
     """Pads a packed batch: the inverse of `pack_padded_sequence`.
@@ -115,7 +115,7 @@ def pad_packed_sequence(
 
 
 def pack_sequence(
-    sequences: Sequence[PyTree], enforce_sorted: bool = False, *, plan: BucketPlan | None = None
+    sequences: Iterable[PyTree], enforce_sorted: bool = False, *, plan: BucketPlan | None = None
 ) -> PackedSequence:
     """Packs a list of sequences [L_i, *F] of different lengths, or of pytrees of such arrays.
 
@@ -159,9 +159,9 @@ def unpack_sequence(packed_sequences: PackedSequence) -> list[PyTree]:
 
 
 def pad_sequence(
-    sequences: Sequence[PyTree],
+    sequences: Iterable[PyTree],
     batch_first: bool = False,
-    padding_value: float = 0.0,
+    padding_value: ArrayLike = 0.0,
     padding_side: str = "right",
 ) -> PyTree:
     """Pads a list of sequences [L_i, *F] to the longest.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from jaxpack._checks import is_traced
 from jaxpack._packed.broadcast import expand
@@ -16,7 +17,9 @@ from jaxpack._packed.padding import padding_like
 from jaxpack._types import PyTree
 
 
-def pad_arrays(arrays: list[PyTree], lengths: np.ndarray, num_steps: int, padding_value: float, side: str) -> PyTree:
+def pad_arrays(
+    arrays: list[PyTree], lengths: np.ndarray, num_steps: int, padding_value: ArrayLike, side: str
+) -> PyTree:
     """Pads sequences to [B, num_steps, *F], by one gather from their concatenation."""
     steps = np.broadcast_to(np.arange(num_steps), (len(lengths), num_steps))
     if side == "left":

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._checks import as_int
 from jaxpack._dtypes import canonical, without_torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import optax
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack.losses._mean import Mean

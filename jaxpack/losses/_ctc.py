@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._checks import as_int
 from jaxpack._packed.gather import slot_fits

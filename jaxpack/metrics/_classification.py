@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import poison

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._dtypes import without_torch
 from jaxpack._extras import import_extra
@@ -39,7 +39,7 @@ def edit_distance(hypothesis: Sequence[Any] | ArrayLike, reference: Sequence[Any
     return _distance(_tokens("hypothesis", hypothesis), _tokens("reference", reference))
 
 
-def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
+def error_rate(hypotheses: Iterable[Any], references: Iterable[Any]) -> Mean:
     """Computes edits per reference token (phoneme, character, word) over all sequences.
 
     Examples:
@@ -59,7 +59,7 @@ def error_rate(hypotheses: Sequence[Any], references: Sequence[Any]) -> Mean:
     return _best(guesses, [[answer] for answer in answers])
 
 
-def best_error_rate(hypotheses: Sequence[Any], references: Sequence[Sequence[Any]]) -> Mean:
+def best_error_rate(hypotheses: Iterable[Any], references: Iterable[Iterable[Any]]) -> Mean:
     """Computes `error_rate` with the closest of several references for each hypothesis.
 
     Examples:

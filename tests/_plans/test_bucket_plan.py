@@ -133,7 +133,7 @@ def test_of_tied_lengths_the_later_row_is_the_misfit():
 
 
 def test_plans_compare_hash_and_pickle_by_value():
-    same = BucketPlan(boundaries=[np.int64(2), 4], rows=np.array([3, 1]))
+    same = BucketPlan(boundaries=[np.int64(2), 4], rows=np.array([3, 1]))  # type: ignore[arg-type]
     assert same == STAIRS
     assert hash(same) == hash(STAIRS)
     assert {same: 1}[STAIRS] == 1
@@ -145,7 +145,7 @@ def test_plans_compare_hash_and_pickle_by_value():
 
 @given(plans)
 def test_a_plan_is_equal_to_its_copy_and_its_repr_and_hashes_alike(plan):
-    lists = BucketPlan(list(plan.boundaries), np.array(plan.rows), [list(row) for row in plan.starts])
+    lists = BucketPlan(list(plan.boundaries), np.array(plan.rows), [list(row) for row in plan.starts])  # type: ignore[arg-type]
     assert lists == plan
     assert hash(lists) == hash(plan)
     assert eval(repr(plan)) == plan
@@ -213,7 +213,7 @@ def test_repr_writes_no_more_slots_than_it_shows():
 
 def test_errors_of_many_buckets_are_short():
     with pytest.raises(ValueError, match="increase strictly") as caught:
-        BucketPlan((*range(1, 10_000), 5), range(10_000, 0, -1))
+        BucketPlan((*range(1, 10_000), 5), range(10_000, 0, -1))  # type: ignore[arg-type]
     assert len(str(caught.value)) < 200
 
 
@@ -351,5 +351,7 @@ def test_picture_of_a_huge_plan_makes_no_vector_of_its_cells():
 )
 def test_notebooks_show_a_picture_and_say_what_it_is_of(plan, caption):
     figure = ElementTree.fromstring(plan._repr_html_())
-    assert [line.text for line in figure.find("figcaption")] == [caption]
+    lines = figure.find("figcaption")
+    assert lines is not None
+    assert [line.text for line in lines] == [caption]
     assert len(figure.findall("svg")) == 1

@@ -37,6 +37,13 @@ def drawn_cells(figure):
     return cells
 
 
+def found(figure, path):
+    """The one element at a path."""
+    element = figure.find(path)
+    assert element is not None
+    return element
+
+
 def texts_of(figure):
     return [text.text for text in figure.iter("text")]
 
@@ -80,8 +87,8 @@ def test_axes_name_the_last_steps_and_the_rows_of_buckets():
 def test_labels_of_many_buckets_do_not_overlap():
     plan = BucketPlan(tuple(range(1, 301)), tuple(range(300, 0, -1)))
     figure = ElementTree.fromstring(draw(plan, None, []))
-    steps = [float(text.get("x")) for text in figure.iter("text") if text.get("text-anchor") == "middle"]
-    rows = [float(text.get("y")) for text in figure.iter("text") if text.get("text-anchor") == "end"]
+    steps = [float(text.attrib["x"]) for text in figure.iter("text") if text.get("text-anchor") == "middle"]
+    rows = [float(text.attrib["y"]) for text in figure.iter("text") if text.get("text-anchor") == "end"]
     assert len(steps) > 5
     assert len(rows) > 5
     assert np.diff(steps).max() < -3 * 6  # three digits of some 6 pixels
@@ -91,8 +98,8 @@ def test_labels_of_many_buckets_do_not_overlap():
 def test_captions_are_escaped():
     caption = ["<script>alert('&')</script>", 'x"y']
     figure = ElementTree.fromstring(draw(STAIRS, None, caption))
-    assert [line.text for line in figure.find("figcaption")] == caption
-    assert figure.find("svg/title").text == "; ".join(caption)
+    assert [line.text for line in found(figure, "figcaption")] == caption
+    assert found(figure, "svg/title").text == "; ".join(caption)
     assert "<script" not in draw(STAIRS, None, caption)
     assert "<b>" not in html_counts({"<b>": "<b>"}, 1, 2)
 
@@ -115,11 +122,11 @@ def test_kinds_differ_in_lightness_on_light_and_on_dark_pages(page):
 
 def test_text_and_lines_take_the_colour_of_the_page_and_the_picture_has_a_name():
     figure = ElementTree.fromstring(draw(STAIRS, None, ["a plan"]))
-    svg = figure.find("svg")
+    svg = found(figure, "svg")
     assert (svg.get("role"), svg.get("fill"), svg[0].tag, svg[0].text) == ("img", "currentColor", "title", "a plan")
     assert all(text.get("fill") is None for text in figure.iter("text"))
     assert figure.findall(".//path[@fill='none'][@stroke='currentColor']")
-    assert "color:" not in figure.get("style")
+    assert "color:" not in figure.attrib["style"]
 
 
 @pytest.mark.parametrize(
@@ -156,10 +163,10 @@ def test_counts_are_a_table_and_a_bar_of_what_is_real():
     figure = ElementTree.fromstring(html_counts({"batches": "3", "cells": "40"}, 10, 40))
     assert [title.text for title in figure.iter("th")] == ["batches", "cells"]
     assert [value.text for value in figure.iter("td")] == ["3", "40"]
-    real, slack = (float(box.get("width")) for box in figure.find("svg").findall("rect"))
+    real, slack = (float(box.attrib["width"]) for box in found(figure, "svg").findall("rect"))
     assert real / (real + slack) == pytest.approx(1 / 4)
     assert texts_of(figure) == ["10 real", "30 slack"]
-    assert figure.find("svg/title").text == "25.0% of 40 cells real"
+    assert found(figure, "svg/title").text == "25.0% of 40 cells real"
     assert "0.0% of 0 cells" in html_counts({}, 0, 0)
 
 
@@ -174,7 +181,7 @@ def test_treescope_shows_the_picture_once():
         def __init__(self):
             self.plan = STAIRS
 
-    packed = jaxpack.PackedSequence(jnp.ones(8), np.array([4, 2, 1]), np.arange(3), np.arange(3), STAIRS)
+    packed = jaxpack.PackedSequence(jnp.ones(8), jnp.array([4, 2, 1]), jnp.arange(3), jnp.arange(3), STAIRS)
     for shown in (STAIRS, packed, Model(), {"batch": [packed]}):
         html = treescope.render_to_html(shown, compressed=False)
         assert html.count("role=&quot;img&quot;") == 1

@@ -212,7 +212,8 @@ def test_rows_of_thousands_of_sequences_can_be_planned():
 
 def best_fit_one_by_one(lengths, width):
     """The packing of one sequence after the other, longest first: what each row holds."""
-    rows, left = [], []
+    rows: list[list[int]] = []
+    left: list[tuple[int, int]] = []
     for length in sorted((max(1, int(length)) for length in lengths), reverse=True):
         place = bisect_left(left, (length, 0))
         room, row = left.pop(place) if place < len(left) else (width, len(rows))
@@ -314,8 +315,13 @@ def test_a_packing_takes_few_deals_however_many_sequences_there_are(corpus):
 def packings(lengths, monkeypatch):
     """The widths at which a plan of rows packs these lengths."""
     widths = []
+
+    def recorded(batch, width):
+        widths.append(width)
+        return best_fit(batch, width)
+
     with monkeypatch.context() as patch:
-        patch.setattr(planners, "best_fit", lambda batch, width: widths.append(width) or best_fit(batch, width))
+        patch.setattr(planners, "best_fit", recorded)
         plan_rows(lengths)
     return widths
 
@@ -399,7 +405,8 @@ def test_more_steps_than_can_be_indexed_are_refused_before_any_plan_is_made(plan
 
 
 CORPUS_PLANNERS = [
-    lambda lengths: plan_cover({"source": lengths} if isinstance(lengths, dict) else lengths, 2),  # a dict is of axes
+    # A dict holds the lengths of several axes.
+    lambda lengths: plan_cover({"source": lengths} if isinstance(lengths, dict) else lengths, 2),  # type: ignore[dict-item]
     lambda lengths: plan_family(lengths, 2),
     lambda lengths: coverage(lengths, plan_padded(2, 2)),
 ]
@@ -439,14 +446,14 @@ def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
     ("call", "error", "message"),
     [
         (lambda: plan_buckets([3], 0), ValueError, "num_buckets must be at least 1, got 0"),
-        (lambda: plan_buckets([3], 1.5), TypeError, "num_buckets must be an int, got 1.5"),
+        (lambda: plan_buckets([3], 1.5), TypeError, "num_buckets must be an int, got 1.5"),  # type: ignore[arg-type]
         (lambda: plan_buckets([3], row_multiple=0), ValueError, "row_multiple must be at least 1, got 0"),
         (lambda: plan_rows([3], 0), ValueError, "num_rows must be at least 1, got 0"),
-        (lambda: plan_rows([3], 1.5), TypeError, "num_rows must be an int, got 1.5"),
+        (lambda: plan_rows([3], 1.5), TypeError, "num_rows must be an int, got 1.5"),  # type: ignore[arg-type]
         (lambda: plan_rows([3], num_buckets=0), ValueError, "num_buckets must be at least 1, got 0"),
         (lambda: plan_padded(0, 3), ValueError, "batch_size must be at least 1, got 0"),
         (lambda: plan_padded(3, 0), ValueError, "max_length must be at least 1, got 0"),
-        (lambda: plan_padded(3, 2.5), TypeError, "max_length must be an int, got 2.5"),
+        (lambda: plan_padded(3, 2.5), TypeError, "max_length must be an int, got 2.5"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

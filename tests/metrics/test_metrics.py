@@ -244,7 +244,7 @@ def test_what_is_no_sequence_of_tokens_is_refused_by_name(call, name, tokens, er
 def test_error_rate_is_edits_over_the_tokens_of_references():
     mean = error_rate(["ab", "c", ""], ["abc", "c", "d"])
     assert (mean.total, mean.weight) == (2, 5)
-    np.testing.assert_allclose(sum([mean, error_rate([[1]], [np.array([1, 2, 3])])]).value, 4 / 8)
+    np.testing.assert_allclose(sum([mean, error_rate([[1]], [np.array([1, 2, 3])])], Mean()).value, 4 / 8)
     assert error_rate([], []).value == 0
     assert error_rate(["a"], [""]).total == 1
     assert error_rate(map(str, [12, 3]), iter(["1", "3"])).total == 1
@@ -266,7 +266,7 @@ def test_best_error_rate_takes_the_closest_reference_and_of_equals_the_longest()
         (lambda: best_error_rate(["a"], [[]]), ValueError, r"references\[0\] is empty"),
         (lambda: best_error_rate(["a"], ["a"]), TypeError, r"references\[0\] must be a list of sequences"),
         (lambda: error_rate({"a": 1}, ["a"]), TypeError, "hypotheses must be a list of sequences, got {'a': 1}"),
-        (lambda: error_rate(["a"], 7), TypeError, "references must be a list of sequences, got 7"),
+        (lambda: error_rate(["a"], 7), TypeError, "references must be a list of sequences, got 7"),  # type: ignore[arg-type]
         (lambda: error_rate(pack(np.ones((4, 5))), ["a"]), TypeError, "got a PackedSequence .jaxpack.unpack_sequence"),
     ],
 )
