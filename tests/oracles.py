@@ -103,7 +103,7 @@ def layer(kind, params, sequences, initial):
 
 
 def count_cell_steps(jaxpr):
-    """Rows x steps over all scans of a jaxpr: what a scan hands on has as many rows as it computes in a step."""
+    """Counts rows x steps over all scans of a jaxpr: the carry of a scan has as many rows as it computes in a step."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]

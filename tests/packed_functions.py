@@ -16,6 +16,10 @@ from jaxpack import PackedSequence, losses, metrics
 Array = Any
 
 
+LAYER = jaxpack.RNN(3, 2)
+PARAMS = LAYER.init(jax.random.key(0))
+
+
 class Function(NamedTuple):
     """A public function, called with a packed batch, and which promises concern it.
 
@@ -24,7 +28,7 @@ class Function(NamedTuple):
       takes: "packed", "padded" or "list".
       batches: the number of packed batches that the call is given.
       of_batch: whether the result is one for the whole batch, not one for each sequence or step.
-      differentiable: whether the result is differentiable with derivatives other than 0.
+      differentiable: whether both modes of differentiation are promised, with derivatives other than 0.
       programs: the most programs that a call outside jit runs, those of the arguments included; None for many.
       jits: whether it runs under jit.
     """
@@ -46,6 +50,12 @@ def _classes(packed: PackedSequence) -> PackedSequence:
 def _ones(packed: PackedSequence) -> Array:
     """A label, or its length, for each sequence."""
     return jnp.ones(packed.plan.num_sequences, int)
+
+
+def _layer(packed: PackedSequence) -> tuple[PackedSequence, Array]:
+    """The output of a layer, and its final state [B, H]."""
+    output, state = LAYER.apply(PARAMS, packed)
+    return output, state[0]
 
 
 def _zeros(packed: PackedSequence) -> Array:
@@ -83,6 +93,7 @@ FUNCTIONS = {
     "packed_scan": Function(
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None
     ),
+    "RNN.apply": Function(lambda p, x: _layer(p), differentiable=False, programs=None),
     "map": Function(lambda p, x: p.map(jnp.multiply, p), batches=2, programs=4),
     "astype": Function(lambda p, x: p.astype(jnp.float16), differentiable=False),
     "mask": Function(lambda p, x: p.replace(data=p.mask), batches=0, differentiable=False),

@@ -103,10 +103,10 @@ def plan_buckets(
     at_least_one("row_multiple", row_multiple)
     if cost_model is None and num_buckets is None:
         cost_model = CostModel()
-    return _bucket_plan(_needed_room(lengths), num_buckets, row_multiple, cost_model)
+    return staircase_plan(_needed_room(lengths), num_buckets, row_multiple, cost_model)
 
 
-def _bucket_plan(
+def staircase_plan(
     room: np.ndarray, num_buckets: int | None, row_multiple: int, cost_model: CostModel | None
 ) -> BucketPlan:
     """Returns the plan of `plan_buckets` for sequences that need this room; without a cost model buckets are free."""
@@ -150,10 +150,10 @@ def plan_rows(
     if num_rows is not None:
         at_least_one("num_rows", num_rows)
     at_least_one("num_buckets", num_buckets)
-    return _row_plan(_needed_room(lengths), num_rows, num_buckets, cost_model or CostModel())
+    return row_plan(_needed_room(lengths), num_rows, num_buckets, cost_model or CostModel())
 
 
-def _row_plan(room: np.ndarray, num_rows: int | None, num_buckets: int, cost_model: CostModel) -> BucketPlan:
+def row_plan(room: np.ndarray, num_rows: int | None, num_buckets: int, cost_model: CostModel) -> BucketPlan:
     """Returns the plan of `plan_rows` for sequences that need this room."""
     batch = Distinct.of(room)
     if num_rows is None:
@@ -179,7 +179,7 @@ def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) ->
       ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index.
     """
     room, cost_model = _needed_room(lengths), cost_model or CostModel()
-    return min(_bucket_plan(room, None, 1, cost_model), _row_plan(room, None, 1, cost_model), key=cost_model.total)
+    return min(staircase_plan(room, None, 1, cost_model), row_plan(room, None, 1, cost_model), key=cost_model.total)
 
 
 def _needed_room(lengths: npt.ArrayLike) -> np.ndarray:

@@ -1,3 +1,5 @@
+"""PyTorch's six functions and reverse_sequences: layout, round trips, dtypes, padding values and errors."""
+
 from typing import Any, cast
 
 import jax
@@ -363,7 +365,7 @@ def test_the_sort_is_stable():
     assert packed.sorted_indices.tolist() == [4, 1, 2, 0, 3]
 
 
-def test_nothing_is_mutated():
+def test_arguments_are_not_changed():
     batch, lengths = batch_of([3, 2]), np.array([3, 2])
     before = batch.copy(), lengths.copy()
     pack_padded_sequence(batch, lengths, batch_first=True)
@@ -466,7 +468,7 @@ BATCH = jnp.ones((2, 3, 1))
         ),
     ],
 )
-def test_bad_arguments_are_named(call, error, message):
+def test_errors_name_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -542,27 +544,29 @@ def test_traced_padding_of_another_kind_is_an_error():
         run(0.5)
 
 
-DOORS = [
+FUNCTIONS = [
     lambda a, b: pack_sequence([a, b]).data,
     lambda a, b: pack_sequence([{"x": a}, {"x": b}]).data["x"],
     lambda a, b: pad_sequence([a, b]),
 ]
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_dtypes_are_promoted_as_by_jax_and_values_kept(door):
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_dtypes_are_promoted_as_by_jax_and_values_kept(function):
     wide = [(np.int16, np.int32), (np.uint8, np.int8), (np.int32, np.float32), (bool, np.float32)]
     for first, second in wide:
         for a, b in ((first, second), (second, first)):
-            result = door(np.array([1, 0], a), np.array([40000 if b == np.int32 else 1], b))
+            result = function(np.array([1, 0], a), np.array([40000 if b == np.int32 else 1], b))
             assert result.dtype == jnp.promote_types(jnp.ones(1, a).dtype, jnp.ones(1, b).dtype)
             assert sorted(np.asarray(result, float).ravel().tolist())[-1] == (40000 if b == np.int32 else 1)
 
 
-@pytest.mark.parametrize("door", [*DOORS, lambda a, b: pack_padded_sequence(np.stack([a[:1], b[:1]]), [1, 1], True)])
-def test_integers_that_jax_would_wrap_are_named(door):
+@pytest.mark.parametrize(
+    "function", [*FUNCTIONS, lambda a, b: pack_padded_sequence(np.stack([a[:1], b[:1]]), [1, 1], True)]
+)
+def test_integers_that_jax_would_wrap_are_named(function):
     with pytest.raises(ValueError, match=r"holds 1099511627776 at .*, which int32 cannot hold"):
-        door(np.array([1, 0]), np.array([2**40]))
+        function(np.array([1, 0]), np.array([2**40]))
 
 
 def test_host_leaves_that_jax_would_wrap_are_named():
@@ -577,8 +581,8 @@ def test_an_empty_list_has_no_dtype_of_its_own(sequences):
     assert pad_sequence(sequences).dtype == jnp.int32
 
 
-@pytest.mark.parametrize("door", [lambda rows: pack_sequence(rows), lambda rows: pad_sequence(rows)])
-def test_a_reader_may_give_all_sequences_in_the_same_memory(door):
+@pytest.mark.parametrize("function", [lambda rows: pack_sequence(rows), lambda rows: pad_sequence(rows)])
+def test_a_reader_may_give_all_sequences_in_the_same_memory(function):
     buffer = np.zeros(3)
 
     def read():
@@ -586,5 +590,5 @@ def test_a_reader_may_give_all_sequences_in_the_same_memory(door):
             buffer[:] = i
             yield buffer[: 1 + i % 3]
 
-    expected = door([np.full(1 + i % 3, float(i)) for i in range(4)])
-    jax.tree.map(np.testing.assert_array_equal, door(read()), expected)
+    expected = function([np.full(1 + i % 3, float(i)) for i in range(4)])
+    jax.tree.map(np.testing.assert_array_equal, function(read()), expected)

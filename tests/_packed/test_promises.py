@@ -1,7 +1,6 @@
-"""What every public function of a packed batch promises: one program, inert slack, NaN for misfits, transformations."""
+"""Promises of every public function of packed batches: one program, inert slack, NaN for misfits, transformations."""
 
 import functools
-import sys
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from counts import counted_calls
 from packed_functions import FUNCTIONS, leaves, names
 
 import jaxpack
@@ -18,11 +18,11 @@ from jaxpack._packed.indices import check_indices
 from jaxpack._packed.packed_sequence import check_packed
 
 F, T = 3, 8
-LENGTHS = np.array([2, 5, 0, 3])
+LENGTHS = (2, 5, 0, 3)
 STAIRS = BucketPlan((6, 18), (4, 2))
 ROWS = BucketPlan((24,), (2,), ((0, 12), (0, 18)))
 PLANS = [STAIRS, ROWS]
-BATCH = jnp.asarray(np.nan_to_num(oracles.random_batch(LENGTHS.tolist(), F, dtype=np.float32, extra=3)))
+BATCH = jnp.asarray(np.nan_to_num(oracles.random_batch(LENGTHS, F, dtype=np.float32, extra=3)))
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PACKED = names(takes="packed", jits=True)
 JITTED = names(jits=True)
@@ -54,15 +54,16 @@ def pack(x, lengths, plan):
     return pack_padded_sequence(x, lengths, True, plan=plan)
 
 
-def packed(lengths=LENGTHS, x=BATCH, slack=0.0):
+@functools.cache
+def packed(lengths=LENGTHS, scale=1.0, slack=0.0):
     """The batch under each plan, with a value in slack."""
-    batches = [pack(x, jnp.asarray(lengths), plan) for plan in PLANS]
+    batches = [pack(scale * BATCH, jnp.array(lengths), plan) for plan in PLANS]
     return [each.replace(data=jnp.where(each.mask[:, None], each.data, slack)) for each in batches]
 
 
 @functools.cache
-def results(lengths=tuple(LENGTHS), scale=1.0, slack=0.0):
-    return run_jitted(packed(np.array(lengths), scale * BATCH, slack), scale * BATCH)
+def results(lengths=LENGTHS, scale=1.0, slack=0.0):
+    return run_jitted(packed(lengths, scale, slack), scale * BATCH)
 
 
 def rows_of(leaf, length=None):
@@ -236,7 +237,7 @@ def test_slack_is_inert_in_gradients(name, slack):
 
 @functools.cache
 def mapped_results():
-    batches = [packed(LENGTHS, BATCH)[1:], packed([5, 1, 3, 4], 2 * BATCH)[1:]]
+    batches = [packed()[1:], packed((5, 1, 3, 4), 2.0)[1:]]
     stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
     return jax.jit(jax.vmap(run_all))(stacked, jnp.stack([BATCH, 2 * BATCH]))
 
@@ -249,15 +250,15 @@ def test_vmap_over_stacked_batches_is_each_batch(name):
             np.testing.assert_allclose(np.asarray(ours[i], float), np.asarray(other, float), rtol=1e-4, atol=1e-5)
 
 
-@functools.cache
-def exported():
-    return jax.export.export(jax.jit(lambda p, x: jax.tree.leaves(run_all(p, x))), platforms=PLATFORMS)(packed(), BATCH)
-
-
 def test_all_are_lowered_for_every_platform():
-    assert exported().platforms == PLATFORMS
-    for ours, expected in zip(exported().call(packed(), BATCH), jax.tree.leaves(results()), strict=True):
-        np.testing.assert_allclose(np.asarray(ours, float), np.asarray(expected, float), rtol=1e-5, atol=1e-6)
+    def run(batch, x):
+        return {name: jax.tree.leaves(FUNCTIONS[name].run(batch, x)) for name in JITTED}
+
+    exported = jax.export.export(jax.jit(run), platforms=PLATFORMS)(packed()[1], BATCH)
+    assert exported.platforms == PLATFORMS
+    for name, found in exported.call(packed()[1], BATCH).items():
+        for ours, expected in zip(found, jax.tree.leaves(results()[name][1]), strict=True):
+            np.testing.assert_allclose(np.asarray(ours, float), np.asarray(expected, float), rtol=1e-5, atol=1e-6)
 
 
 @each_jitted
@@ -266,11 +267,17 @@ def test_promotes_no_ranks(name):
         jax.eval_shape(lambda batches, x: [FUNCTIONS[name].run(each, x) for each in batches], packed(), BATCH)
 
 
+@functools.cache
+def results_for_none():
+    none = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
+    return jax.jit(lambda p, x: {name: FUNCTIONS[name].run(p, x) for name in ON_PLAN})(none, jnp.ones((0, T, F)))
+
+
 @each_on_plan
 def test_a_batch_of_no_sequences_gives_results_for_none(name):
     none = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
-    run = FUNCTIONS[name].run
-    for result in (run(none, jnp.ones((0, T, F))), jax.jit(run)(none, jnp.ones((0, T, F)))):
+    x = jnp.ones((0, T, F))
+    for result in (FUNCTIONS[name].run(none, x), results_for_none()[name]):
         for leaf in jax.tree.leaves(result):
             assert 0 in leaf.shape or FUNCTIONS[name].of_batch
             assert np.isfinite(leaf).all()
@@ -292,24 +299,6 @@ def test_numpy_leaves_are_arrays_too(name):
         jax.tree.leaves(FUNCTIONS[name].run(host, BATCH)), jax.tree.leaves(results()[name][1]), strict=True
     ):
         np.testing.assert_allclose(np.asarray(ours, float), np.asarray(expected, float), rtol=1e-5, atol=1e-6)
-
-
-def counted_calls(run, *functions):
-    """How often a call runs each of these functions."""
-    codes = [function.__code__ for function in functions]
-    counts = [0] * len(codes)
-
-    def count(frame, event, _):
-        if event == "call" and frame.f_code in codes:
-            counts[codes.index(frame.f_code)] += 1
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-    return counts
 
 
 @pytest.mark.parametrize("name", [name for name in FUNCTIONS if FUNCTIONS[name].batches])

@@ -1,3 +1,5 @@
+"""Reductions, softmax, statistics and concatenation against NumPy and JAX on each sequence alone."""
+
 import functools
 
 import jax
@@ -36,7 +38,7 @@ def packed_batch(lengths=LENGTHS, plan=PLAN, dtype=np.float32, extra=0):
 
 
 def with_slack(packed, value):
-    return packed.replace(data=jnp.where(packed.mask[:, None], packed.data, value))
+    return packed.replace(data=jnp.asarray(np.where(np.asarray(packed.mask)[:, None], packed.data, np.float32(value))))
 
 
 @jax.jit
@@ -109,7 +111,7 @@ def test_logsumexp_and_softmax_do_not_overflow():
     np.testing.assert_allclose(softmax(packed).data, [0.5, 1, 0.5])
 
 
-def test_integers():
+def test_integers_are_reduced_as_in_numpy():
     packed = pack_sequence([np.array([1, 2, 4]), np.array([-3])])
     assert jaxpack.segment_sum(packed).tolist() == [7, -3]
     assert jaxpack.segment_sum(packed).dtype == jnp.int32
@@ -143,10 +145,10 @@ def test_bools_and_narrow_integers_reduce_as_in_numpy():
     assert jaxpack.segment_sum(pack_sequence([np.array([250, 250, 17], np.uint8)])).tolist() == [517]
 
 
-def test_softmax_equals_jax_on_each_sequence():
+def test_softmax_equals_scipy_on_each_sequence():
     batch, packed = packed_batch()
     weights = softmax(packed)
-    rows = [jax.nn.softmax(row[:n], axis=0) for row, n in zip(batch, LENGTHS, strict=True)]
+    rows = [scipy.special.softmax(row[:n], axis=0) if n else row[:0] for row, n in zip(batch, LENGTHS, strict=True)]
     np.testing.assert_allclose(weights.data, pack_sequence(rows, plan=PLAN).data, rtol=1e-5)
     np.testing.assert_array_equal(softmax(with_slack(packed, jnp.nan)).data, weights.data)
 
@@ -175,7 +177,7 @@ def test_concatenate_joins_features():
         (lambda p: [p, p.map(lambda d: d[:, 0])], ValueError, "without a feature axis"),
     ],
 )
-def test_concatenate_refuses_what_does_not_match(others, error, message):
+def test_concatenate_refuses_other_batches(others, error, message):
     with pytest.raises(error, match=message):
         concatenate(others(packed_batch()[1]))
 
@@ -195,23 +197,36 @@ def test_concatenating_traced_batches_of_different_lengths_is_nan_where_they_dif
 PLANS = [PLAN, BucketPlan((4,), (4,)), BucketPlan((8,), (2,), ((0, 4), (0, 4)))]
 
 
+STATISTICS = {"mean": jaxpack.mean, "var": jaxpack.var, "std": jaxpack.std}
+
+
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["mean", "var", "std"])
-def test_statistics_of_a_batch_are_numpys_over_real_steps(name, plan):
+def test_statistics_of_a_batch_are_numpys_over_real_steps(plan):
     batch, packed = packed_batch(plan=plan)
     real = np.concatenate([row[:n] for row, n in zip(batch, LENGTHS, strict=True)])
+    run = jax.jit(lambda packed: {name: statistic(packed) for name, statistic in STATISTICS.items()})
     for value in (0, np.nan, np.inf):
-        result = getattr(jaxpack, name)(with_slack(packed, value))
-        np.testing.assert_allclose(result, getattr(real, name)(0), rtol=1e-5, atol=1e-6)
+        for name, found in run(with_slack(packed, value)).items():
+            np.testing.assert_allclose(found, getattr(real, name)(0), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["mean", "var", "std"])
-def test_statistics_of_a_batch_have_the_gradients_of_jax(name):
+def test_statistics_of_a_batch_have_the_gradients_of_jax():
     batch, packed = packed_batch(dtype=np.float64)
-    real = [jnp.asarray(row[:n]) for row, n in zip(batch, LENGTHS, strict=True)]
-    gradient = jax.jit(jax.grad(lambda d: jnp.sin(getattr(jaxpack, name)(packed.replace(data=d))).sum()))(packed.data)
-    expected = jax.jit(jax.grad(lambda rows: jnp.sin(getattr(jnp, name)(jnp.concatenate(rows), 0)).sum()))(real)
-    np.testing.assert_allclose(gradient, pack_sequence(expected, plan=PLAN).data, rtol=1e-4, atol=1e-6)
+    rows = [jnp.asarray(row[:n]) for row, n in zip(batch, LENGTHS, strict=True)]
+
+    @jax.jit
+    def gradients(data, rows):
+        def ours(name):
+            return jax.grad(lambda data: jnp.sin(STATISTICS[name](packed.replace(data=data))).sum())(data)
+
+        def dense(name):
+            return jax.grad(lambda rows: jnp.sin(getattr(jnp, name)(jnp.concatenate(rows), 0)).sum())(rows)
+
+        return {name: (ours(name), dense(name)) for name in STATISTICS}
+
+    for found, expected in gradients(packed.data, rows).values():
+        cells = pack_sequence([np.asarray(row) for row in expected], plan=PLAN).data
+        np.testing.assert_allclose(found, cells, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_of_no_steps_are_zero_and_move_nothing():
@@ -237,17 +252,17 @@ def test_a_misfit_makes_the_statistics_of_its_batch_nan():
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["argmax", "argmin"])
-def test_places_of_extrema_are_numpys_in_each_sequence(name, plan):
+def test_places_of_extrema_are_numpys_in_each_sequence(plan):
     batch = np.random.default_rng(0).integers(0, 3, (4, 4, 5)).astype(np.float32)  # with ties
     batch[1, 2, 0] = np.nan  # which jnp.argmax takes for the largest, argmin for the least
     packed = with_slack(pack_padded_sequence(batch, LENGTHS, True, plan=plan), np.nan)
-    places = getattr(jaxpack, f"segment_{name}")(packed)
-    expected = [getattr(row[:n], name)(0) if n else np.full(5, -1) for row, n in zip(batch, LENGTHS, strict=True)]
-    assert places.dtype == jnp.int32
-    np.testing.assert_array_equal(places, expected)
-    misfit = jax.jit(lambda n: jaxpack.segment_argmax(pack_padded_sequence(batch, n, True, plan=plan)))
-    assert (misfit(jnp.array([2, 9, 0, 1]))[1] == -1).all()
+    places = jax.jit(lambda p: {"argmax": jaxpack.segment_argmax(p), "argmin": jaxpack.segment_argmin(p)})
+    for name, found in places(packed).items():
+        expected = [getattr(row[:n], name)(0) if n else np.full(5, -1) for row, n in zip(batch, LENGTHS, strict=True)]
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected)
+    misfit = jax.jit(lambda n: pack_padded_sequence(batch, n, True, plan=plan))(jnp.array([2, 9, 0, 1]))
+    assert all((found[1] == -1).all() for found in places(misfit).values())
 
 
 def test_minima_of_integers_and_bools():
@@ -259,7 +274,7 @@ def test_minima_of_integers_and_bools():
 def test_values_of_sequences_are_broadcast_to_their_steps(plan):
     _, packed = packed_batch(plan=plan)
     values = {"speaker": np.arange(8.0).reshape(4, 2), "row": np.arange(4)}
-    spread = jaxpack.broadcast_to_steps(values, with_slack(packed, np.nan))
+    spread = jax.jit(jaxpack.broadcast_to_steps)(values, with_slack(packed, np.nan))
     for row, sequence in enumerate(jaxpack.unpack_sequence(spread)):
         assert sequence["row"].tolist() == [row] * LENGTHS[row]
         np.testing.assert_array_equal(sequence["speaker"], np.tile(values["speaker"][row], (LENGTHS[row], 1)))

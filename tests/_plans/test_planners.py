@@ -1,3 +1,5 @@
+"""Planners against brute force and packing one by one."""
+
 import itertools
 from bisect import bisect_left, insort
 
@@ -6,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategies
+from counts import counted_calls
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpack import BucketPlan, CostModel, pack_sequence, plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
+from jaxpack._checks import concrete_lengths
 from jaxpack._plans import planners
 from jaxpack._plans.best_fit import Distinct, best_fit
 from jaxpack.data import coverage, plan_cover, plan_family
@@ -372,6 +376,11 @@ def test_lengths_may_be_jax_arrays_but_not_traced(planner):
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
+def test_a_planner_checks_lengths_once(planner):
+    assert counted_calls(lambda: planner(SEED), concrete_lengths) == [1]
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
 @given(lengths=strategies.lengths, data=st.data())
 def test_the_order_of_lengths_does_not_matter(planner, lengths, data):
     assert planner(data.draw(st.permutations(lengths))) == planner(lengths)
@@ -393,7 +402,7 @@ def test_an_empty_sequence_gets_room_for_a_step(planner):
         (None, TypeError, "got None"),
     ],
 )
-def test_bad_lengths_are_named(planner, lengths, error, message):
+def test_errors_name_bad_lengths(planner, lengths, error, message):
     with pytest.raises(error, match=message):
         planner(lengths)
 
@@ -436,7 +445,7 @@ NO_VECTORS = {
 
 @pytest.mark.parametrize("kind", NO_VECTORS)
 @pytest.mark.parametrize("planner", [*PLANNERS, *CORPUS_PLANNERS, PACKED.plan.fits, PACKED.plan.check])
-def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
+def test_errors_for_lengths_that_are_not_a_vector_name_the_way_out(planner, kind):
     make, error, message = NO_VECTORS[kind]
     with pytest.raises(error, match=message):
         planner(make())
@@ -456,6 +465,6 @@ def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
         (lambda: plan_padded(3, 2.5), TypeError, "max_length must be an int, got 2.5"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_arguments_are_named(call, error, message):
+def test_errors_name_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()

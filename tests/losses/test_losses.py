@@ -1,3 +1,5 @@
+"""Losses against NumPy, PyTorch and brute force: values, gradients, weights, misfits and errors."""
+
 import functools
 import itertools
 
@@ -316,13 +318,18 @@ def test_an_ignored_label_is_pytorchs_ignore_index():
 
 
 @each_token_mean
-@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16, jnp.bfloat16])
-def test_weights_of_tokens_may_be_bools_integers_or_narrow_floats(mean_of, dtype):
-    weights = pack(TOKEN_WEIGHTS > 0)
-    packed, labels = pack(logits_batch(dtype=np.float32)), pack(labels_batch())
-    mean = mean_of(packed, labels, weights.astype(dtype))
-    same(mean, mean_of(packed, labels, weights.astype(np.float32)), rtol=0)
-    assert mean.total.dtype == mean.weight.dtype == np.float32
+def test_weights_of_tokens_may_be_bools_integers_or_narrow_floats(mean_of):
+    packed, labels, weights = pack(logits_batch(dtype=np.float32)), pack(labels_batch()), pack(TOKEN_WEIGHTS > 0)
+
+    @jax.jit
+    def run(packed, labels, weights):
+        dtypes = (np.float32, bool, np.int8, np.float16, jnp.bfloat16)
+        return [mean_of(packed, labels, weights.astype(dtype)) for dtype in dtypes]
+
+    expected, *means = run(packed, labels, weights)
+    for mean in means:
+        same(mean, expected, rtol=0)
+        assert mean.total.dtype == mean.weight.dtype == np.float32
 
 
 @each_token_mean
@@ -454,12 +461,13 @@ def test_sums_are_float32_for_all_narrower_logits_and_in_64_bit_mode(loss, dtype
 
 
 @each_loss
-@pytest.mark.parametrize("dtype", [bool, np.int8, np.float16])
-def test_weights_of_rows_may_be_bools_integers_or_narrow_floats(loss, dtype):
+def test_weights_of_rows_may_be_bools_integers_or_narrow_floats(loss):
     packed, weights = pack(logits_batch(dtype=np.float32)), np.array([1, 0, 1, 1])
-    mean, _ = total_and_gradient(loss, packed, weights.astype(dtype))
-    same(mean, total_and_gradient(loss, packed, weights.astype(np.float32))[0], rtol=0)
-    assert mean.total.dtype == mean.weight.dtype == np.float32
+    given = [weights.astype(dtype) for dtype in (np.float32, bool, np.int8, np.float16)]
+    expected, *means = jax.jit(lambda packed, given: [loss(packed, weights) for weights in given])(packed, given)
+    for mean in means:
+        same(mean, expected, rtol=0)
+        assert mean.total.dtype == mean.weight.dtype == np.float32
 
 
 def test_bfloat16_losses_of_many_tokens_do_not_saturate():
@@ -470,26 +478,26 @@ def test_bfloat16_losses_of_many_tokens_do_not_saturate():
     np.testing.assert_allclose(mean.value, np.log(2), rtol=1e-5)
 
 
-DOORS = {
+CALLS = {
     "tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
     "rows of tokens": lambda p: token_cross_entropy(p, pack(labels_batch()), WEIGHTS),
     "sequences": lambda p: sequence_cross_entropy(p.data[:4], labels_batch()[:, 0], WEIGHTS, ignore_label=1),
     "ctc": lambda p: ctc(p, ALIGNABLE, CTC_LENGTHS, WEIGHTS),
     "accuracy": lambda p: accuracy(p, pack(labels_batch()), pack(TOKEN_WEIGHTS), ignore_label=1),
 }
-each_door = pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 
-@each_door
-def test_stacked_batches_are_mapped_and_ranks_never_promoted(door):
+@each_call
+def test_stacked_batches_are_mapped_and_ranks_never_promoted(call):
     packed = pack(logits_batch(dtype=np.float32))
     batches = [packed.data, 2 * packed.data]
     with jax.numpy_rank_promotion("raise"):
-        run = jax.jit(jax.vmap(lambda data: door(packed.replace(data=data))))
+        run = jax.jit(jax.vmap(lambda data: call(packed.replace(data=data))))
         means = run(jnp.stack(batches))
         values = means.value
     for i, data in enumerate(batches):
-        expected = door(packed.replace(data=data))
+        expected = call(packed.replace(data=data))
         same((means.total[i], means.weight[i], values[i]), (expected.total, expected.weight, expected.value), rtol=1e-6)
 
 
@@ -634,7 +642,7 @@ def test_ctc_takes_classes_that_cannot_be(masked):
 
 @oracles.needs_torch
 @pytest.mark.usefixtures("x64")
-def test_pytorchs_default_mean_of_ctc_is_had_by_weights():
+def test_weights_give_pytorchs_default_mean_of_ctc():
     lengths, label_lengths = np.array([6, 5, 2, 3]), np.array([2, 3, 0, 1])
     logits, labels = logits_batch(), np.maximum(ALIGNABLE % C, 1)
     total = ctc(pack(logits, WHOLE_OF_FOUR, lengths), labels, label_lengths, 1 / jnp.maximum(label_lengths, 1)).total
@@ -773,7 +781,7 @@ tokens, sequences = token_cross_entropy, sequence_cross_entropy
         (lambda: ctc(PACKED, CTC_LABELS, CTC_LENGTHS, frames_per_step=3), ValueError, "frames_per_step = 3"),
     ],
 )
-def test_refuses_what_does_not_match(call, error, message):
+def test_errors_name_arguments_that_do_not_match(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
