@@ -53,7 +53,6 @@ plans = st.one_of(staircases(), row_plans())
 # Where a plan is a compilation, random lengths go under a few fixed plans, of one batch size and longest room.
 FIXED_PLANS = {
     "stairs": BucketPlan((1, 3, 7), (5, 3, 1)),
-    "loose": BucketPlan((4, 7), (5, 4)),
     "padded": plan_padded(5, 7),
     "rows": BucketPlan((7,), (3,), ((0, 5), (0, 4), (0,))),
 }

@@ -75,9 +75,8 @@ def test_equals_each_sequence_alone(plan_and_lengths):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("plan", [PLAN, LOOSE])
-def test_slack_is_inert_to_nan_in_values_and_all_gradients(plan):
-    _, carry, packed = inputs(LENGTHS, plan, np.float64)
+def test_slack_is_inert_to_nan_in_values_and_all_gradients():
+    _, carry, packed = inputs(LENGTHS, PLAN, np.float64)
 
     def loss(packed, positive, start, weight):
         data = {**packed.data, "positive": positive}
@@ -121,7 +120,7 @@ def test_nan_cotangents_in_slack_reach_nothing():
 
 @pytest.mark.usefixtures("x64")
 def test_the_result_is_the_same_under_every_plan_that_fits():
-    plans = [plan_exact(LENGTHS), LOOSE, BucketPlan((1, 2, 9), (4, 3, 2)), plan_rows(LENGTHS, 2)]
+    plans = [plan_exact(LENGTHS), BucketPlan((1, 2, 9), (4, 3, 2)), plan_rows(LENGTHS, 2)]
     _, carry, packed = zip(*(inputs(LENGTHS, plan, np.float64) for plan in plans), strict=True)
 
     @jax.jit
