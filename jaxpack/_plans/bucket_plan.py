@@ -228,8 +228,7 @@ class BucketPlan:
           (True, False)
 
         Args:
-          lengths: [N] concrete whole numbers, in any order; a vector shorter than num_sequences counts as followed by
-            zeros.
+          lengths: [N] concrete whole numbers, in any order; if N < num_sequences, lengths of 0 follow.
         """
         array = concrete_lengths(lengths)
         return len(array) <= self.num_sequences and not self._misfits(array).any()
@@ -331,14 +330,7 @@ class BucketPlan:
         return np.pad(-np.sort(-lengths), (0, self.num_sequences - len(lengths)))
 
     def _marks(self, filled: np.ndarray | None, columns: int, lines: int) -> Marks:
-        """Computes the marks of a picture.
-
-        Args:
-          filled: [B], the real steps of each slot; a negative number for a sequence that does not fit. None draws all
-            cells as real.
-          columns: the most columns; a longer plan is sampled.
-          lines: the most lines; a plan of more rows is sampled.
-        """
+        """Computes the marks of a picture; `filled` is as in `sampled_cells`, or None to draw all cells as real."""
         slots = self.room if filled is None else filled
         cells = sampled_cells(self._slots, self.batch_sizes, slots, columns, lines)
         real, misfit = int(slots[slots > 0].sum()), int(self.room[slots < 0].sum())

@@ -17,7 +17,7 @@ from jaxpack import BucketPlan, concatenate, pack_padded_sequence, pack_sequence
 LENGTHS = [2, 4, 0, 1]
 PLAN = BucketPlan((3, 5), (4, 1))
 
-# Each reduction of one sequence [L, F] in NumPy, and what it gives for an empty one.
+# Each reduction of one sequence [L, F] in NumPy, and its result for an empty sequence.
 REDUCTIONS = {
     "first": (lambda s: s[0], 0.0),
     "last": (lambda s: s[-1], 0.0),

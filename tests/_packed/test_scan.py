@@ -217,7 +217,7 @@ def test_refuses_a_padded_array():
     "plan", [BucketPlan((3,), (2,)), plan_exact([3, 1]), BucketPlan((2, 5), (2, 1)), BucketPlan((5,), (1,), ((0, 3),))]
 )
 def test_a_step_never_meets_in_slack_what_a_sequence_ended_with(plan):
-    # The root of what is left: of row 1 nothing is left after its only step, and its derivative there is infinite.
+    # A further step of row 1 would take the square root of a negative number.
     def loss(x):
         packed = pack_padded_sequence(x, [3, 1], batch_first=True, plan=plan)
         return packed_scan(lambda c, v: (c - v, jnp.sqrt(c - v)), jnp.array([4.0, 1.5]), packed)[1].data.sum()

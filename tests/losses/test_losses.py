@@ -26,7 +26,7 @@ STAIRS = BucketPlan((3, 6), (4, 2))
 ROWS = BucketPlan((11,), (2,), ((0, 6), (0, 6)))
 on_each_plan = pytest.mark.parametrize("plan", [STAIRS, ROWS], ids=["stairs", "rows"])
 
-# Of the sequences of LENGTHS. 1 1 takes three frames, so the first row can only be aligned with two frames a step.
+# Labels for LENGTHS. 1 1 takes three frames, so the first row can only be aligned with two frames a step.
 CTC_LABELS = np.array([[1, 1, 77], [2, 2, 3], [-5, 9, 0], [3, 1, 0]], np.int32)
 CTC_LENGTHS = np.array([2, 3, 2, 1], np.int32)
 ALIGNABLE = np.array([[1, 2, 77], [2, 2, 3], [-5, 9, 0], [3, 1, 0]], np.int32)
@@ -391,7 +391,7 @@ def test_checkify_reports_a_label_that_is_no_class_and_no_ignored_one():
         assert error is None if message is None else message in error
 
 
-# What all losses of packed logits promise
+# Promises of all losses of packed logits
 
 
 @on_each_plan
@@ -700,7 +700,7 @@ def test_labels_may_be_narrow_integers():
 CTC_NARROW = np.ones((4, 1), np.int8)
 
 
-# What is refused
+# Errors
 
 PACKED = pack(logits_batch(dtype=np.float32))
 LABELS = pack(labels_batch())
