@@ -17,11 +17,8 @@ from jaxpack._packed.convert import (
 )
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.reduce import (
-    broadcast_to_steps,
-    concatenate,
     first,
     last,
-    mean,
     segment_argmax,
     segment_argmin,
     segment_logsumexp,
@@ -31,11 +28,10 @@ from jaxpack._packed.reduce import (
     segment_std,
     segment_sum,
     segment_var,
-    softmax,
-    std,
-    var,
 )
 from jaxpack._packed.scan import packed_scan
+from jaxpack._packed.statistics import mean, std, var
+from jaxpack._packed.steps import broadcast_to_steps, concatenate, softmax
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows

@@ -1,4 +1,4 @@
-"""Arguments that users give at many doors, checked: whole numbers, and lengths."""
+"""Checks of arguments that many public functions take: integers and lengths; and `unchecked`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from jax.experimental import checkify
 
 
 def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarray:
-    """Lengths as an int64 NumPy vector, read by position (as those of a pandas Series); the name is for errors.
+    """Validates lengths and returns them as an int64 NumPy vector, read by position (of a pandas Series, too).
+
+    Args:
+      lengths: [B] whole numbers.
+      name: the name of the argument in errors.
 
     Raises:
-      TypeError: if they are traced, or no vector of numbers: an iterator, say, or a packed batch.
+      TypeError: if they are traced, or not a vector of numbers: an iterator, for example, or a packed batch.
       ValueError: if they are a number or have more axes, or one is not whole, negative or above int64.
     """
     try:
@@ -32,7 +36,7 @@ def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarra
             f"{name} must be a vector [B] of integers, got a nested {type(lengths).__name__} whose rows "
             f"differ. Of a list of sequences they are [len(sequence) for sequence in sequences]."
         ) from error
-    if not array.shape and array.dtype.kind not in "biufc":  # no array, but an object of another kind
+    if not array.shape and array.dtype.kind not in "biufc":  # an object that NumPy wraps
         found = "None" if lengths is None else f"a {type(lengths).__name__}"
         way_out = ""
         if hasattr(lengths, "lengths"):
@@ -47,17 +51,22 @@ def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarra
     if not whole.all():
         row = int(whole.argmin())
         raise ValueError(f"{name} must be whole numbers, got {name}[{row}] = {array[row]}.")
-    if array.size and array.min() < 0:
-        row = int(array.argmin())
-        raise ValueError(f"{name}[{row}] = {array[row]} is negative. A length is a number of steps, 0 or more.")
+    check_not_negative(array, name)
     if array.size and array.max() >= 2**63:
         row = int(array.argmax())
         raise ValueError(f"{name}[{row}] = {array[row]} is more than int64 can hold. A length is a number of steps.")
     return array.astype(np.int64)
 
 
+def check_not_negative(lengths: np.ndarray, name: str = "lengths") -> None:
+    """Raises ValueError if a length is negative."""
+    if lengths.size and lengths.min() < 0:
+        row = int(lengths.argmin())
+        raise ValueError(f"{name}[{row}] = {lengths[row]} is negative. A length is a number of steps, 0 or more.")
+
+
 def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike, lengths: str = "lengths") -> None:
-    """Raises unless an array of this shape and dtype can hold lengths: a vector of numbers that may be whole."""
+    """Raises unless an array of this shape and dtype can hold lengths: a vector of real numbers."""
     kind, name = np.dtype(dtype).kind, np.dtype(dtype).name
     if kind == "b" and len(shape) > 1:
         raise TypeError(
@@ -75,7 +84,7 @@ def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike, lengths: st
 
 
 def as_int(name: str, value: object) -> int:
-    """An int from an argument, or a TypeError that names it."""
+    """Returns an argument as an int, or raises a TypeError that names it."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -85,7 +94,7 @@ def as_int(name: str, value: object) -> int:
 
 
 def at_least_one(name: str, value: object) -> int:
-    """An int from an argument; raises TypeError if it is none, ValueError if it is below 1."""
+    """Returns an argument as an int; raises TypeError if it is not one, ValueError if it is below 1."""
     number = as_int(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}.")
@@ -93,12 +102,12 @@ def at_least_one(name: str, value: object) -> int:
 
 
 def is_traced(array: object) -> bool:
-    """Whether an array's values are unknown now, because a transformation traces the program."""
+    """Returns whether an array is a tracer, whose values are not known yet."""
     return isinstance(array, jax.core.Tracer)
 
 
 def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function without the checks that it holds for `checkify`, so that jax.export can serialise it.
+    """Removes the checks that a function has for `checkify`, so that jax.export can serialise it.
 
     jax.export.export(jax.jit(jaxpack.unchecked(serve)))(packed).serialize()
 
@@ -107,8 +116,8 @@ def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
       >>> jax.jit(unchecked(jaxpack.segment_sum))(packed).tolist()
       [1.0, 2.0]
 
-    Under plain jit those checks do nothing, but their trace keeps an export from being written to a file. Sequences
-    that do not fit are NaN as ever.
+    Under plain jit those checks do nothing, but an export that contains them cannot be written to a file. Sequences
+    that do not fit still give NaN.
     """
 
     @functools.wraps(function)

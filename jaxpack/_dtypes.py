@@ -1,7 +1,7 @@
-"""One rule for dtypes at every door: the values that reach a batch are the values that were given.
+"""Conversions of dtypes that keep values: every public function takes arrays by these rules.
 
-Arrays that belong together are promoted as jax.numpy promotes them. What the common dtype cannot hold is an error that
-names both dtypes. The one rounding is JAX's own: without jax_enable_x64 it has no float64, and computes in float32.
+Arrays that belong together are promoted as jax.numpy promotes them. A value that the common dtype cannot hold is an
+error that names both dtypes. The only rounding is JAX's own: without jax_enable_x64, float64 becomes float32.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import numpy.typing as npt
 
 
 def common_dtype(dtypes: Iterable[npt.DTypeLike]) -> np.dtype:
-    """Returns the dtype that arrays of these dtypes have in common: jax.numpy's promotion of what JAX holds them in.
+    """Returns the dtype to which jax.numpy promotes arrays of these dtypes.
 
     Examples:
       >>> common_dtype([np.int16, np.uint16, bool])
       dtype('int32')
 
     Raises:
-      TypeError: if one is of no numbers that JAX computes with.
+      TypeError: if one is not a dtype of numbers that JAX computes with.
     """
     return jax_dtype(functools.reduce(jnp.promote_types, (jax_dtype(dtype) for dtype in dtypes)))
 
 
 def jax_dtype(dtype: npt.DTypeLike, name: str = "an array") -> np.dtype:
-    """Returns the dtype that JAX holds an array of this one in: int32 for int64, unless jax_enable_x64 is set.
+    """Returns the dtype that an array of this dtype has in JAX: int32 for int64, unless jax_enable_x64 is set.
 
     Examples:
       >>> jax_dtype(">i2")
@@ -40,11 +40,11 @@ def jax_dtype(dtype: npt.DTypeLike, name: str = "an array") -> np.dtype:
       TypeError: labels must hold numbers, which JAX can compute with, got dtype <U2.
 
     Args:
-      dtype: NumPy's or JAX's, of either byte order.
-      name: of the array, for errors.
+      dtype: a dtype of NumPy or JAX, in either byte order.
+      name: the name of the array in errors.
 
     Raises:
-      TypeError: if it is of no numbers that JAX computes with.
+      TypeError: if it is not a dtype of numbers that JAX computes with.
     """
     dtype = np.dtype(dtype)
     found = _jax_dtype(dtype, _x64())
@@ -54,7 +54,7 @@ def jax_dtype(dtype: npt.DTypeLike, name: str = "an array") -> np.dtype:
 
 
 def cast(array: np.ndarray, dtype: npt.DTypeLike, name: str) -> np.ndarray:
-    """Returns the array in a dtype that holds its values.
+    """Returns the array in another dtype that holds its values.
 
     Examples:
       >>> cast(np.array([1, 2], np.int16), np.float32, "labels").tolist()
@@ -64,14 +64,14 @@ def cast(array: np.ndarray, dtype: npt.DTypeLike, name: str) -> np.ndarray:
       TypeError: labels has dtype int64, which int16 cannot hold. Give all of one dtype (array.astype).
 
     Args:
-      array: of numbers.
-      dtype: to be had.
-      name: of the array, for errors.
+      array: an array of numbers.
+      dtype: the dtype of the result.
+      name: the name of the array in errors.
 
     Raises:
       TypeError: if the dtype is narrower than the array's, or of another kind.
-      ValueError: naming a value, if the dtype does as a rule (int64 without jax_enable_x64, integers as floats), but
-        cannot hold this one.
+      ValueError: if the dtype holds most values of the array's (int32 for int64 without jax_enable_x64, a float for
+        integers), but not one of these. The error names it.
     """
     dtype = np.dtype(dtype)
     if array.dtype == dtype:
@@ -99,7 +99,7 @@ def cast(array: np.ndarray, dtype: npt.DTypeLike, name: str) -> np.ndarray:
 
 
 def canonical(array: np.ndarray, name: str) -> np.ndarray:
-    """Returns the array in the dtype that JAX holds it in. Raises as `cast`."""
+    """Returns the array in the dtype that it has in JAX. Raises as `cast`."""
     return cast(array, jax_dtype(array.dtype, name), name)
 
 
@@ -109,7 +109,7 @@ def _x64() -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _jax_dtype(dtype: np.dtype, x64: bool) -> np.dtype | None:
-    """`jax_dtype`, or None; `x64` is there for the cache."""
+    """Returns `jax_dtype`, or None if there is none; `x64` is a key of the cache."""
     native = dtype.newbyteorder("=")
     if not (jnp.issubdtype(native, jnp.number) or native.kind == "b"):
         return None
@@ -121,34 +121,34 @@ def _jax_dtype(dtype: np.dtype, x64: bool) -> np.dtype | None:
 
 @functools.lru_cache(maxsize=1024)
 def _holds(dtype: np.dtype, other: np.dtype, x64: bool) -> bool:
-    """Whether a dtype holds what JAX makes of another's values, as a rule."""
+    """Returns whether a dtype holds the values that another one has in JAX, ranges and rounding aside."""
     found = _jax_dtype(other, x64)
     return found is not None and common_dtype([dtype, found]) == jax_dtype(dtype)
 
 
 @functools.lru_cache(maxsize=256)
 def _whole(dtype: np.dtype) -> bool:
-    """Whether it is of integers."""
+    """Returns whether a dtype is one of integers."""
     return bool(jnp.issubdtype(dtype, jnp.integer))
 
 
 def _changed(array: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """Which integers another dtype holds as another number."""
+    """Returns which integers changed when they were converted to another dtype."""
     numbers = held.real.astype(np.float64)
     with np.errstate(invalid="ignore"):
         changed = numbers.astype(array.dtype) != array
-    return changed | (numbers >= float(np.iinfo(array.dtype).max + 1))  # which wraps on its way back
+    return changed | (numbers >= float(np.iinfo(array.dtype).max + 1))  # which would wrap on the way back
 
 
 def as_jax(leaf: Any, name: str) -> jax.Array:
-    """A JAX array that holds the values of an array of any kind; raises as `cast`."""
+    """Returns a JAX array with the values of an array of any library. Raises as `cast`."""
     if isinstance(leaf, jax.Array):
         return leaf
     return jnp.asarray(canonical(np.asarray(without_torch(leaf)), name))
 
 
 def without_torch(tensor: Any) -> Any:
-    """A NumPy array from a PyTorch tensor, without importing torch; anything else as it is."""
+    """Converts a PyTorch tensor to NumPy, without importing torch; returns anything else unchanged."""
     if not hasattr(tensor, "detach"):
         return tensor
     tensor = tensor.detach().cpu()

@@ -1,4 +1,4 @@
-"""Packages that an extra brings, imported where they are used."""
+"""Imports of optional packages."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from types import ModuleType
 
 
 def import_extra(module: str, extra: str, what: str, package: str | None = None) -> ModuleType:
-    """Imports a module, or says which extra brings it.
+    """Imports a module of an optional package; if it is missing, the error names the extra to install.
 
     Args:
-      module: its full name.
-      extra: of jaxpack, which brings it.
-      what: what needs it: the subject of the error, plural.
-      package: its name on PyPI. Default: that of the outermost package.
+      module: the full name of the module.
+      extra: the extra of jaxpack that installs it.
+      what: the subject of the error, plural, such as "plots".
+      package: the name on PyPI. Default: the name of the outermost package.
 
     Raises:
-      ModuleNotFoundError: with the command that installs the extra, if the package is not there.
+      ModuleNotFoundError: with the command that installs the extra, if the package is not installed.
     """
     outermost = module.partition(".")[0]
     try:

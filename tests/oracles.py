@@ -94,8 +94,8 @@ def layer(kind, params, sequences, initial):
                     hs.append(state[0])
                 for full, value in zip(finals, state, strict=True):
                     full[row, b] = value
-                hs = np.array(hs).reshape(len(x), len(state[0]))
-                directions.append(hs[::-1] if d else hs)
+                steps = np.array(hs).reshape(len(x), len(state[0]))
+                directions.append(steps[::-1] if d else steps)
             x = np.concatenate(directions, -1)
             depth += 1
         outputs.append(x)
@@ -103,7 +103,7 @@ def layer(kind, params, sequences, initial):
 
 
 def count_cell_steps(jaxpr):
-    """Rows x steps over all scans of a jaxpr: what a scan hands on has as many rows as it computes in a step."""
+    """Counts rows x steps over all scans of a jaxpr: the carry of a scan has as many rows as it computes in a step."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]

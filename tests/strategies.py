@@ -49,3 +49,24 @@ def row_plans(draw):
 
 
 plans = st.one_of(staircases(), row_plans())
+
+# Where a plan is a compilation, random lengths go under a few fixed plans, of one batch size and longest room.
+FIXED_PLANS = {
+    "stairs": BucketPlan((1, 3, 7), (5, 3, 1)),
+    "padded": plan_padded(5, 7),
+    "rows": BucketPlan((7,), (3,), ((0, 5), (0, 4), (0,))),
+}
+BATCH_SIZE, LONGEST = 5, 7
+
+
+@st.composite
+def lengths_under(draw, plan):
+    """Lengths that fit a plan, zeros included, in any order."""
+    return draw(st.permutations([draw(st.integers(0, min(int(room), LONGEST))) for room in plan.room]))
+
+
+@st.composite
+def fixed_plan_and_lengths(draw):
+    """A fixed plan, and lengths that fit it."""
+    plan = draw(st.sampled_from(list(FIXED_PLANS.values())))
+    return plan, draw(lengths_under(plan))

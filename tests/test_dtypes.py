@@ -28,7 +28,7 @@ def test_both_byte_orders_are_numbers(dtype):
 
 
 @pytest.mark.parametrize("dtype", [object, "U3", "S3", "M8[s]", np.longdouble, [("a", int)]])
-def test_what_jax_cannot_compute_with_is_named(dtype):
+def test_dtypes_that_jax_cannot_compute_with_are_named(dtype):
     for call in (jax_dtype, lambda dtype, name: cast(np.zeros(1, dtype), np.float32, name)):
         with pytest.raises(TypeError, match="labels must hold numbers"):
             call(dtype, "labels")
@@ -65,7 +65,7 @@ def test_values_that_are_held_are_the_same(array, dtype):
         (np.array([2**64 - 1], np.uint64), np.float32, "18446744073709551615"),
     ],
 )
-def test_a_value_that_would_be_another_is_named(array, dtype, value):
+def test_values_that_the_dtype_would_change_are_named(array, dtype, value):
     with pytest.raises(ValueError, match=f"labels holds {value}.*{np.dtype(dtype)} cannot hold"):
         cast(array, dtype, "labels")
 

@@ -12,7 +12,7 @@ def test_a_missing_package_is_named_with_its_extra():
         import_extra("not_there", "plot", "plots", "not-there")
 
 
-def test_what_is_missing_inside_a_package_is_not_called_a_missing_extra(monkeypatch, tmp_path):
+def test_a_missing_import_inside_a_package_is_not_a_missing_extra(monkeypatch, tmp_path):
     (tmp_path / "half_there.py").write_text("import not_there")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'not_there'"):

@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxpack._checks import concrete_lengths
-from jaxpack._packed.convert import lay_out, pad
 from jaxpack._packed.inputs import batch_shape, lengths_and_plan, padded_plan
+from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree

@@ -12,9 +12,8 @@ from jax import lax
 from jaxpack._checks import concrete_lengths, is_traced
 from jaxpack._flax.call import Call, Direction
 from jaxpack._flax.layout import Layout, Lengths
-from jaxpack._packed.broadcast import expand, vary_like
+from jaxpack._packed.broadcast import expand, tree_where, vary_like
 from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._packed.scan import select
 from jaxpack._packed.slack import poison, select_or_poison
 from jaxpack._types import PyTree
 
@@ -52,8 +51,8 @@ def scan_padded(call: Call, direction: Direction) -> tuple[PyTree, PyTree]:
 
     def masked(step: Callable[[PyTree, PyTree], Any], carry: PyTree, cell: tuple[jax.Array, jax.Array]) -> Any:
         x, real = cell
-        stepped, y = step(select(real, carry, safe), x)
-        return select(real, stepped, carry), y
+        stepped, y = step(tree_where(real, carry, safe), x)
+        return tree_where(real, stepped, carry), y
 
     carry, outputs = direction.scan(masked, carry, (x, real))
     if direction.reverse and direction.keep_order:

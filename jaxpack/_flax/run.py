@@ -21,7 +21,7 @@ from jaxpack._flax.known import KnownCell, flip
 from jaxpack._flax.layout import Layout
 from jaxpack._flax.padded_scan import scan_padded
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
-from jaxpack._packed.convert import reverse
+from jaxpack._packed.layout import reverse
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.scan import scan_packed
 from jaxpack._plans.bucket_plan import BucketPlan

@@ -30,8 +30,8 @@ from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zero_state
-from jaxpack._packed.convert import lay_out, pad
 from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
+from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._plans.bucket_plan import BucketPlan
 

@@ -1,1 +1,1 @@
-"""Packed batches: PackedSequence, packing and unpacking, reductions, and `packed_scan`."""
+"""Packed batches: PackedSequence, conversions, reductions, packed_scan, and their checks."""

@@ -1,4 +1,4 @@
-"""Masks in the shape of arrays, and constants that vary over a mesh as arrays do."""
+"""Masks and constants that follow arrays: in shape, and in the mesh axes over which they vary."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from jaxpack._types import PyTree
 
 
 def expand(mask: Any, like: Any) -> Any:
-    """A mask over leading axes, shaped to broadcast against an array with further ones."""
+    """Reshapes a mask over leading axes so that it broadcasts against an array with further axes."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
 def mask_like(mask: jax.Array, tree: PyTree) -> PyTree:
-    """The mask of rows or cells for each array of a tree, in its shape."""
+    """Returns a mask of rows or cells for each array of a tree, in that array's shape."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(expand(mask, leaf), leaf.shape), tree)
 
 
-def vary_like(tree: PyTree, like: PyTree) -> PyTree:
-    """The arrays of a tree, varying over the axes of a mesh that those of another vary over inside jax.shard_map.
+def tree_where(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """Selects rows of two trees: new ones where the condition holds, old ones elsewhere."""
+    return jax.tree.map(lambda a, b: jnp.where(expand(condition, b), a, b), new, old)
 
-    A loop's carry must vary as what the loop makes of it, which constants such as jnp.zeros do not.
+
+def vary_like(tree: PyTree, like: PyTree) -> PyTree:
+    """Makes arrays vary over the mesh axes that those of another tree vary over inside jax.shard_map.
+
+    The carry of a loop must vary over the same axes when it comes out as when it goes in; constants vary over none.
     """
     sources = [leaf for leaf in jax.tree.leaves(like) if is_traced(leaf) and _is_number(leaf)]
     if not sources:

@@ -1,6 +1,7 @@
-"""Captions: what a packed batch says of itself, whatever its leaves are, for JAX puts anything there.
+"""Descriptions of a packed batch whatever its leaves are, because JAX puts any object into a pytree.
 
-Arrays, tracers, shapes, None, objects, stacked or deleted arrays: each is named by its type, none is asked for more.
+Arrays, tracers, shapes, None, objects, stacked or deleted arrays are described by their type; only readable lengths are
+read.
 """
 
 from __future__ import annotations
@@ -11,35 +12,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpack._packed.gather import Cells
 from jaxpack._plans.bucket_plan import BucketPlan, longest_first
 from jaxpack._plans.pictures import counted
 
-_MOST, _LONGEST = 8, 80  # leaves or misfits that a caption names, and characters of each
+_MOST, _LONGEST = 8, 80  # the most leaves or misfits in a description, and the most characters of each
 
 
 class _Brief(str):
-    """A string whose repr is itself."""
+    """A string whose repr is the string itself."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def type_of(leaf: Any) -> str:
-    """An array as JAX writes its type, float32[45,12]; what is no array by its repr."""
+    """Writes the type of an array as JAX does, float32[45,12]; other leaves by their repr."""
     if not isinstance(getattr(leaf, "shape", None), tuple) or not hasattr(leaf, "dtype"):
         return repr(leaf)
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def types_of(tree: Any) -> str:
-    """A pytree with the types of its leaves: {'gaps': float32[45], 'x': float32[45,12]}."""
+    """Writes a pytree with the types of its leaves: {'gaps': float32[45], 'x': float32[45,12]}."""
     return repr(jax.tree.map(lambda leaf: _Brief(type_of(leaf)), tree))
 
 
 def filled_slots(plan: BucketPlan, lengths: Any) -> np.ndarray | None:
-    """Steps of each slot that lengths fill, [B], negative where they do not fit; None if they have no values now.
+    """Returns the steps of each slot that lengths fill, [B], negative if they do not fit; None if they have no values.
 
-    They have none unless they are an array of integers of the plan's shape, neither traced nor deleted nor elsewhere.
+    Lengths have values if they are an array of integers [B] that is not traced, deleted or on another host.
     """
     if not _have_values(plan, lengths):
         return None
@@ -47,14 +49,15 @@ def filled_slots(plan: BucketPlan, lengths: Any) -> np.ndarray | None:
     return np.where(ranked <= plan.room, ranked, -1)
 
 
-def caption(plan: BucketPlan, data: Any, lengths: Any, filled: np.ndarray | None) -> list[str]:
-    """The lines above a picture of a packed batch: its arrays, its counts, and the sequences that do not fit.
+def description(packed: Cells, filled: np.ndarray | None) -> list[str]:
+    """Returns the lines above a picture of a batch: its arrays, its counts, and the sequences that do not fit.
 
     Args:
-      plan, data, lengths: of a PackedSequence.
-      filled: what `filled_slots(plan, lengths)` returned.
+      packed: the batch.
+      filled: the result of `filled_slots(packed.plan, packed.lengths)`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(data)
+    plan, lengths = packed.plan, packed.lengths
+    leaves = jax.tree_util.tree_leaves_with_path(packed.data)
     arrays = _some([f"data{jax.tree_util.keystr(path)} {type_of(leaf)}" for path, leaf in leaves])
     batch, cells = counted(plan.num_sequences, "sequence"), counted(plan.size, "cell")
     lines = [f"PackedSequence: {arrays or 'no data'}"]
@@ -78,7 +81,7 @@ def _values(lengths: Any) -> np.ndarray:
 
 
 def _have_values(plan: BucketPlan, lengths: Any) -> bool:
-    """Whether lengths are integers [B] that can be read."""
+    """Returns whether lengths are integers [B] that can be read."""
     if not isinstance(lengths, np.ndarray | jax.Array) or isinstance(lengths, jax.core.Tracer):
         return False
     if lengths.shape != (plan.num_sequences,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
@@ -87,7 +90,7 @@ def _have_values(plan: BucketPlan, lengths: Any) -> bool:
 
 
 def _some(texts: list[str]) -> str:
-    """The first of some texts, each cut if it is long."""
+    """Joins the first of some texts, each cut if it is long."""
     shown = [text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..." for text in texts[:_MOST]]
     more = len(texts) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more" if more else "")

@@ -1,4 +1,4 @@
-"""Checks of index leaves: lengths and permutations that belong together, read where that takes no wait."""
+"""Checks of index leaves (lengths and permutations), and reads of arrays that do not wait for a device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxpack._checks import check_lengths_type, is_traced
+from jaxpack._checks import check_lengths_type, check_not_negative, is_traced
 from jaxpack._packed.describe import type_of
 from jaxpack._packed.gather import PACK_ANEW, Indexed, slot_lengths
 
 INDEX_NAMES = ("lengths", "sorted_indices", "unsorted_indices")
 
-
-_PATIENCE = 0.01  # seconds that a check waits for indices which are still being computed
+_PATIENCE = 0.01  # seconds that a check waits for arrays that are still being computed
 
 
 def as_index(leaf: Any, name: str, function: str) -> jax.Array:
-    """Lengths or indices as int32, which they always are where we made them."""
+    """Returns lengths or indices as int32; those that jaxpack made are int32 already."""
     array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
@@ -33,7 +32,7 @@ def as_index(leaf: Any, name: str, function: str) -> jax.Array:
 
 
 def check_indices(packed: Indexed, function: str) -> None:
-    """Raises ValueError unless lengths and permutations are of the plan's size and, if known, belong together."""
+    """Raises ValueError unless lengths and permutations have the plan's size and, if their values are known, agree."""
     plan, indices = packed.plan, (packed.sorted_indices, packed.unsorted_indices)
     check_lengths_type(packed.lengths.shape, packed.lengths.dtype)
     for name in INDEX_NAMES:
@@ -45,7 +44,8 @@ def check_indices(packed: Indexed, function: str) -> None:
     if not known(packed.lengths):
         return
     lengths = np.asarray(packed.lengths)
-    plan.check(lengths)
+    check_not_negative(lengths)
+    plan._check(lengths)
     values = values_of(*indices)
     if values is None:
         return
@@ -68,14 +68,17 @@ def check_indices(packed: Indexed, function: str) -> None:
 def same_sequences(
     packed: Indexed, other: Indexed, function: str, names: tuple[str, str], also: jax.Array | None = None
 ) -> jax.Array | None:
-    """bool [B]: which slots hold sequences of the same length in both batches; None if all are known to.
+    """Compares two batches: returns which slots hold sequences of the same length in both, bool [B]; None if all do.
 
     Args:
-      names: of the batches, with the verb that errors go on with, such as "labels have".
-      also: a further condition on slots, if there is one.
+      packed: a batch.
+      other: another one.
+      function: the name of the function in errors.
+      names: the batches in errors, each with its verb, such as "labels have".
+      also: a further condition on slots, combined with the result.
 
     Raises:
-      ValueError: if plans differ, or lengths that are known; under checkify also if traced ones do.
+      ValueError: if plans differ, or known lengths do; under checkify also if traced lengths differ.
     """
     if other.plan != packed.plan:
         raise ValueError(
@@ -101,10 +104,9 @@ def _brief(lengths: Any) -> str:
 
 
 def known(*arrays: Any) -> bool:
-    """Whether the values of arrays can be read now, without waiting long for a device.
+    """Returns whether the values of arrays can be read now, without a long wait for a device.
 
-    A check is not worth the wait for a whole model, whose outcome it is not: what is computed from indices that do not
-    belong together is NaN in any case.
+    A check does not wait for the model that computes its arrays: results from indices that do not agree are NaN anyway.
     """
     on_device: list[Any] = [array for array in arrays if isinstance(array, jax.Array)]
     if any(is_traced(array) or not array.is_fully_addressable for array in on_device):
@@ -118,16 +120,17 @@ def known(*arrays: Any) -> bool:
 
 
 def values_of(*arrays: Any) -> list[np.ndarray] | None:
-    """The values of arrays, if all are `known`: what a check reads, which must not wait for a device."""
+    """Returns the values of arrays if all are `known`, else None. Checks read values only through this function."""
     return [np.asarray(array) for array in arrays] if known(*arrays) else None
 
 
 def host_view(leaf: Any) -> np.ndarray | None:
-    """An array's values where they cost nothing: NumPy's, or JAX's of a CPU that are computed already; else None."""
+    """Returns the values of an array if they are in host memory (NumPy, or JAX on a CPU and computed); else None."""
     if isinstance(leaf, np.ndarray):
         return leaf
     if is_traced(leaf) or not isinstance(leaf, jax.Array):
         return None
-    array: Any = leaf  # placed on a device by choice it stays there
+    array: Any = leaf
+    # A committed array stays on the device that the user chose.
     free = array.is_fully_addressable and not array.committed and array.is_ready()
     return np.asarray(array) if free and {device.platform for device in array.devices()} == {"cpu"} else None

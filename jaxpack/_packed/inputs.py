@@ -1,4 +1,4 @@
-"""What users pass in, checked at the door: padded batches, lengths, and the plan they go under."""
+"""Checks of padded batches, lists of sequences, lengths and plans that users pass in."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from jaxpack._dtypes import as_jax, canonical, cast, common_dtype, without_torch
 from jaxpack._packed.indices import known
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._plans.planners import plan_exact
+from jaxpack._plans.planners import exact_plan
 from jaxpack._types import PyTree
 
 
 def as_batch(batch: PyTree, name: str) -> PyTree:
-    """Arrays from what a user passed: nested lists of numbers are one array, any other pytree one of arrays."""
+    """Converts a batch to arrays: nested lists of numbers to one array, any other pytree leaf by leaf."""
     leaves = jax.tree.leaves(batch)
     if not leaves:
         raise ValueError(f"{name} holds no array, got {batch!r}.")
@@ -38,15 +38,16 @@ def as_batch(batch: PyTree, name: str) -> PyTree:
 
 
 def as_sequences(sequences: Iterable[PyTree]) -> tuple[list[PyTree], np.ndarray]:
-    """Arrays (or pytrees of them) and their lengths from a list of sequences; NumPy stays NumPy.
+    """Converts a list of sequences to arrays (or pytrees of them) and lengths [B]; NumPy arrays stay in NumPy.
 
     Raises:
-      TypeError: if it is no list.
+      TypeError: if it is not a list.
       ValueError: if it is empty, or the sequences differ in their structure or features.
     """
     if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
         raise TypeError(f"sequences must be a list of arrays, got {type(sequences).__name__}.")
-    kept = isinstance(sequences, (list, tuple, np.ndarray, jax.Array))  # others may give the next in the same memory
+    # Other iterables may yield every sequence in the same memory.
+    kept = isinstance(sequences, (list, tuple, np.ndarray, jax.Array))
     arrays = [_as_sequence(each) if kept else jax.tree.map(_copied, _as_sequence(each)) for each in sequences]
     if not arrays:
         raise ValueError("sequences is empty: at least one is needed.")
@@ -60,7 +61,7 @@ def as_sequences(sequences: Iterable[PyTree]) -> tuple[list[PyTree], np.ndarray]
 
 
 def _as_sequence(sequence: PyTree) -> PyTree:
-    """A sequence's arrays; None for an empty list, which is a sequence of whatever the others hold."""
+    """Converts a sequence to arrays; None for an empty list, which takes the features of the other sequences."""
     if _is_sequence(sequence):
         return sequence
     leaves = jax.tree.leaves(sequence)
@@ -76,12 +77,12 @@ def _copied(leaf: Any) -> Any:
 
 
 def _is_sequence(sequence: PyTree) -> bool:
-    """Whether it is one NumPy array with a time axis, of which there is nothing more to find out."""
+    """Returns whether a sequence is one NumPy array with a time axis, which needs no conversion."""
     return type(sequence) is np.ndarray and sequence.ndim > 0
 
 
 def _of_one_dtype(arrays: list[PyTree]) -> list[PyTree]:
-    """Sequences whose arrays have, leaf by leaf, the dtype that they have in common."""
+    """Casts sequences, leaf by leaf, to their common dtype."""
     dtypes = jax.tree.map(lambda *leaves: common_dtype(leaf.dtype for leaf in leaves), *arrays)
 
     def convert(leaf: Any, dtype: np.dtype, i: int) -> Any:
@@ -91,7 +92,7 @@ def _of_one_dtype(arrays: list[PyTree]) -> list[PyTree]:
 
 
 def _length_like(model: PyTree, array: PyTree, i: int) -> int:
-    """The length of a sequence, which must agree with another in all else."""
+    """Returns the length of a sequence, which must have the structure and features of another."""
     expected: Any = jax.tree.structure(model)
     found: Any = jax.tree.structure(array)
     if found != expected:
@@ -102,8 +103,8 @@ def _length_like(model: PyTree, array: PyTree, i: int) -> int:
         raise ValueError(f"sequences[{i}] must have a leading time axis, got shapes {shapes}.")
     if len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
-            f"the arrays of sequences[{i}] must have as many steps as each other, got shapes {shapes}. Pack what has "
-            f"another length on its own."
+            f"the arrays of sequences[{i}] must have the same number of steps, got shapes {shapes}. Pack arrays of "
+            f"another length separately."
         )
     for leaf, other in zip(leaves, jax.tree.leaves(model), strict=True):
         if leaf.shape[1:] != other.shape[1:]:
@@ -112,7 +113,7 @@ def _length_like(model: PyTree, array: PyTree, i: int) -> int:
 
 
 def padded_batch(batch: PyTree, batch_first: bool, name: str) -> tuple[PyTree, int, int]:
-    """A padded pytree as arrays [B, T, *F], with B and T. Raises as `batch_shape`."""
+    """Converts a padded pytree to arrays [B, T, *F]; returns them with B and T. Raises as `batch_shape`."""
     batch = as_batch(batch, name)
     _check_rank(batch, name)
     if not batch_first:
@@ -127,11 +128,11 @@ def _check_rank(batch: PyTree, name: str) -> None:
 
 
 def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
-    """(B, T) of a batch-first padded pytree.
+    """Returns (B, T) of a batch-first padded pytree.
 
     Raises:
-      ValueError: if a leaf has no two leading axes, the leaves disagree in them, one is symbolic, or the batch axis is
-        sharded under an explicit mesh.
+      ValueError: if a leaf has fewer than two axes, the leaves disagree in the first two, one of those is symbolic, or
+        the batch axis is sharded under an explicit mesh.
     """
     _check_rank(batch, name)
     leaves = jax.tree.leaves(batch)
@@ -153,7 +154,7 @@ def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
 
 
 def padded_plan(batch_size: int, max_length: int) -> BucketPlan:
-    """The plan of a padded batch of any shape, of which a batch of no sequences or of no steps is one."""
+    """Returns the plan of a padded batch, also of a batch of no sequences or no steps."""
     return BucketPlan((max(max_length, 1),), (batch_size,))
 
 
@@ -174,7 +175,7 @@ def _check_sharding(leaf: jax.Array, name: str) -> None:
 def lengths_and_plan(
     lengths: ArrayLike | Sequence[int], plan: BucketPlan | None, batch_size: int, max_length: int, name: str = "inputs"
 ) -> tuple[np.ndarray | jax.Array, BucketPlan]:
-    """int32 lengths, checked against the batch and the plan, which is exact by default."""
+    """Validates lengths against the batch and the plan; returns them as int32, with the plan, exact by default."""
     if plan is not None and not isinstance(plan, BucketPlan):
         raise TypeError(f"plan must be a jaxpack.BucketPlan, got {type(plan).__name__}.")
     if isinstance(lengths, jax.Array) and (is_traced(lengths) or (plan is not None and not known(lengths))):
@@ -183,13 +184,14 @@ def lengths_and_plan(
                 "lengths are traced, so the plan must be given: pack_padded_sequence(..., plan=plan) with a plan made "
                 "outside jit, such as jaxpack.plan_buckets(lengths) or jaxpack.plan_padded(batch_size, max_length)."
             )
+        check_lengths_type(lengths.shape, lengths.dtype)
         check_batch_size(lengths, plan, batch_size, name)
         return _traced_lengths(lengths, plan, max_length), plan
     concrete = concrete_lengths(lengths)
     check_batch_size(concrete, plan, batch_size, name)
     check_longest(concrete, max_length)
     if plan is not None:
-        plan.check(concrete)
+        plan._check(concrete)
         return concrete.astype(np.int32), plan
     if not batch_size:
         return concrete.astype(np.int32), padded_plan(0, max_length)
@@ -198,11 +200,11 @@ def lengths_and_plan(
             "Length of all samples has to be greater than 0, but found an element in 'lengths' that is <= 0. "
             "With a plan (plan=jaxpack.plan_buckets(lengths)) empty sequences are legal."
         )
-    return concrete.astype(np.int32), plan_exact(concrete)
+    return concrete.astype(np.int32), exact_plan(concrete)
 
 
 def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> jax.Array:
-    """Traced lengths as int32, in which a misfit stays one."""
+    """Casts traced lengths to int32 such that a sequence that does not fit still does not."""
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"traced lengths must be integers, got dtype {lengths.dtype}.")
     limits = jnp.iinfo(jnp.int32)
@@ -210,7 +212,7 @@ def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> ja
         lengths = jnp.clip(lengths, max(limits.min, jnp.iinfo(lengths.dtype).min), limits.max)
     lengths = lengths.astype(jnp.int32)
     if max_length < plan.max_length:
-        # The plan alone could not tell that such a length is a misfit; a negative one stays one in every operation.
+        # The plan has room for these lengths, but the batch does not: negative lengths fit nowhere.
         lengths = jnp.where(lengths > max_length, -lengths, lengths)
     return lengths
 
@@ -218,11 +220,10 @@ def _traced_lengths(lengths: jax.Array, plan: BucketPlan, max_length: int) -> ja
 def check_batch_size(
     lengths: np.ndarray | jax.Array, plan: BucketPlan | None, batch_size: int, name: str = "inputs"
 ) -> None:
-    """Raises ValueError unless there is one length per sequence of the batch, and as many in the plan."""
-    check_lengths_type(lengths.shape, lengths.dtype)
+    """Raises ValueError unless lengths, a vector, and the plan have one entry per sequence of the batch."""
     if lengths.shape[0] != batch_size:
         given = f"got {lengths.shape[0]} lengths for a batch of {batch_size}."
-        if name == "inputs":  # of layers, which are batch first
+        if name == "inputs":  # the argument of layers, which are batch first
             raise ValueError(f"lengths must have one entry for each sequence of inputs, {given}")
         raise ValueError(f"Expected `len(lengths)` to be equal to batch_size, but {given} (Is batch_first right?)")
     if plan is not None and plan.num_sequences != batch_size:
@@ -240,10 +241,15 @@ def check_longest(lengths: np.ndarray, max_length: int) -> None:
 
 
 def lengths_as_shapes(lengths: ArrayLike | Sequence[int], function: str) -> np.ndarray:
-    """Lengths for a function whose result's shapes they are; raises TypeError if they are traced."""
+    """Validates lengths that become shapes of a result. Raises TypeError if they are traced."""
+    refuse_traced_shapes(lengths, function)
+    return concrete_lengths(lengths)
+
+
+def refuse_traced_shapes(lengths: object, function: str) -> None:
+    """Raises TypeError if lengths that become shapes of a result are traced."""
     if is_traced(lengths):
         raise TypeError(
-            f"{function} needs concrete lengths, for they are the shapes of its result: call it outside jit. Inside, "
+            f"{function} needs concrete lengths, because they are shapes of its result: call it outside jit. Inside, "
             f"jaxpack.pad_packed_sequence keeps static shapes."
         )
-    return concrete_lengths(lengths)

@@ -1,8 +1,7 @@
-"""PackedSequence: a batch of sequences of different lengths, laid out under a plan.
+"""PackedSequence: a batch of sequences of different lengths, laid out under a plan; its checks and arithmetic.
 
-Its index maps are given statically by the plan and completed dynamically by the lengths: sequence b of the caller's
-batch sits in slot unsorted_indices[b]; step t of slot s is cell step_offsets[slot_starts[s] + t] + slot_rows[s].
-
+The index maps follow from the static plan and the dynamic lengths: sequence b of the caller's batch is in slot
+unsorted_indices[b]; step t of slot s is cell step_offsets[slot_starts[s] + t] + slot_rows[s].
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 
 from jaxpack._dtypes import as_jax
 from jaxpack._packed.broadcast import mask_like
-from jaxpack._packed.describe import caption, filled_slots, type_of, types_of
+from jaxpack._packed.describe import description, filled_slots, type_of, types_of
 from jaxpack._packed.gather import real_cells, slot_fits
 from jaxpack._packed.indices import INDEX_NAMES, as_index, check_indices, same_sequences
 from jaxpack._packed.slack import fill_slack, zero_slack
@@ -37,7 +36,7 @@ from jaxpack._types import PyTree
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PackedSequence:
-    """A batch of B sequences under a static plan. Made by `pack_padded_sequence` or `pack_sequence`.
+    """A batch of B sequences under a static plan, made by `pack_padded_sequence` or `pack_sequence`.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([jnp.array([1.0]), jnp.array([2.0, 3.0])])
@@ -46,15 +45,16 @@ class PackedSequence:
       >>> packed.data.tolist()  # step by step, the longest first
       [2.0, 1.0, 3.0]
 
-    A pytree whose plan is static: one plan is one compiled program, whatever the lengths. Nothing is validated here,
-    since JAX puts tracers and placeholders into pytrees; the functions that take one check it. Differentiate with
-    respect to `packed.data`: the other leaves are integers, which `jax.tree.map(jnp.add, packed, packed)` would add up
-    too. Write `packed + packed`, and `packed.map(fn, *others)` for functions of several batches.
+    A pytree with a static plan: one plan is one compiled program, for all lengths. The constructor validates nothing,
+    because JAX puts tracers and placeholders into pytrees; functions validate the batches that they are given.
+    Differentiate with respect to `packed.data`: the other leaves are integers. For the same reason write
+    `packed + packed` rather than `jax.tree.map(jnp.add, packed, packed)`, and `packed.map(fn, *others)` for functions
+    of several batches.
 
     Attributes:
       data: [S, *F] for the S = plan.size cells, in time-major bucket order, or a pytree of such arrays. With
-        plan_exact it is byte for byte PyTorch's `PackedSequence.data`, but for the order of equal lengths, which
-        its sort on CPU does not keep.
+        plan_exact it equals PyTorch's `PackedSequence.data` byte for byte, except that PyTorch's sort on CPU does not
+        keep the order of equal lengths.
       lengths: int32 [B], in the caller's order, as given.
       sorted_indices: int32 [B], the caller's row in each slot, longest first.
       unsorted_indices: int32 [B], the slot of each of the caller's rows.
@@ -69,22 +69,22 @@ class PackedSequence:
 
     @property
     def batch_sizes(self) -> np.ndarray:
-        """Rows alive at each step (static), as PyTorch's `batch_sizes`."""
+        """The rows alive at each step (static), as PyTorch's `batch_sizes`."""
         return self.plan.batch_sizes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of `data`; raises ValueError if data is a pytree of several arrays."""
+        """The shape of `data`. Raises ValueError if data is a pytree of several arrays."""
         return self._only_leaf("shape").shape
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of `data`; raises ValueError if data is a pytree of several arrays."""
+        """The dtype of `data`. Raises ValueError if data is a pytree of several arrays."""
         return self._only_leaf("dtype").dtype
 
     @property
     def mask(self) -> jax.Array:
-        """bool [S]: True at real cells, False in slack. All cells of a sequence that does not fit count as real.
+        """True at real cells, False in slack: bool [S]. All cells of a sequence that does not fit count as real.
 
         Examples:
           >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).mask.tolist()
@@ -94,11 +94,11 @@ class PackedSequence:
 
     @property
     def fits(self) -> jax.Array:
-        """bool [B]: which of the caller's sequences fit the plan; none, if lengths and indices disagree."""
+        """True for sequences that fit: bool [B], in the caller's order; all False if lengths and indices disagree."""
         return _fits(self.replace(data=None))
 
     def replace(self, **changes: Any) -> PackedSequence:
-        """A copy with other fields, which are taken as they are; for functions of each step see `map`.
+        """Returns a copy with other fields, which are not changed; to apply a function to each step use `map`.
 
         Examples:
           >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
@@ -111,7 +111,7 @@ class PackedSequence:
         return copy
 
     def map(self, fn: Callable[..., PyTree], *others: PackedSequence, pass_mask: bool = False) -> PackedSequence:
-        """Applies a token-wise function to the data: `packed.map(embedding)`, `packed.map(jax.nn.relu)`.
+        """Applies a function to the data, step by step: `packed.map(embedding)`, `packed.map(jax.nn.relu)`.
 
         Examples:
           >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2))
@@ -126,22 +126,22 @@ class PackedSequence:
           (4, 4)
 
         `fn` is called once, on all cells: data [S, *F] to [S, *G], or a pytree of such arrays. It must treat cells
-        independently of each other, for what they share the cells with depends on the plan: in slack `fn` is given
-        copies of real cells, so that neither its values nor its gradients meet anything that is not data, and what it
-        makes of them is zeroed. A function with statistics over cells, such as a normalisation, asks for the mask.
+        independently of each other, because the number of slack cells depends on the plan. Slack cells are filled with
+        copies of real ones (no gradient), so `fn` sees only real data; its outputs there are zeroed. A function with
+        statistics over cells, such as a normalisation, needs the mask.
 
         Args:
           fn: fn(data, *data_of_others), with `pass_mask` fn(data, *data_of_others, mask=mask).
           others: packed batches of the same plan and lengths.
-          pass_mask: whether `fn` is given the mask of real cells, bool, for each array of the data one of its shape:
-            what the `mask` of Flax's BatchNorm and the `where` of jnp.mean take. (`jaxpack.mean`, `var` and `std` are
-            such statistics.) What normalises each cell by itself, as LayerNorm, GroupNorm and InstanceNorm do, is right
-            without: with a mask its mean over no feature of a slack cell is NaN, and so are its gradients.
+          pass_mask: whether to pass the mask of real cells: for each array of the data a bool array of its shape, as
+            the `mask` of Flax's BatchNorm and the `where` of jnp.mean take it. (`jaxpack.mean`, `var` and `std` compute
+            such statistics.) Layers that normalise each cell by itself, such as LayerNorm, GroupNorm and InstanceNorm,
+            need no mask: with one, the mean over no feature of a slack cell would be NaN, and so would its gradients.
 
         Raises:
-          TypeError: if one of others is no PackedSequence.
-          ValueError: if fn returns arrays without the leading axis of S cells, or plans or concrete lengths differ
-            (where traced lengths do, the result is NaN).
+          TypeError: if one of others is not a PackedSequence.
+          ValueError: if fn returns arrays without the leading axis of S cells, or plans or concrete lengths differ.
+            If traced lengths differ, the result is NaN.
         """
         packed = check_packed(self, "map")
         inputs, fits = [_fill_slack(packed)], None
@@ -160,7 +160,7 @@ class PackedSequence:
         return packed.replace(data=_zero_slack(packed.replace(data=None), data, fits))
 
     def astype(self, dtype: Any) -> PackedSequence:
-        """A copy whose data has another dtype.
+        """Casts the data to another dtype.
 
         Examples:
           >>> jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)]).astype(jnp.bfloat16)
@@ -170,9 +170,9 @@ class PackedSequence:
         return packed.replace(data=_cast(packed, dtype))
 
     def picture(self, *, columns: int = 64, lines: int = 16) -> str:
-        """The plan in text with the sequences in it: █ and ▓ are real cells, ░ is slack, ! the room of a misfit.
+        """Draws the plan with its sequences in text: █ and ▓ are real cells, ░ is slack, ! the room of a misfit.
 
-        Where the lengths have no values, as under jit, it is the plan alone.
+        If the lengths have no values, as under jit, all cells are drawn as real.
 
         Examples:
           >>> print(jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2)).picture())
@@ -180,21 +180,20 @@ class PackedSequence:
           █░
 
         Args:
-          columns: the widest picture in characters; a longer plan is sampled.
-          lines: the highest; a plan of more rows is sampled.
+          columns: the most characters of a line; a longer plan is sampled.
+          lines: the most lines; a plan of more rows is sampled.
         """
-        filled = filled_slots(self.plan, self.lengths)
-        return text_picture(self.plan, self.plan.room if filled is None else filled, columns, lines)
+        return text_picture(self.plan._marks(filled_slots(self.plan, self.lengths), columns, lines))
 
     def _repr_html_(self) -> str:
-        """The same picture for notebooks, below what the leaves are and which sequences do not fit."""
+        """Draws the same picture for notebooks, below the types of the leaves and the sequences that do not fit."""
         filled = filled_slots(self.plan, self.lengths)
-        return html_picture(self.plan, filled, caption(self.plan, self.data, self.lengths, filled))
+        return html_picture(functools.partial(self.plan._marks, filled), description(self, filled))
 
     def __add__(self, other: Any) -> PackedSequence:
-        """The sum step by step: with a packed batch of the same sequences, a number, or an array of one step's shape.
+        """Adds step by step: a packed batch of the same sequences, a number, or an array of the shape of one step.
 
-        Likewise `-`, `*` and `/`. Raises as `map`, and ValueError where an array is no step's.
+        `-`, `*` and `/` work likewise. Raises as `map`, and ValueError if an array has another shape.
 
         Examples:
           >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)], plan=jaxpack.plan_padded(2, 2))
@@ -227,16 +226,16 @@ class PackedSequence:
     def __neg__(self) -> PackedSequence:
         return self.map(lambda data: jax.tree.map(operator.neg, data))
 
-    # NumPy's arrays then leave an operator to us, where they would apply it entry by entry.
+    # NumPy arrays on the left then leave the operator to this class, instead of applying it entry by entry.
     __array_ufunc__ = None
 
-    # Whether the index leaves were looked at; of the object, so what a transformation rebuilds is looked at again.
+    # Whether the index leaves were checked, for this object only: a batch rebuilt by a transformation is checked again.
     _checked = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Says what to write in place of PyTorch's PackedSequence(fn(packed.data), packed.batch_sizes, ...).
+        """Refuses PyTorch's PackedSequence(fn(packed.data), packed.batch_sizes, ...), naming the alternative.
 
-        Of leaves that are text, as nnx.tabulate makes them, it is a dict, for that shows nothing else.
+        With leaves of text, as nnx.tabulate makes them, it returns a dict, the only container that nnx.tabulate shows.
         """
         if all(isinstance(kwargs.get(name), str) for name in INDEX_NAMES):
             return {name: leaf for name, leaf in kwargs.items() if name != "plan"}
@@ -250,13 +249,16 @@ class PackedSequence:
 
     @property
     def _is_sorted(self) -> bool:
-        """Whether slots are in the order of lengths."""
+        """Whether slots are sorted by length, longest first."""
         return True
 
-    def _only_leaf(self, what: str) -> jax.Array:
+    def _only_leaf(self, attribute: str) -> jax.Array:
         leaves = jax.tree.leaves(self.data)
         if len(leaves) != 1:
-            raise ValueError(f"data is a pytree of {len(leaves)} arrays, which have no one {what}: ask them by name.")
+            raise ValueError(
+                f"data is a pytree of {len(leaves)} arrays, which have no one {attribute}: read it from an array of "
+                f"packed.data."
+            )
         return leaves[0]
 
     def __repr__(self) -> str:
@@ -270,7 +272,7 @@ class PackedSequence:
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Unsorted(PackedSequence):
-    """A batch whose rows are in the caller's order, not by length, under a plan whose slots all have the same room."""
+    """A batch whose slots are in the caller's order, not sorted by length; all slots of its plan have the same room."""
 
     @property
     def _is_sorted(self) -> bool:
@@ -278,12 +280,14 @@ class Unsorted(PackedSequence):
 
 
 def check_packed(packed: object, function: str) -> PackedSequence:
-    """Checks what a public function is given as a PackedSequence, and makes NumPy leaves JAX arrays.
+    """Validates the packed batch that a public function is given, and converts NumPy leaves to JAX arrays.
+
+    Index leaves are checked once per object; `replace(data=...)` keeps that knowledge.
 
     Raises:
-      TypeError: if it is none.
-      ValueError: if it holds stacked batches, data of another plan, or index leaves whose values are known and do not
-        fit the plan or each other.
+      TypeError: if it is not a PackedSequence.
+      ValueError: if it holds stacked batches, or data of another plan, or if known index leaves do not fit the plan or
+        each other.
     """
     if not isinstance(packed, PackedSequence):
         raise TypeError(
@@ -332,7 +336,7 @@ def _cast(packed: PackedSequence, dtype: Any) -> PyTree:
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> PackedSequence:
-    """left operation right, of which one at least is packed."""
+    """Computes left operation right, at least one of which is packed."""
     sides = []
     for side in (left, right):
         if isinstance(side, PackedSequence):
@@ -351,7 +355,7 @@ def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> 
 
 @functools.partial(jax.jit, static_argnames="operation")
 def _operate(operation: Callable[[Any, Any], Any], left: Any, right: Any, also: jax.Array | None) -> PyTree:
-    """The cells of `_arithmetic`."""
+    """Computes the data of `_arithmetic`."""
     if isinstance(left, PackedSequence) and isinstance(right, PackedSequence):
         return zero_slack(left, jax.tree.map(operation, fill_slack(left), fill_slack(right)), also)
     packed, constant = (left, right) if isinstance(left, PackedSequence) else (right, left)
@@ -377,7 +381,7 @@ def _check_constant(packed: PackedSequence, constant: Any) -> None:
 
 
 def _serialize_plan(auxdata: Any) -> bytes:
-    """A PackedSequence's static part, for jax.export."""
+    """Serialises the static part of a PackedSequence for jax.export."""
     (plan,) = auxdata
     return json.dumps(dataclasses.asdict(plan)).encode()
 

@@ -1,4 +1,4 @@
-"""Slack and misfits: what fills slack before a function sees it, and what is made of its results."""
+"""Slack and misfits: slack is filled before a function sees it, and zeroed after; misfits become NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpack._packed.gather import (
     Cells,
     Indexed,
     cells_of,
-    consistent,
+    indices_agree,
     real_cells,
     slot_fits,
     slot_lengths,
@@ -22,10 +22,10 @@ from jaxpack._types import PyTree
 
 
 def fill_slack(packed: Cells) -> PyTree:
-    """The data with slack replaced by real cells: each sequence's first, or any sequence's if it has none.
+    """Fills slack with the first real cell of its sequence, or of the longest sequence if its own is empty.
 
-    No constant is a safe stand-in for a user's function (log of 0, 1 / (1 - x) of 1): its gradient would be NaN even
-    where a `where` discards its value. Data is; and stop_gradient keeps it out of the gradient.
+    No constant is safe for every function of a user (log(0), 1 / (1 - x) at 1): its gradient would be NaN even where a
+    `where` discards its value. Real data is safe, and stop_gradient keeps the copies out of the gradient.
     """
     plan, mask = packed.plan, real_cells(packed)
     if not plan.size:
@@ -41,17 +41,19 @@ def fill_slack(packed: Cells) -> PyTree:
 
 
 def stand_in_slots(packed: Indexed) -> jax.Array:
-    """int32 [B]: for each slot one that holds a real first step: itself, or the longest if its sequence is empty."""
+    """Returns for each slot one with a real first step: itself, or the longest if it is empty. int32 [B]."""
     lengths = slot_lengths(packed)
     slots = jnp.arange(packed.plan.num_sequences, dtype=jnp.int32)
     return jnp.where(lengths > 0, slots, jnp.argmax(lengths).astype(jnp.int32))
 
 
 def zero_slack(packed: Indexed, cells: PyTree, also: jax.Array | None = None) -> PyTree:
-    """Values per cell [S, ...] with slack set to zero and sequences that do not fit set to NaN.
+    """Sets values per cell [S, ...] to zero in slack and to NaN for sequences that do not fit.
 
     Args:
-      also: bool [B], which slots meet a further condition, if there is one.
+      packed: the batch.
+      cells: [S, ...], or a pytree of such arrays.
+      also: bool [B], a further condition that the sequence of each slot must meet.
     """
     fits = checked_slot_fits(packed) if also is None else checked_slot_fits(packed) & also
     mask, fits = real_cells(packed), fits[packed.plan.cell_slots]
@@ -59,24 +61,24 @@ def zero_slack(packed: Indexed, cells: PyTree, also: jax.Array | None = None) ->
 
 
 def in_caller_order(packed: Indexed, states: PyTree) -> PyTree:
-    """Values per slot [B, ...] brought to the caller's order, those of sequences that do not fit set to NaN."""
+    """Brings values per slot [B, ...] to the caller's order, and sets those of sequences that do not fit to NaN."""
     fits = checked_slot_fits(packed)
     return jax.tree.map(lambda leaf: poison(leaf, fits)[packed.unsorted_indices], states)
 
 
 def checked_slot_fits(packed: Indexed) -> jax.Array:
-    """bool [B]: which slots hold a sequence that fits. Under checkify a misfit is an error."""
+    """Returns `slot_fits`: bool [B]. Under checkify a sequence that does not fit is an error."""
     fits = slot_fits(packed)
     if not len(fits):
         return fits
-    belong = consistent(packed)
+    agree = indices_agree(packed)
     checkify.debug_check(
-        belong,
+        agree,
         f"lengths, sorted_indices and unsorted_indices do not belong together: {PACK_ANEW}",
     )
     slot = jnp.argmin(fits)
     checkify.debug_check(
-        jnp.all(fits) | ~belong,
+        jnp.all(fits) | ~agree,
         "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps (a negative length was "
         "below 0, or longer than its padded batch). Use a plan that covers it (jaxpack.plan_buckets(lengths)) or "
         "truncate the sequence.",
@@ -88,23 +90,23 @@ def checked_slot_fits(packed: Indexed) -> jax.Array:
 
 
 def select_or_poison(leaf: jax.Array, taken: jax.Array, filling: jax.Array, fits: jax.Array) -> jax.Array:
-    """The leaf where taken, else the filling; and NaN in the rows that do not fit, which count as taken all over.
+    """Returns the leaf where taken, the filling elsewhere, and NaN in rows that do not fit.
 
-    The product that makes NaN comes before the choice. After it, XLA may write its factor out as an array as large as
-    the leaf, to multiply a loss with it.
+    Rows that do not fit must be taken. The multiplication by NaN comes before the selection: after it, XLA may write
+    the factor out as an array as large as the leaf, to multiply a loss by it.
     """
     return jnp.where(expand(taken, leaf), poison(leaf, fits), filling)
 
 
 def poison(leaf: jax.Array, fits: jax.Array) -> jax.Array:
-    """NaN in the rows that do not fit, if the dtype has one.
+    """Sets rows that do not fit to NaN, if the dtype has one.
 
-    A product, so that gradients are NaN there too; and a choice, for XLA takes the product of NaN and a bool, as 0 or
-    1, to be 0 where the bool is False.
+    The product makes gradients NaN as well. The selection is needed because XLA simplifies a product with a bool that
+    was cast to 0 or 1, to 0 where the bool is False.
     """
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return leaf
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # where inf * (1 + 0j) would be inf + nan j
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # inf * (1 + 0j) would be inf + nan j
         return lax.complex(poison(leaf.real, fits), poison(leaf.imag, fits))
     fits = expand(fits, leaf)
     return jnp.where(fits, leaf * jnp.where(fits, 1, jnp.nan).astype(leaf.dtype), jnp.nan)

@@ -1,1 +1,1 @@
-"""Bucket plans: the static shapes of packed batches, how they are chosen, what they cost and how they are drawn."""
+"""Plans, the static shapes of packed batches: planners, the cost model, and pictures."""

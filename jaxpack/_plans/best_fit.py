@@ -1,9 +1,10 @@
-"""Best fit: sequences dealt to rows of a width, many at a time, so that a million take no longer than a hundred.
+"""Best-fit packing of sequences into rows, many sequences at a time.
 
-The longest go first, each into the fullest row that has room for it, or else into a new one. A row that takes one
-sequence is then the fullest, so it takes all of that length that it has room for; and rows that are equally full are
-filled alike. So one length is dealt to a block of rows, and there are few such deals: each leaves less than half of the
-room that the rows had, or is the last of its length. U distinct lengths and rows of W steps take some U log W deals.
+The longest sequences go first, each into the fullest row that has room for it, or else into a new row. A row that takes
+a sequence becomes the fullest, so it takes as many of that length as it has room for; and equally full rows are filled
+alike. So each length is dealt to blocks of rows, and deals are few: a deal leaves less than half of the room of its
+rows, or is the last of its length. U distinct lengths and rows of W steps take about U log W deals, however many
+sequences there are.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from jaxpack._plans.bucket_plan import longest_first
 
 
 class Distinct(NamedTuple):
-    """The distinct lengths of a batch, longest first, and how many sequences have each."""
+    """The distinct lengths of a batch, longest first, and the number of sequences of each."""
 
     lengths: list[int]
     counts: list[int]
 
     @classmethod
     def of(cls, lengths: np.ndarray) -> Distinct:
-        """Those of lengths >= 1, [B]."""
+        """Counts lengths >= 1, [B]."""
         distinct, counts = np.unique(lengths, return_counts=True)
         return cls(distinct[::-1].tolist(), counts[::-1].tolist())
 
@@ -36,7 +37,7 @@ class Distinct(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        """How many sequences there are."""
+        """The number of sequences."""
         return sum(self.counts)
 
     @property
@@ -45,14 +46,14 @@ class Distinct(NamedTuple):
         return sum(length * count for length, count in zip(self.lengths, self.counts, strict=True))
 
 
-class Rows(NamedTuple):
-    """Rows that hold all sequences of a batch.
+class DealtRows(NamedTuple):
+    """The rows of one width to which all sequences of a batch are dealt.
 
     Attributes:
-      num_rows: how many there are.
-      deals: what they hold, in the order in which it was dealt: a length, how many of it each row gets, the first of
-        those rows, and how many they are.
-      blocks: what is left of them: how many steps, and of how many rows.
+      num_rows: the number of rows.
+      deals: in order, for each deal: a length, the sequences of that length per row, the first row, and the number of
+        rows.
+      blocks: the room left at the ends of rows: the number of steps, and the number of rows that have it.
     """
 
     num_rows: int
@@ -60,15 +61,15 @@ class Rows(NamedTuple):
     blocks: list[tuple[int, int]]
 
 
-def best_fit(batch: Distinct, width: int) -> Rows:
-    """Deals lengths to rows of a width, which is at least the longest.
+def best_fit(batch: Distinct, width: int) -> DealtRows:
+    """Deals lengths to rows of a width, which must be at least the longest length.
 
-    Blocks of rows with room for the length in turn are on a stack, the fullest on top, the others in a heap: a smaller
-    length moves to the stack what it fits.
+    A stack holds the blocks of rows that have room for the current length, the fullest on top; a heap holds the other
+    blocks. A smaller length moves the blocks that it fits from the heap to the stack.
     """
     num_rows, deals = 0, []
-    roomy: list[tuple[int, int, int]] = []  # room, first row and rows of a block
-    cramped: list[tuple[int, int, int]] = []  # the same, but for -room and -first row
+    roomy: list[tuple[int, int, int]] = []  # room, first row and number of rows of a block
+    cramped: list[tuple[int, int, int]] = []  # -room, -first row and number of rows
     for length, left in zip(*batch, strict=True):
         while cramped and -cramped[0][0] >= length:
             room, first, rows = heapq.heappop(cramped)
@@ -93,15 +94,15 @@ def best_fit(batch: Distinct, width: int) -> Rows:
                 roomy.append((room - rest * length, first + full, 1))
             left -= full * copies + rest
     blocks = [(room, rows) for room, _, rows in roomy] + [(-room, rows) for room, _, rows in cramped]
-    return Rows(num_rows, deals, blocks)
+    return DealtRows(num_rows, deals, blocks)
 
 
-def slot_starts(dealt: Rows, *, sort_rows: bool) -> tuple[tuple[int, ...], ...]:
-    """The step at which each sequence of each row starts; if asked, fuller rows come first."""
+def slot_starts(dealt: DealtRows, *, sort_rows: bool) -> tuple[tuple[int, ...], ...]:
+    """Returns the steps at which the sequences of each row start; with sort_rows, fuller rows come first."""
     lengths, copies, first, rows = np.array(dealt.deals).T
-    deals = np.repeat(np.arange(len(rows)), rows)  # of each row, deal after deal
+    deals = np.repeat(np.arange(len(rows)), rows)  # the deal of each row
     row = first[deals] + np.arange(len(deals)) - (np.cumsum(rows) - rows)[deals]
-    row, room = (np.repeat(of, copies[deals]) for of in (row, lengths[deals]))  # of each sequence
+    row, room = (np.repeat(of, copies[deals]) for of in (row, lengths[deals]))  # row and length of each sequence
     if sort_rows:
         order = longest_first(np.bincount(row, room).astype(np.int64))
         rank = np.empty_like(order)

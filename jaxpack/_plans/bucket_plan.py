@@ -1,8 +1,8 @@
 """BucketPlan: the static shape of a packed batch.
 
-A plan is made of plain ints, so it hashes, compares by value, can be written beside a checkpoint, and can be
-part of a jitted function's cache key: one plan is one compiled program. Lengths stay dynamic; whatever fits
-under the plan runs through that program.
+A plan is made of plain ints. It hashes and compares by value, it can be saved beside a checkpoint, and it is part of a
+jitted function's cache key: one plan is one compiled program. Lengths stay dynamic: every batch that fits the plan runs
+through that program.
 
 The vocabulary, for lengths [4, 2, 1] under boundaries (2, 4), rows (3, 1):
 
@@ -11,9 +11,9 @@ The vocabulary, for lengths [4, 2, 1] under boundaries (2, 4), rows (3, 1):
     row 1    x x |          bucket 1: steps [2, 4), rows [0, 1)
     row 2    x . |          .  is slack: a cell of the plan past its sequence's end
 
-Sequence i, counted from the longest, lives in *slot* i: a row, the step it starts at, and the room it has.
-In a staircase every row holds one slot that starts at step 0; in a row plan several slots share a row, end to end.
-What maps sequences to cells is written in terms of slots, never in terms of rows. Lengths [4, 2, 1] in two rows,
+The i-th longest sequence is in *slot* i: a row, a start step, and a room (the number of steps it may have). In a
+staircase every row holds one slot, which starts at step 0; in a row plan several slots share a row, end to end. All
+maps between sequences and cells are written in terms of slots, never in terms of rows. Lengths [4, 2, 1] in two rows,
 boundaries (4,), rows (2,), starts ((0,), (0, 2)):
 
     row 0    x x x x        slot 0
@@ -32,15 +32,16 @@ import numpy as np
 import numpy.typing as npt
 
 from jaxpack._checks import concrete_lengths
+from jaxpack._plans.marks import Marks, sampled_cells
 from jaxpack._plans.pictures import counted, html_picture, text_picture
 
-INDEX_MAX = np.iinfo(np.int32).max  # cells at most
+INDEX_MAX = np.iinfo(np.int32).max  # the most cells of a plan
 SPLIT = "Split the batch; jaxpack.data.plan_cover(lengths, batch_size) makes a plan for the batches of a corpus."
-_WIDEST_REPR = 12  # buckets that repr writes out before it abbreviates
+_WIDEST_REPR = 12  # entries that repr writes before it abbreviates
 
 
 class Bucket(NamedTuple):
-    """One stair: steps [start, stop) on rows [0, rows), whose cells begin at `offset` in the packed data."""
+    """Steps [start, stop) on rows [0, rows). Its cells begin at `offset` in the packed data."""
 
     start: int
     stop: int
@@ -49,18 +50,18 @@ class Bucket(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """How many steps the bucket spans."""
+        """The number of steps."""
         return self.stop - self.start
 
     @property
     def size(self) -> int:
-        """How many cells the bucket holds."""
+        """The number of cells."""
         return self.steps * self.rows
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class BucketPlan:
-    """A static staircase: which rows are alive over which steps, and which steps of a row each sequence gets.
+    """The static shape of a packed batch: the rows alive at each step, and the steps of a row for each sequence.
 
     Bucket k spans steps [boundaries[k-1], boundaries[k]) for rows [0, rows[k]).
 
@@ -72,14 +73,14 @@ class BucketPlan:
 
     Args:
       boundaries: the end step of each bucket, strictly increasing.
-      rows: how many rows are alive in each bucket, non-increasing and at least 1; or (0,), for a batch of none.
+      rows: the number of rows alive in each bucket, non-increasing and at least 1; or (0,) for a batch of no sequences.
       starts: for each row the steps at which its slots start, from 0. A slot ends where the next one starts, or with
         its row. Default: one slot a row.
 
     Raises:
-      TypeError: if an entry is no int.
-      ValueError: if boundaries and rows differ in length, are empty, or are not a staircase; or if starts has not an
-        entry for each row, or a row's starts do not increase from 0 or lie past its end.
+      TypeError: if an entry is not an int.
+      ValueError: if boundaries and rows differ in length, are empty, or are not a staircase; or if starts does not have
+        one entry per row, or the starts of a row do not increase from 0 or reach its end.
     """
 
     boundaries: tuple[int, ...]
@@ -105,32 +106,32 @@ class BucketPlan:
 
     @property
     def num_buckets(self) -> int:
-        """How many buckets, and so how many loops in the program."""
+        """The number of buckets, which is the number of loops in the program."""
         return len(self.rows)
 
     @functools.cached_property
     def num_sequences(self) -> int:
-        """The batch size B, the number of slots; counts sequences that may stay empty."""
+        """The batch size B: the number of slots, each of which may hold a sequence of length 0."""
         return sum(map(len, self.starts)) if self.starts else self.rows[0]
 
     @property
     def max_length(self) -> int:
-        """The largest room: no longer sequence fits."""
+        """The largest room: the longest sequence that fits."""
         return int(self.room[0]) if self.num_sequences else self.num_steps
 
     @property
     def num_steps(self) -> int:
-        """How many steps the recurrence makes, one after the other."""
+        """The number of sequential steps of a recurrence."""
         return self.boundaries[-1]
 
     @functools.cached_property
     def size(self) -> int:
-        """How many cells the plan has: the leading axis of the packed data, and the cell steps computed."""
+        """The number of cells: the leading axis of packed data, and the cell steps that a recurrence computes."""
         return sum(bucket.size for bucket in self.buckets)
 
     @property
     def summary(self) -> str:
-        """The shape in words: "8 buckets", or "21 rows of 200 steps" where slots share rows."""
+        """The shape in words: "8 buckets", or "21 rows of 200 steps" if slots share rows."""
         if self.starts:
             return f"{counted(self.rows[0], 'row')} of {counted(self.num_steps, 'step')}"
         return counted(self.num_buckets, "bucket")
@@ -151,17 +152,17 @@ class BucketPlan:
 
     @functools.cached_property
     def step_offsets(self) -> np.ndarray:
-        """Cells before each step, and at the end all of them. int32 [num_steps + 1]."""
+        """The number of cells before each step, and at the end of all cells. int32 [num_steps + 1]."""
         return _frozen(np.concatenate([[0], np.cumsum(self.batch_sizes)]))
 
     @property
     def room(self) -> np.ndarray:
-        """Steps that the i-th longest sequence may have: the room of slot i, non-increasing. int32 [B]."""
+        """The room of each slot: the steps that the i-th longest sequence may have, non-increasing. int32 [B]."""
         return self._slots[2]
 
     @property
     def slot_rows(self) -> np.ndarray:
-        """The row that each slot lies in. int32 [B]."""
+        """The row of each slot. int32 [B]."""
         return self._slots[0]
 
     @property
@@ -182,7 +183,7 @@ class BucketPlan:
     @functools.cached_property
     def _slots(self) -> np.ndarray:
         """Row, start and room of each slot, [3, B], the largest room first."""
-        if not self.starts:  # rows are the longest first already
+        if not self.starts:  # rows are already sorted, the longest first
             return _frozen(np.stack([np.arange(self.rows[0]), np.zeros(self.rows[0], int), self._row_ends]))
         counts = np.fromiter(map(len, self.starts), int, len(self.starts))
         steps = np.fromiter(itertools.chain.from_iterable(self.starts), int, self.num_sequences)
@@ -205,12 +206,12 @@ class BucketPlan:
 
     @functools.cached_property
     def cell_steps(self) -> np.ndarray:
-        """The step of its own sequence that each cell holds. int32 [size]."""
+        """The step, within its sequence, of each cell. int32 [size]."""
         return _frozen(self._cells[1])
 
     @functools.cached_property
     def _cells(self) -> np.ndarray:
-        """Slot and step of every cell, [2, size], written slot by slot."""
+        """Slot and step of each cell, [2, size], written slot by slot."""
         slots = np.repeat(np.arange(self.num_sequences), self.room)
         first = np.repeat(np.cumsum(self.room) - self.room, self.room)
         steps = np.arange(len(slots)) - first
@@ -219,7 +220,7 @@ class BucketPlan:
         return cells
 
     def fits(self, lengths: npt.ArrayLike) -> bool:
-        """Whether a batch of these lengths, in any order, fits: the i-th longest into the i-th largest room.
+        """Returns whether a batch of these lengths fits: the i-th longest has at most the i-th largest room.
 
         Examples:
           >>> plan = BucketPlan(boundaries=(2, 4), rows=(3, 1))  # rooms 4, 2, 2
@@ -227,60 +228,45 @@ class BucketPlan:
           (True, False)
 
         Args:
-          lengths: [N] concrete whole numbers; a vector shorter than num_sequences counts as followed by zeros.
+          lengths: [N] concrete whole numbers, in any order; if N < num_sequences, lengths of 0 follow.
         """
         array = concrete_lengths(lengths)
         return len(array) <= self.num_sequences and not self._misfits(array).any()
 
     def check(self, lengths: npt.ArrayLike) -> None:
-        """Raises ValueError, naming the sequence, its length and the room it had, unless `fits(lengths)`."""
-        array = concrete_lengths(lengths)
-        if len(array) > self.num_sequences:
-            raise ValueError(
-                f"lengths has {len(array)} entries, but the plan is for {self.num_sequences} sequences. "
-                f"Use a plan for that many (jaxpack.plan_buckets(lengths))."
-            )
-        misfits = np.flatnonzero(self._misfits(array))
-        if misfits.size:
-            row = misfits[0]
-            slot = int(np.flatnonzero(longest_first(array) == row)[0])
-            raise ValueError(
-                f"lengths[{row}] = {array[row]} does not fit the plan: its row has room for {self.room[slot]} "
-                f"steps. Use a plan that covers it (jaxpack.plan_buckets(lengths)) or truncate the sequence."
-            )
+        """Raises ValueError unless `fits(lengths)`; it names a sequence, its length and its room."""
+        self._check(concrete_lengths(lengths))
 
     def filled(self, lengths: npt.ArrayLike) -> np.ndarray:
-        """Steps of each slot that these lengths fill, [B]; raises ValueError if they do not fit.
+        """Returns the steps of each slot that these lengths fill, [B]. Raises ValueError if they do not fit.
 
         Examples:
           >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).filled([1, 3]).tolist()
           [3, 1, 0]
         """
-        self.check(lengths)
-        longest_first = -np.sort(-concrete_lengths(lengths))
-        return np.pad(longest_first, (0, self.num_sequences - len(longest_first)))
+        return self._filled(concrete_lengths(lengths))
 
     def slack(self, lengths: npt.ArrayLike) -> int:
-        """Cells of the plan that these lengths leave empty; raises ValueError if they do not fit.
+        """Returns the number of cells that these lengths leave empty. Raises ValueError if they do not fit.
 
         Examples:
           >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).slack([2, 4, 1])
           1
         """
-        self.check(lengths)
-        return self.size - int(concrete_lengths(lengths).sum())
+        return self.size - int(self._filled(concrete_lengths(lengths)).sum())
 
     def efficiency(self, lengths: npt.ArrayLike) -> float:
-        """The share of the plan's cells that these lengths fill, in [0, 1]; raises ValueError if they do not fit.
+        """Returns the share of cells that these lengths fill, in [0, 1]. Raises ValueError if they do not fit.
 
         Examples:
           >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).efficiency([2, 4, 1])
           0.875
         """
-        return 1 - self.slack(lengths) / max(self.size, 1)
+        empty = self.size - int(self._filled(concrete_lengths(lengths)).sum())
+        return 1 - empty / max(self.size, 1)
 
     def picture(self, lengths: npt.ArrayLike | None = None, *, columns: int = 64, lines: int = 16) -> str:
-        """The plan in text: time runs right, rows run down, longest first; slots that share a row alternate in shade.
+        """Draws the plan in text: time runs right, rows run down, longest first; slots of a row alternate in shade.
 
         Examples:
           >>> print(BucketPlan(boundaries=(2, 4), rows=(3, 1)).picture([1, 3, 2]))
@@ -289,46 +275,79 @@ class BucketPlan:
           █░
 
         Args:
-          lengths: [N], if given real cells are drawn full and slack is drawn light; ValueError if they do not fit.
-          columns: the widest picture in characters; a longer plan is sampled.
-          lines: the highest; a plan of more rows is sampled.
+          lengths: [N] lengths whose steps are drawn as real cells, the others as slack. Default: all cells are real.
+          columns: the most characters of a line; a longer plan is sampled.
+          lines: the most lines; a plan of more rows is sampled.
+
+        Raises:
+          ValueError: if lengths do not fit.
         """
-        filled = self.room if lengths is None else self.filled(lengths)
-        return text_picture(self, filled, columns, lines)
+        filled = None if lengths is None else self._filled(concrete_lengths(lengths))
+        return text_picture(self._marks(filled, columns, lines))
 
     def _checked_starts(self) -> tuple[tuple[int, ...], ...]:
-        """`starts` as tuples of ints; empty if each row holds one slot, so that equal plans are equal."""
+        """Returns `starts` as tuples of ints; empty if each row holds one slot, so that equal plans compare equal."""
         starts = tuple(row if _is_ints(row) else _ints(f"starts[{i}]", row) for i, row in enumerate(self.starts))
         if not any(map(any, starts)) and all(len(row) == 1 for row in starts) and len(starts) in (0, self.rows[0]):
             return ()
         if len(starts) != self.rows[0]:
             raise ValueError(f"starts must have one entry per row, got {len(starts)} for {self.rows[0]} rows.")
         for i, (row, end) in enumerate(zip(starts, self._row_ends.tolist(), strict=True)):
-            # Sorted, without doubles: both are done in C.
+            # Sorted and without duplicates: both checks run in C.
             if not row or row[0] != 0 or row[-1] >= end or (len(row) > 1 and list(row) != sorted(set(row))):
                 raise ValueError(
-                    f"the starts of a row must increase from 0 and lie before its end, got starts[{i}] = "
+                    f"the starts of a row must increase from 0 and be below its end, got starts[{i}] = "
                     f"{_brief(row)} in a row of {end} steps."
                 )
         return starts
 
     def _misfits(self, lengths: np.ndarray) -> np.ndarray:
-        """[N] which sequences, in the caller's order, are longer than the room they get."""
+        """Returns which sequences, in the caller's order, are longer than their room: bool [N]."""
         order = longest_first(lengths)
         misfits = np.empty(len(lengths), bool)
         misfits[order] = lengths[order] > self.room[: len(lengths)]
         return misfits
+
+    def _check(self, lengths: np.ndarray) -> None:
+        """Raises ValueError unless lengths, which are whole and not negative, fit."""
+        if len(lengths) > self.num_sequences:
+            raise ValueError(
+                f"lengths has {len(lengths)} entries, but the plan is for {self.num_sequences} sequences. "
+                f"Use a plan for that many (jaxpack.plan_buckets(lengths))."
+            )
+        misfits = np.flatnonzero(self._misfits(lengths))
+        if misfits.size:
+            row = misfits[0]
+            slot = int(np.flatnonzero(longest_first(lengths) == row)[0])
+            raise ValueError(
+                f"lengths[{row}] = {lengths[row]} does not fit the plan: its row has room for {self.room[slot]} "
+                f"steps. Use a plan that covers it (jaxpack.plan_buckets(lengths)) or truncate the sequence."
+            )
+
+    def _filled(self, lengths: np.ndarray) -> np.ndarray:
+        """Computes `filled` of lengths that are whole and not negative."""
+        self._check(lengths)
+        return np.pad(-np.sort(-lengths), (0, self.num_sequences - len(lengths)))
+
+    def _marks(self, filled: np.ndarray | None, columns: int, lines: int) -> Marks:
+        """Computes the marks of a picture; `filled` is as in `sampled_cells`, or None to draw all cells as real."""
+        slots = self.room if filled is None else filled
+        cells = sampled_cells(self._slots, self.batch_sizes, slots, columns, lines)
+        real, misfit = int(slots[slots > 0].sum()), int(self.room[slots < 0].sum())
+        slack = None if filled is None else self.size - real - misfit
+        stairs = [(bucket.start, bucket.stop, bucket.rows) for bucket in self.buckets]
+        return Marks(cells, self.rows[0], self.num_steps, stairs, bool(self.starts), real, slack, misfit)
 
     def __hash__(self) -> int:
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
-        """Every call of a jitted function asks for it, and a plan may have a million slots."""
+        """The hash, kept because every call of a jitted function needs it and a plan may have a million slots."""
         return hash((self.boundaries, self.rows, self.starts))
 
     def __getstate__(self) -> dict[str, Any]:
-        """The fields alone: what is computed from them need not be stored, and must not outlive this version."""
+        """Returns the fields alone: values computed from them need no storage, and may change between versions."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __repr__(self) -> str:
@@ -336,17 +355,17 @@ class BucketPlan:
         return f"BucketPlan({', '.join(f'{name}={_brief(values)}' for name, values in fields.items())})"
 
     def _repr_html_(self) -> str:
-        """A picture of the plan for notebooks."""
+        """Draws the plan for notebooks."""
         padded = self.num_sequences * self.max_length
         caption = (
             f"BucketPlan: {self.summary}, {counted(self.num_sequences, 'sequence')} of at most "
             f"{counted(self.max_length, 'step')}, {counted(self.size, 'cell')} (padded: {padded:,})"
         )
-        return html_picture(self, None, [caption])
+        return html_picture(functools.partial(self._marks, None), [caption])
 
 
 def _brief(values: tuple[Any, ...]) -> str:
-    """A tuple, abbreviated if it is long."""
+    """Writes a tuple, abbreviated if it is long."""
     shown = values if len(values) <= _WIDEST_REPR else values[:4] + values[-2:]
     texts = [_brief(value) if isinstance(value, tuple) else str(value) for value in shown]
     if len(shown) < len(values):
@@ -355,17 +374,17 @@ def _brief(values: tuple[Any, ...]) -> str:
 
 
 def longest_first(lengths: np.ndarray) -> np.ndarray:
-    """The stable order from longest to shortest."""
+    """Returns the stable order from longest to shortest."""
     return np.argsort(-lengths, kind="stable")
 
 
 def _is_ints(values: object) -> bool:
-    """Whether these are a tuple of plain ints already."""
+    """Returns whether values are a tuple of plain ints already."""
     return type(values) is tuple and set(map(type, values)) <= {int}
 
 
 def _ints(name: str, values: object) -> tuple[int, ...]:
-    """A tuple of plain ints, or a TypeError that names the argument."""
+    """Returns a tuple of plain ints, or raises a TypeError that names the argument."""
     try:
         return tuple(operator.index(value) for value in values)  # type: ignore[attr-defined]
     except TypeError as error:
@@ -373,7 +392,7 @@ def _ints(name: str, values: object) -> tuple[int, ...]:
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
-    """A constant of the plan: read-only, and int32 in 32-bit and in 64-bit JAX alike."""
+    """Returns a read-only int32 copy, the same in 32-bit and 64-bit JAX."""
     array = array.astype(np.int32)
     array.flags.writeable = False
     return array

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 from jaxpack.data._form import Form
-from jaxpack.data._packing import Rows, fill
+from jaxpack.data._packing import HostLayout, fill
 from jaxpack.data._source import Piece
 
 
@@ -51,7 +51,7 @@ def lay_out(form: Form, pieces: Iterable[Piece], lengths: npt.ArrayLike, plans: 
       plans: the plan of each time axis.
     """
     by_axis = np.asarray(lengths, np.int64).reshape(-1, len(plans)).T
-    rows = [Rows.of(each, plan) for each, plan in zip(by_axis, plans, strict=True)]
+    rows = [HostLayout.of(each, plan) for each, plan in zip(by_axis, plans, strict=True)]
     indices = np.full(plans[0].num_sequences, -1, np.int32)
 
     def numbered() -> Iterator[tuple[int, list[np.ndarray]]]:

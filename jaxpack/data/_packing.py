@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 import jax
 import numpy as np
 
-from jaxpack._packed.on_host import Rows
+from jaxpack._packed.host_layout import HostLayout
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -50,11 +50,13 @@ def pack_on_host(sequences: Iterable[PyTree], plan: BucketPlan) -> PackedSequenc
     form.settle()
     lengths = np.array([form.lengths(form.whole(arrays, i))[0] for i, arrays in enumerate(leaves)])
     plan.check(lengths)
-    rows = Rows.of(lengths, plan)
+    rows = HostLayout.of(lengths, plan)
     return rows.packed(jax.tree.unflatten(form.structure, fill(form, [rows], enumerate(leaves))))
 
 
-def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, Sequence[np.ndarray]]]) -> list[np.ndarray]:
+def fill(
+    form: Form, rows: Sequence[HostLayout], examples: Iterable[tuple[int, Sequence[np.ndarray]]]
+) -> list[np.ndarray]:
     """Returns data for each leaf: [plan.size, *F] where it varies in time, [B, *F] where it does not.
 
     Each example is copied before the next is read, so a source may reuse its memory.

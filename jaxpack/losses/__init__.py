@@ -1,8 +1,8 @@
-"""Losses on packed outputs, as sums beside the weights they are divided by: `Mean`.
+"""Losses of packed outputs, each a `Mean`: a sum, and the sum of weights that divides it.
 
-A row of weight 0 (which is what jaxpack.data gives to empty rows), slack and padding count for exactly nothing, in
-values and in gradients, whatever they hold. A sequence that does not fit its plan makes total and weight NaN, whatever
-its own weight: its weight is replaced by NaN. Losses are computed and summed in float32 or wider.
+Slack, padding and rows of weight 0 (the weight that jaxpack.data gives to empty rows) contribute exactly nothing to
+values and gradients, whatever they hold. A sequence that does not fit its plan makes total and weight NaN, whatever its
+own weight, which is replaced by NaN. Losses are computed and summed in float32 or wider.
 """
 
 from jaxpack._namespace import publish as _publish

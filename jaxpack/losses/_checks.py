@@ -1,4 +1,4 @@
-"""What users pass to losses and metrics, checked: labels, lengths, weights."""
+"""Checks of the arguments of losses and metrics: logits, labels and weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._checks import as_int
 from jaxpack._dtypes import canonical, without_torch
@@ -18,12 +18,17 @@ Weights = ArrayLike | PackedSequence | None
 
 
 def as_array(values: Any, name: str, function: str, ragged: str) -> jax.Array:
-    """An array from a list, a NumPy array or a tensor, of the values as they are given.
+    """Converts a list, a NumPy array or a tensor to a JAX array with the same values.
+
+    Args:
+      values: numbers.
+      name: the argument in errors.
+      function: the function in errors.
+      ragged: the advice in the error for a list whose rows have different lengths.
 
     Raises:
-      TypeError: if they are no numbers.
-      ValueError: if they are a list whose rows have different lengths, with `ragged` as the way out, or a value does
-        not fit the dtype that JAX holds it in.
+      TypeError: if values are not numbers.
+      ValueError: if they are a list whose rows have different lengths, or a value does not fit its dtype in JAX.
     """
     values = without_torch(values)
     if isinstance(values, jax.Array):
@@ -40,40 +45,40 @@ def as_array(values: Any, name: str, function: str, ragged: str) -> jax.Array:
 
 
 def as_labels(labels: Any, name: str, function: str, ragged: str) -> jax.Array:
-    """Labels as `as_array`; none at all, which as a list carry no dtype, as integers."""
+    """Converts labels as `as_array`; an empty list, which has no dtype, to integers."""
     labels = as_array(labels, name, function, ragged)
     return labels if labels.size else labels.astype(jnp.int32)
 
 
 def widened(array: jax.Array) -> jax.Array:
-    """In 32 bits or more: floats as float32 or float64, narrow integers as int32."""
+    """Casts to 32 bits or more: floats to float32 or float64, narrow integers to int32."""
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(jnp.promote_types(array.dtype, jnp.float32))
     return array.astype(jnp.int32) if array.dtype.itemsize < 4 else array
 
 
 def outside(labels: Any, num_classes: int) -> Any:
-    """Which labels, JAX's or NumPy's, are no class. Widened first, for a narrow integer may not hold num_classes."""
+    """Returns which labels (of JAX or NumPy) are not a class; widened first, so that num_classes fits the dtype."""
     labels = labels.astype(np.int64) if isinstance(labels, np.ndarray) else widened(labels)
     return (labels < 0) | (labels >= num_classes)
 
 
 def refuse(bad: np.ndarray, name: str, values: np.ndarray, rule: str) -> None:
-    """Raises ValueError at the first bad value."""
+    """Raises ValueError for the first bad value."""
     if bad.any():
         index = tuple(np.argwhere(bad)[0])
         raise ValueError(f"{name} must {rule}, got {name}[{', '.join(map(str, index))}] = {values[index]}.")
 
 
 def debug_refuse(bad: jax.Array, name: str, rule: str) -> None:
-    """The same inside a program, for users of checkify; to others a bad value is NaN."""
+    """Does the same inside a program under checkify; without checkify a bad value gives NaN."""
     checkify.debug_check(~jnp.any(bad), f"{name} must {rule}.")
 
 
 def check_classes(
     logits: PackedSequence | jax.Array, labels: PackedSequence | jax.Array, axis: str, function: str
 ) -> None:
-    """Raises unless shapes and dtypes are those of logits [axis, C] and labels [axis]."""
+    """Raises unless logits are floating of shape [axis, C] and labels integers of shape [axis]."""
     if len(logits.shape) != 2 or logits.shape[1] < 1 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"{function}: logits must be [{axis}, C] and labels [{axis}], got shapes {logits.shape} and {labels.shape}."
@@ -88,7 +93,7 @@ def check_classes(
 
 
 def _shapes_hint(logits: tuple[int, ...], labels: tuple[int, ...], axis: str) -> str:
-    """The way out for shapes that are often given."""
+    """Returns the advice for shapes that are often given by mistake."""
     if len(logits) < len(labels):
         return " Logits come first: are the two swapped?"
     if labels == (*logits[:1], 1):
@@ -103,7 +108,7 @@ def _shapes_hint(logits: tuple[int, ...], labels: tuple[int, ...], axis: str) ->
 
 
 def check_weights(weights: Weights, batch_size: int, function: str, per_token: bool = False) -> jax.Array | None:
-    """[B] weights, None for ones; the error says how to give them `per_token` where one may."""
+    """Validates weights [B]; None stands for ones. With per_token, errors say how to give a weight per token."""
     if weights is None:
         return None
     if isinstance(weights, PackedSequence):
@@ -130,7 +135,7 @@ def check_weights(weights: Weights, batch_size: int, function: str, per_token: b
 
 
 def check_token_weights(weights: PackedSequence, function: str) -> jax.Array:
-    """[S] weights."""
+    """Validates packed weights; returns them per cell, [S]."""
     if len(weights.shape) != 1:
         hint = " Drop its last axis: weights.map(lambda data: data[:, 0])." if weights.shape[1:] == (1,) else ""
         raise ValueError(
@@ -146,10 +151,10 @@ def _real(weights: jax.Array, function: str) -> jax.Array:
 
 
 def ignored_number(ignore_label: int | None, labels: jax.Array) -> int | None:
-    """The label to be ignored; None if there is none, or the labels' dtype has no such number.
+    """Validates the label to ignore; returns None if there is none, or if the dtype of the labels cannot hold it.
 
     Raises:
-      TypeError: if ignore_label is no int.
+      TypeError: if ignore_label is not an int.
     """
     if ignore_label is None:
         return None

@@ -1,9 +1,9 @@
-"""Cross-entropies of tokens and of sequences."""
+"""Cross-entropy losses of tokens and of sequences."""
 
 from __future__ import annotations
 
 import optax
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack.losses._mean import Mean
@@ -17,16 +17,16 @@ def token_cross_entropy(
     *,
     ignore_label: int | None = None,
 ) -> Mean:
-    """Σ w · -log softmax(logits)[label] over all tokens, beside Σ w.
+    """Computes Σ w · -log softmax(logits)[label] over all tokens, with its weight Σ w.
 
     Examples:
       >>> labels = jaxpack.pack_sequence([[1, 2, 3], [4]])
-      >>> logits = labels.replace(data=jnp.zeros((4, 5)))  # of 4 tokens for 5 classes, all as likely
+      >>> logits = labels.replace(data=jnp.zeros((4, 5)))  # 4 tokens, 5 equally likely classes
       >>> mean = jax.jit(token_cross_entropy)(logits, labels)
       >>> int(mean.weight), round(float(mean.value), 3)  # log 5
       (4, 1.609)
 
-      Tokens that count for nothing, such as those of a prompt or the later pieces of a word, by weight or by label:
+      To leave out tokens, such as a prompt or the later pieces of a word, give weights or an ignored label:
 
       >>> weights = jaxpack.pack_sequence([[0, 0, 1], [1]])
       >>> int(token_cross_entropy(logits, labels, weights).weight)
@@ -37,15 +37,15 @@ def token_cross_entropy(
 
     Args:
       logits: floating data [S, C].
-      labels: whole numbers in [0, C), data [S]; packed as the logits are.
-      weights: real numbers or bools: [B], the weight of each token of a sequence, in the caller's order; or of each
-        token, data [S], packed as the logits are. Default: 1.
-      ignore_label: a label whose tokens have weight 0, whatever `weights` say, such as PyTorch's -100. Default: none.
+      labels: whole numbers in [0, C), data [S], packed like the logits.
+      weights: real numbers or bools. [B]: one weight for all tokens of a sequence, in the caller's order; or packed
+        like the logits, data [S]: one weight per token. Default: 1.
+      ignore_label: a label whose tokens have weight 0, whatever `weights` holds, such as PyTorch's -100. Default: none.
 
     Raises:
-      TypeError: if logits or labels are not packed, dtypes are of the wrong kind, or ignore_label is no int.
-      ValueError: if plans, shapes or concrete lengths disagree, or a concrete label is no class. Where traced ones do,
-        the loss is NaN.
+      TypeError: if logits or labels are not packed, dtypes are of the wrong kind, or ignore_label is not an int.
+      ValueError: if plans, shapes or concrete lengths disagree, or a concrete label is not a class. With traced lengths
+        or labels the loss is NaN instead.
     Source: optax.softmax_cross_entropy_with_integer_labels; torch.nn.functional.cross_entropy's ignore_index.
     """
     score = optax.softmax_cross_entropy_with_integer_labels
@@ -55,7 +55,7 @@ def token_cross_entropy(
 def sequence_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, *, ignore_label: int | None = None
 ) -> Mean:
-    """Σ w_b · -log softmax(logits)[label] over sequences, beside Σ w_b.
+    """Computes Σ w_b · -log softmax(logits)[label] over sequences, with its weight Σ w_b.
 
     Examples:
       >>> logits, labels, weights = jnp.zeros((2, 5)), jnp.array([1, 4]), jnp.array([1, 0])
@@ -64,14 +64,14 @@ def sequence_cross_entropy(
       (1, 1.609)
 
     Args:
-      logits: [B, C], floating, such as a Dense of layer.final_output(state).
+      logits: [B, C], floating, for example a Dense layer applied to layer.final_output(state).
       labels: [B], whole numbers in [0, C).
       weights: [B], real numbers or bools. Default: 1.
       ignore_label: a label whose sequences have weight 0, as in `token_cross_entropy`. Default: none.
 
     Raises:
-      TypeError: if one is packed, dtypes are of the wrong kind, or ignore_label is no int.
-      ValueError: if shapes disagree, or a concrete label is no class; where a traced one is none, the loss is NaN.
+      TypeError: if an argument is packed, dtypes are of the wrong kind, or ignore_label is not an int.
+      ValueError: if shapes disagree, or a concrete label is not a class. With traced labels the loss is NaN instead.
     Source: optax.softmax_cross_entropy_with_integer_labels; torch.nn.functional.cross_entropy's ignore_index.
     """
     score = optax.softmax_cross_entropy_with_integer_labels

@@ -1,4 +1,4 @@
-"""Connectionist temporal classification: the loss, and what it needs of frames and labels."""
+"""Connectionist temporal classification (CTC): the loss, and its checks of frames and labels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._checks import as_int
-from jaxpack._packed.convert import pad_packed_sequence
+from jaxpack._packed.gather import slot_fits
 from jaxpack._packed.indices import values_of
+from jaxpack._packed.layout import pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack.losses._checks import as_labels, check_weights, debug_refuse, outside, refuse, widened
 from jaxpack.losses._mean import Mean
 from jaxpack.losses._weighted import weighted
 
-_IMPOSSIBLE = -1e30  # the log-probability at a frame of a class that cannot be
-_LOG_ZERO = -1e37  # of what is no alignment, below every path of _IMPOSSIBLE: optax's -1e5 is above some of real logits
+_IMPOSSIBLE = -1e30  # the log-probability of an impossible class at a frame
+_LOG_ZERO = -1e37  # of no alignment: below all paths of _IMPOSSIBLE, where optax's -1e5 is above paths of real logits
 
 
 def ctc(
@@ -34,19 +35,19 @@ def ctc(
     blank_id: int = 0,
     frames_per_step: int = 1,
 ) -> Mean:
-    """Σ w_b · -log p(labels_b) over sequences, beside Σ w_b, where p sums over all alignments with the frames.
+    """Computes Σ w_b · -log p(labels_b) over sequences, with its weight Σ w_b; p sums over all alignments.
 
-    An alignment needs a frame for each label, and one for a blank between equal neighbours (`ctc_min_frames`). Where
-    there are fewer, p is 0 and the loss inf, as PyTorch's, but with a gradient of 0, so that the others still learn.
-    Leave such sequences out by weight, or give more frames per step. No loss is below 0.
+    An alignment needs a frame for each label, and one for a blank between equal neighbours (`ctc_min_frames`). With
+    fewer frames, p is 0 and the loss inf, as PyTorch's, but its gradient is 0, so that the other sequences still learn.
+    Give such sequences weight 0, or more frames per step. No loss is below 0.
 
     Examples:
       >>> logits = jaxpack.pack_sequence([np.zeros((2, 3), np.float32)])  # 2 frames, 3 classes: 9 paths
-      >>> labels, label_lengths = jnp.array([[1]]), jnp.array([1])  # read off blank 1, 1 blank, and 1 1
+      >>> labels, label_lengths = jnp.array([[1]]), jnp.array([1])  # of the paths blank 1, 1 blank, and 1 1
       >>> mean = jax.jit(ctc)(logits, labels, label_lengths)
       >>> round(float(mean.value), 3)  # -log(3 / 9)
       1.099
-      >>> labels, label_lengths = jnp.array([[1, 1]]), jnp.array([2])  # take 3 frames
+      >>> labels, label_lengths = jnp.array([[1, 1]]), jnp.array([2])  # needs 3 frames
       >>> weights = logits.lengths >= ctc_min_frames(labels, label_lengths)  # lengths times frames_per_step
       >>> weights.tolist()
       [False]
@@ -62,18 +63,18 @@ def ctc(
       1.174
 
     Args:
-      logits: floating data [S, K * C], for K frames a step; -inf for a class that cannot be. A sequence of length 0
-        counts for nothing.
+      logits: floating data [S, K * C], for K frames a step; -inf for an impossible class. A sequence of length 0 has
+        weight 0.
       labels: [B, N], whole numbers in [0, C) other than blank_id; past its length a row may hold anything.
       label_lengths: [B], from 0 to N.
       weights: [B], in the caller's order. Default: 1.
       blank_id: the class that stands for no label.
-      frames_per_step: K, so that a step can emit up to K labels. Its features are the K frames one after the other.
+      frames_per_step: K, the frames of a step, one after the other in its features. A step can emit up to K labels.
 
     Raises:
       TypeError: if logits are not packed, or dtypes are of the wrong kind.
-      ValueError: if shapes disagree, K does not divide the features, or a concrete label or label length is out of its
-        range. Where traced ones are, the loss is NaN.
+      ValueError: if shapes disagree, K does not divide the features, or a concrete label or label length is out of
+        range. With traced ones the loss is NaN instead.
     Source: optax.ctc_loss; Graves et al., Connectionist temporal classification, ICML 2006.
     """
     logits, blank_id, frames_per_step = check_frames(logits, blank_id, frames_per_step, "ctc")
@@ -97,20 +98,20 @@ def _ctc(
     blank_id: int,
     frames_per_step: int,
 ) -> Mean:
-    """`ctc`, checked."""
+    """Computes `ctc` without checks."""
     logits = logits.replace(data=widened(split_frames(logits.data, frames_per_step)))
     lengths, num_classes = logits.lengths * frames_per_step, logits.shape[-1]
     weights = jnp.ones(len(lengths), logits.dtype) if weights is None else weights.astype(logits.dtype)
     weights = jnp.where(lengths > 0, weights, 0)
     counted = weights != 0
-    broken = ~logits.fits
+    broken = ~slot_fits(logits)[logits.unsorted_indices]
     for bad, name, _, rule in _bad(labels, label_lengths, counted, num_classes, blank_id):
         debug_refuse(bad, name, rule)
         broken |= bad if bad.ndim == 1 else bad.any(1)
-    scored = counted & (lengths >= ctc_min_frames(labels, label_lengths))
+    scored = counted & (lengths >= _min_frames(labels, label_lengths))
     num_frames = logits.plan.max_length * frames_per_step
-    frames = pad_packed_sequence(logits, batch_first=True)[0].reshape(len(lengths), num_frames, num_classes)
-    frames = jnp.where(scored[:, None, None], frames, 0)  # so that no gradient can be NaN elsewhere
+    frames = pad(logits, jnp.zeros((), logits.dtype), logits.plan.max_length).reshape(-1, num_frames, num_classes)
+    frames = jnp.where(scored[:, None, None], frames, 0)  # no gradient can be NaN elsewhere
     losses = _optax_ctc(frames, lengths, labels, jnp.where(scored, label_lengths, 0), blank_id)
     possible = scored & ~(losses > -_IMPOSSIBLE / 2)
     losses = jnp.where(possible, _at_least_zero(losses).astype(weights.dtype), jnp.where(counted, jnp.inf, 0))
@@ -118,7 +119,7 @@ def _ctc(
 
 
 def ctc_min_frames(labels: ArrayLike, label_lengths: ArrayLike) -> jax.Array:
-    """How many frames an alignment with these labels takes at least: one a label, one between equal neighbours.
+    """Returns the least number of frames of an alignment: one per label, and one between equal neighbours.
 
     Examples:
       >>> ctc_min_frames([[1, 2, 2], [3, 0, 0]], [3, 1]).tolist()
@@ -147,7 +148,7 @@ def _min_frames(labels: jax.Array, label_lengths: jax.Array) -> jax.Array:
 def check_frames(
     logits: PackedSequence, blank_id: int, frames_per_step: int, function: str
 ) -> tuple[PackedSequence, int, int]:
-    """Logits [S, K * C], the blank and K, checked."""
+    """Validates logits [S, K * C], the blank and K, and returns them."""
     logits = check_packed(logits, function)
     frames_per_step, blank_id = as_int("frames_per_step", frames_per_step), as_int("blank_id", blank_id)
     shape = logits.shape
@@ -165,24 +166,24 @@ def check_frames(
 
 
 def split_frames(data: jax.Array, frames_per_step: int) -> jax.Array:
-    """[S, K * C] as [S, K, C]."""
+    """Reshapes [S, K * C] to [S, K, C]."""
     return data.reshape(len(data), frames_per_step, data.shape[1] // frames_per_step)
 
 
 def _optax_ctc(
     frames: jax.Array, lengths: jax.Array, labels: jax.Array, label_lengths: jax.Array, blank_id: int
 ) -> jax.Array:
-    """[B] losses of frames [B, T, C] and labels [B, N]; what lies past a length counts for nothing.
+    """Computes losses [B] of frames [B, T, C] and labels [B, N]; values past a length have no effect.
 
-    Beyond -_IMPOSSIBLE where an alignment has a class of logit -inf at each frame that it could.
+    A loss is beyond -_IMPOSSIBLE if every alignment has a class of logit -inf.
     """
-    labels = jnp.pad(labels, ((0, 0), (0, int(labels.shape[1] == 0))))  # optax wants a column
+    labels = jnp.pad(labels, ((0, 0), (0, int(labels.shape[1] == 0))))  # optax needs a column
     label_padding = ~_spans(label_lengths, labels.shape[1])
-    # Logits are finite, or optax's products with zeros are NaN; and no path of them falls below its log(0).
+    # Logits must be finite, or optax's products with zeros are NaN; and no path may fall below its log(0).
     frames = jnp.maximum(frames - lax.stop_gradient(jnp.max(frames, -1, keepdims=True)), _IMPOSSIBLE)
-    # From the frames, so that under shard_map optax's carries vary over devices as they do.
+    # Made from the frames, so that under shard_map optax's carries vary over devices like them.
     log_epsilon = lax.full_like(frames, _LOG_ZERO, shape=())
-    # Accelerators would round log-probabilities in optax's products with one-hot vectors.
+    # By default, accelerators round log-probabilities in optax's products with one-hot vectors.
     with jax.default_matmul_precision("highest"):
         return optax.ctc_loss(
             frames,
@@ -195,12 +196,12 @@ def _optax_ctc(
 
 
 def _at_least_zero(losses: jax.Array) -> jax.Array:
-    """Losses whose rounding below 0 is undone, with the gradient that they had: it is that of other alignments."""
+    """Raises losses that rounding brought below 0 to 0; keeps their gradient, which is that of other alignments."""
     return jnp.where(losses > 0, losses, losses - lax.stop_gradient(losses))
 
 
 def _spans(lengths: Any, size: int) -> Any:
-    """bool [B, size]: True at the first `lengths` places of each row."""
+    """Returns a mask of the first `lengths` places of each row: bool [B, size]."""
     places = (np if isinstance(lengths, np.ndarray) else jnp).arange(size, dtype=lengths.dtype)
     return places[None] < lengths[:, None]
 
@@ -208,22 +209,22 @@ def _spans(lengths: Any, size: int) -> Any:
 def _bad(
     labels: Any, label_lengths: Any, counted: Any, num_classes: int, blank_id: int
 ) -> Iterator[tuple[Any, str, Any, str]]:
-    """What is out of range in rows that count: where, the argument's name and values, and the rule; NumPy or JAX."""
+    """Yields labels out of range in rows that count: their mask, argument name, values, and rule; NumPy or JAX."""
     size = labels.shape[1]
     yield (
         counted & ((label_lengths < 0) | (label_lengths > size)),
         "label_lengths",
         label_lengths,
-        f"lie in 0 to N = {size}",
+        f"be in 0 to N = {size}",
     )
     bad = counted[:, None] & _spans(label_lengths, size) & (outside(labels, num_classes) | (labels == blank_id))
-    yield bad, "labels", labels, f"lie in 0 to {num_classes - 1} and not be the blank {blank_id}"
+    yield bad, "labels", labels, f"be in 0 to {num_classes - 1} and not be the blank {blank_id}"
 
 
 def _check_padded_labels(
     labels: ArrayLike, label_lengths: ArrayLike, batch_size: int | None, function: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Labels [B, N] and their lengths [B], integers of 32 bits or more."""
+    """Validates labels [B, N] and their lengths [B]; returns them as integers of 32 bits or more."""
     if isinstance(labels, PackedSequence):
         raise TypeError(
             f"{function}: labels must be padded, [B, N], got a PackedSequence. Pad it: labels, label_lengths = "

@@ -1,4 +1,4 @@
-"""Mean: a sum beside the sum of the weights it is divided by."""
+"""Mean: a sum, and the sum of weights that divides it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from jaxpack._types import PyTree
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["total", "weight"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mean:
-    """A mean as a sum beside a sum of weights, so that means of parts add up to the mean of the whole.
+    """A mean kept as a sum and a sum of weights, so that means of parts add up to the mean of the whole.
 
     A pytree, so it passes through jit, scan and grad.
 
-    A mean of nothing (weight 0, total 0) has the value 0 and a gradient of 0, so a batch whose rows are all masked out
-    trains nothing. A total other than 0 beside a weight of 0 has an infinite value: so does
-    `jaxpack.metrics.error_rate(["abc"], [""])`, 3 edits for 0 tokens. Where 0 would read as a perfect score, look at
-    the weight.
+    A mean of nothing (weight 0, total 0) has value 0 and gradient 0, so a batch whose rows all have weight 0 changes no
+    parameter. A nonzero total with weight 0 has an infinite value, for example
+    `jaxpack.metrics.error_rate(["abc"], [""])`: 3 edits for 0 tokens. If a value of 0 could be mistaken for a perfect
+    score, check the weight.
 
     Examples:
       >>> mean = Mean(6.0, 3) + Mean(4.0, 1)
@@ -34,8 +34,8 @@ class Mean:
       >>> float(mean.value)  # the mean of their means would be 3
       2.5
 
-      For the gradient of one batch differentiate the value; of one spread over devices by jax.shard_map, that of
-      `mean_loss(params, shard).psum("data")`:
+      For the gradient of one batch differentiate the value. For a batch that jax.shard_map spreads over devices,
+      differentiate the value of `mean_loss(params, shard).psum("data")`:
 
       >>> def mean_loss(params, batch):
       ...     return Mean(jnp.sum(params * batch), batch.size)
@@ -44,7 +44,8 @@ class Mean:
       >>> float(gradient)
       2.0
 
-      Over micro-batches no value is known before the last, so differentiate totals, which add up, and divide once:
+      For micro-batches, whose weights are known only at the end, differentiate the totals, which add up, and divide
+      once:
 
       >>> def total(params, batch):
       ...     mean = mean_loss(params, batch)
@@ -55,12 +56,12 @@ class Mean:
       >>> float(sum(map(micro_step, batches)).value)
       4.0
 
-      So too where gradients are summed over devices by hand, in jax.pmap or jax.shard_map(..., check_vma=False):
+      The same holds if gradients are summed over devices by hand, in jax.pmap or jax.shard_map(..., check_vma=False):
       `micro_step(shard).psum("data").value`.
 
     Attributes:
-      total: a sum; a number, or a pytree of arrays, such as the gradient of one.
-      weight: the sum of the weights in it: how many tokens, or sequences.
+      total: a sum: a number, or a pytree of arrays such as the gradient of one.
+      weight: the sum of its weights: the number of tokens or sequences, if all weights are 1.
     """
 
     total: PyTree = 0.0
@@ -68,7 +69,7 @@ class Mean:
 
     @property
     def value(self) -> PyTree:
-        """total / weight. Where weight is 0: 0 if total is 0 too, else inf with the sign of total; gradients are 0."""
+        """total / weight. With weight 0: 0 if total is 0, else inf with the sign of total; gradients are 0."""
         weight = jnp.asarray(self.weight, jnp.result_type(self.weight, float))
         nothing = weight == 0
         divisor = jnp.where(nothing, 1, weight)
@@ -76,13 +77,13 @@ class Mean:
         def divide(total: ArrayLike) -> jax.Array:
             total = jnp.asarray(total, jnp.result_type(total, float))
             kept = lax.stop_gradient(total)
-            limit = jnp.where(kept > 0, jnp.inf, jnp.where(kept < 0, -jnp.inf, kept))  # 0 and NaN stay what they are
+            limit = jnp.where(kept > 0, jnp.inf, jnp.where(kept < 0, -jnp.inf, kept))  # 0 and NaN stay
             return jnp.where(nothing, limit, total / divisor).astype(total.dtype)
 
         return jax.tree.map(divide, self.total)
 
     def psum(self, axis_name: Hashable) -> Mean:
-        """The sum over a mapped axis, such as the devices of jax.shard_map."""
+        """Sums over a mapped axis, such as the devices of jax.shard_map."""
         return lax.psum(self, axis_name)
 
     def __add__(self, other: Mean) -> Mean:
@@ -91,4 +92,4 @@ class Mean:
         return jax.tree.map(operator.add, self, other)
 
     def __radd__(self, other: int) -> Mean:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum starts at 0
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # the start of sum()

@@ -1,14 +1,15 @@
-"""The weighted mean of a score, over tokens or over sequences: what cross-entropies and accuracies share."""
+"""Weighted means of a score over tokens or sequences, shared by cross-entropies and accuracies."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._packed.gather import real_cells
 from jaxpack._packed.indices import same_sequences, values_of
@@ -32,6 +33,20 @@ from jaxpack.losses._mean import Mean
 Score = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+class _Scoring(NamedTuple):
+    """The static part of a weighted mean.
+
+    Attributes:
+      score: a function of logits [N, C] and labels [N], which returns [N].
+      ignored: a label of weight 0; None if there is none.
+      per_token: whether weights are per token rather than per sequence.
+    """
+
+    score: Score
+    ignored: int | None
+    per_token: bool = False
+
+
 def over_tokens(
     score: Score,
     logits: PackedSequence | ArrayLike,
@@ -40,7 +55,7 @@ def over_tokens(
     ignore_label: int | None,
     function: str,
 ) -> Mean:
-    """The weighted mean over tokens of a score of logits [N, C] and labels [N]; checks and raises for `function`."""
+    """Computes the weighted mean over tokens of a score of logits [N, C] and labels [N]; errors name `function`."""
     logits = check_packed(logits, function)
     labels = check_packed(labels, f"{function}(labels=...)")
     same = same_sequences(logits, labels, function, ("logits have", "labels have"))
@@ -51,49 +66,51 @@ def over_tokens(
         given: jax.Array | None = check_token_weights(packed, function)
     else:
         given = check_weights(weights, logits.plan.num_sequences, function, per_token=True)
-    ignored, per_token = ignored_number(ignore_label, labels.data), isinstance(weights, PackedSequence)
-    _check_tokens(logits, labels.data, given, ignored, per_token)
-    return _over_tokens(score, ignored, per_token, logits, labels.data, given, same)
+    scoring = _Scoring(score, ignored_number(ignore_label, labels.data), isinstance(weights, PackedSequence))
+    _check_tokens(scoring, logits, labels.data, given)
+    return _over_tokens(scoring, logits, labels.data, given, same)
 
 
-def _check_tokens(
-    logits: PackedSequence, labels: jax.Array, weights: jax.Array | None, ignored: int | None, per_token: bool
-) -> None:
-    """Raises ValueError at a label that is no class and counts, if what says so is known."""
+def _check_tokens(scoring: _Scoring, logits: PackedSequence, labels: jax.Array, weights: jax.Array | None) -> None:
+    """Raises ValueError for a label that counts and is not a class, if all values are known."""
     indices = logits.lengths, logits.sorted_indices
     values = values_of(labels, *indices, *([] if weights is None else [weights]))
     if values is None:
         return
     classes, lengths, order, *rest = values
     plan = logits.plan
-    counted = (lengths[order][plan.cell_slots] > plan.cell_steps) & (classes != ignored)
+    counted = (lengths[order][plan.cell_slots] > plan.cell_steps) & (classes != scoring.ignored)
     for given in rest:
-        counted &= (given if per_token else given[order][plan.cell_slots]) != 0
+        counted &= (given if scoring.per_token else given[order][plan.cell_slots]) != 0
     refuse(counted & outside(classes, logits.shape[1]), "labels.data", classes, _rule(logits.shape[1]))
 
 
-@functools.partial(jax.jit, static_argnames=("score", "ignored", "per_token"))
+@functools.partial(jax.jit, static_argnames="scoring")
 def _over_tokens(
-    score: Score,
-    ignored: int | None,
-    per_token: bool,
+    scoring: _Scoring,
     logits: PackedSequence,
     labels: jax.Array,
     weights: jax.Array | None,
     same: jax.Array | None,
 ) -> Mean:
-    """`over_tokens`, checked.
+    """Computes `over_tokens` without checks.
 
     Args:
-      weights: [S] if `per_token`, else [B]; None for ones.
+      scoring: the static part.
+      logits: data [S, C].
+      labels: [S].
+      weights: [S] if per token, else [B]; None for ones.
+      same: bool [B], which slots hold sequences of the same length in all batches; None if all do.
     """
     dtype, slots = widened(logits.data).dtype, logits.plan.cell_slots
     fits = checked_slot_fits(logits) if same is None else checked_slot_fits(logits) & same
     weights = jnp.ones(logits.plan.num_sequences, dtype) if weights is None else weights.astype(dtype)
-    of_cells = weights if per_token else weights[logits.sorted_indices][slots]
-    counted = real_cells(logits) if ignored is None else real_cells(logits) & (labels != ignored)
+    of_cells = weights if scoring.per_token else weights[logits.sorted_indices][slots]
+    counted = real_cells(logits)
+    if scoring.ignored is not None:
+        counted &= labels != scoring.ignored
     of_cells = jnp.where(fits[slots], jnp.where(counted, of_cells, 0), jnp.nan)
-    return _mean(score, logits.data, labels, of_cells, "labels.data")
+    return _mean(scoring.score, logits.data, labels, of_cells, "labels.data")
 
 
 def over_sequences(
@@ -104,42 +121,41 @@ def over_sequences(
     ignore_label: int | None,
     function: str,
 ) -> Mean:
-    """The weighted mean over sequences of a score of logits [B, C] and labels [B]; as `over_tokens`."""
+    """Computes the weighted mean over sequences of a score of logits [B, C] and labels [B]; as `over_tokens`."""
     if isinstance(logits, PackedSequence) or isinstance(labels, PackedSequence):
         raise TypeError(
-            f"{function} takes a row of logits and a label for each sequence, got a PackedSequence. Reduce it to that "
-            f"(jaxpack.last, jaxpack.segment_mean); for one per token pack both."
+            f"{function} takes a row of logits and a label for each sequence, got a PackedSequence. Reduce it to one "
+            f"row per sequence (jaxpack.last, jaxpack.segment_mean); for a label per token pack both."
         )
     rows = as_array(logits, "logits", function, "Give a row of logits for each sequence, [B, C].")
     classes = as_labels(labels, "labels", function, "For a label per token pack logits and labels.")
     check_classes(rows, classes, "B", function)
     given = check_weights(weights, len(classes), function)
-    ignored = ignored_number(ignore_label, classes)
+    scoring = _Scoring(score, ignored_number(ignore_label, classes))
     values = values_of(classes, *([] if given is None else [given]))
     if values is not None:
-        counted = np.logical_and.reduce([values[0] != ignored, *(each != 0 for each in values[1:])])
+        counted = np.logical_and.reduce([values[0] != scoring.ignored, *(each != 0 for each in values[1:])])
         refuse(counted & outside(values[0], rows.shape[1]), "labels", values[0], _rule(rows.shape[1]))
-    return _over_sequences(score, ignored, rows, classes, given)
+    return _over_sequences(scoring, rows, classes, given)
 
 
-@functools.partial(jax.jit, static_argnames=("score", "ignored"))
-def _over_sequences(
-    score: Score, ignored: int | None, logits: jax.Array, labels: jax.Array, weights: jax.Array | None
-) -> Mean:
-    """`over_sequences`, checked."""
+@functools.partial(jax.jit, static_argnames="scoring")
+def _over_sequences(scoring: _Scoring, logits: jax.Array, labels: jax.Array, weights: jax.Array | None) -> Mean:
+    """Computes `over_sequences` without checks."""
     dtype = widened(logits).dtype
     weights = jnp.ones(len(labels), dtype) if weights is None else weights.astype(dtype)
-    weights = weights if ignored is None else jnp.where(labels == ignored, 0, weights)
-    return _mean(score, logits, labels, weights, "labels")
+    if scoring.ignored is not None:
+        weights = jnp.where(labels == scoring.ignored, 0, weights)
+    return _mean(scoring.score, logits, labels, weights, "labels")
 
 
 def weighted(scores: jax.Array, weights: jax.Array) -> Mean:
-    """The weighted mean of scores: their weighted sum beside the sum of weights."""
+    """Returns the weighted mean of scores."""
     return Mean(jnp.sum(weights * scores), jnp.sum(weights))
 
 
 def _mean(score: Score, logits: jax.Array, labels: jax.Array, weights: jax.Array, name: str) -> Mean:
-    """The weighted mean of scores. Where the weight is 0 logits are 0, so that no gradient can be NaN there."""
+    """Computes the weighted mean of scores; logits of weight 0 are set to 0, so that no gradient is NaN there."""
     counted = weights != 0
     bad = counted & outside(labels, logits.shape[1])
     debug_refuse(bad, name, _rule(logits.shape[1]))
@@ -149,6 +165,6 @@ def _mean(score: Score, logits: jax.Array, labels: jax.Array, weights: jax.Array
 
 def _rule(num_classes: int) -> str:
     return (
-        f"lie in 0 to {num_classes - 1}, as the logits have {num_classes} classes (for a label that counts for nothing "
+        f"be in 0 to {num_classes - 1}, as the logits have {num_classes} classes (for a label that counts for nothing "
         f"give ignore_label)"
     )

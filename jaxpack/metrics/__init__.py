@@ -1,4 +1,4 @@
-"""Metrics of packed outputs and of decoded sequences, each a `jaxpack.losses.Mean`, so that those of batches add up."""
+"""Metrics of packed outputs and decoded sequences, each a `jaxpack.losses.Mean`, so that batches add up."""
 
 from jaxpack._namespace import publish as _publish
 from jaxpack.metrics._classification import accuracy, perplexity

@@ -1,10 +1,10 @@
-"""Metrics of predicted classes."""
+"""Metrics of classification: perplexity and accuracy."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import poison
@@ -13,7 +13,7 @@ from jaxpack.losses._weighted import over_sequences, over_tokens
 
 
 def perplexity(mean: Mean) -> jax.Array:
-    """Returns exp of a mean cross-entropy, such as token_cross_entropy's: of C classes all as likely it is C.
+    """Computes the perplexity exp(mean cross-entropy); it is C for C equally likely classes.
 
     Examples:
       >>> round(float(perplexity(Mean(2 * np.log(8), 2))), 3)
@@ -22,10 +22,10 @@ def perplexity(mean: Mean) -> jax.Array:
       nan
 
     Args:
-      mean: of a cross-entropy in nats.
+      mean: a mean cross-entropy in nats, such as that of jaxpack.losses.token_cross_entropy.
 
     Returns:
-      exp(mean.value); NaN for a mean of nothing (weight 0, total 0), where exp(0) = 1 would be a perfect score.
+      exp(mean.value); NaN for a mean of nothing (weight 0, total 0), since exp(0) = 1 would be a perfect score.
     """
     nothing = (jnp.asarray(mean.weight) == 0) & (jnp.asarray(mean.total) == 0)
     return jnp.where(nothing, jnp.nan, jnp.exp(mean.value))
@@ -38,7 +38,7 @@ def accuracy(
     *,
     ignore_label: int | None = None,
 ) -> Mean:
-    """The share of tokens, or of sequences, whose largest logit is the label's; of equal logits the first is taken.
+    """Computes the share of tokens or sequences whose label has the largest logit, the first of equal ones.
 
     Examples:
       >>> labels = jaxpack.pack_sequence([[1, 2, 3], [4]])
@@ -48,21 +48,21 @@ def accuracy(
       (3.0, 4.0)
 
     Args:
-      logits: packed data [S, C] for tokens; an array [B, C] for sequences. NaN in what counts makes the result NaN.
-      labels: whole numbers in [0, C): packed alike, data [S]; or [B].
-      weights: [B], in the caller's order, the weight of a sequence or of each of its tokens; or of each token, data
-        [S], packed as the logits are. Default: 1.
-      ignore_label: a label that counts for nothing, as in jaxpack.losses.token_cross_entropy. Default: none.
+      logits: packed data [S, C] for tokens; an array [B, C] for sequences. NaN at a nonzero weight gives NaN.
+      labels: whole numbers in [0, C), packed like the logits, data [S]; or [B].
+      weights: [B], in the caller's order: one weight for a sequence or for all its tokens; or packed like the logits,
+        data [S]: one weight per token. Default: 1.
+      ignore_label: a label of weight 0, as in jaxpack.losses.token_cross_entropy. Default: none.
 
     Raises:
       TypeError: as jaxpack.losses.token_cross_entropy and sequence_cross_entropy.
-      ValueError: as those.
+      ValueError: likewise.
     """
     over = over_tokens if isinstance(logits, PackedSequence) else over_sequences
     return over(_hits, logits, labels, weights, ignore_label, "accuracy")
 
 
 def _hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """1 where the largest logit is the label's, 0 where it is not, NaN where a logit is."""
+    """Returns 1 where the label has the largest logit, else 0; NaN where a logit is NaN."""
     hits = (jnp.argmax(logits, -1) == labels).astype(logits.dtype)
     return poison(hits, ~jnp.isnan(logits).any(-1))

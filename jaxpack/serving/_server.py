@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from jaxpack._checks import unchecked
 from jaxpack._dtypes import canonical
-from jaxpack._packed.on_host import Rows
+from jaxpack._packed.host_layout import HostLayout
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
@@ -153,7 +153,7 @@ class Server:
         """Runs requests that fit a plan together, and returns their results in order."""
         lengths = np.array([request.length for request in requests])
         plan.check(lengths)
-        rows = Rows.of(lengths, plan)
+        rows = HostLayout.of(lengths, plan)
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(request.arrays for request in requests))
         packed = rows.packed(jax.tree.map(rows.spread, joined))
         with jax.enable_x64(self._x64):

@@ -1,3 +1,7 @@
+"""Reductions, softmax, statistics and concatenation against NumPy and JAX on each sequence alone."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +9,7 @@ import oracles
 import pytest
 import scipy.special
 import strategies
-from hypothesis import given, settings
+from hypothesis import given
 
 import jaxpack
 from jaxpack import BucketPlan, concatenate, pack_padded_sequence, pack_sequence, softmax
@@ -13,7 +17,7 @@ from jaxpack import BucketPlan, concatenate, pack_padded_sequence, pack_sequence
 LENGTHS = [2, 4, 0, 1]
 PLAN = BucketPlan((3, 5), (4, 1))
 
-# Each reduction of one sequence [L, F] in NumPy, and what it gives for an empty one.
+# Each reduction of one sequence [L, F] in NumPy, and its result for an empty sequence.
 REDUCTIONS = {
     "first": (lambda s: s[0], 0.0),
     "last": (lambda s: s[-1], 0.0),
@@ -28,80 +32,65 @@ REDUCTIONS = {
 each_reduction = pytest.mark.parametrize("name", REDUCTIONS)
 
 
-def packed_batch(lengths=LENGTHS, plan=PLAN, dtype=np.float32, features=3):
-    batch = oracles.random_batch(lengths, features, dtype=dtype)
+def packed_batch(lengths=LENGTHS, plan=PLAN, dtype=np.float32, extra=0):
+    batch = oracles.random_batch(lengths, 3, dtype=dtype, extra=extra)
     return batch, pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
 
 
 def with_slack(packed, value):
-    return packed.replace(data=jnp.where(packed.mask[:, None], packed.data, value))
+    return packed.replace(data=jnp.asarray(np.where(np.asarray(packed.mask)[:, None], packed.data, np.float32(value))))
 
 
-@each_reduction
-@settings(max_examples=10)
-@given(strategies.lengths_and_plan())
-def test_equals_numpy_on_each_sequence(name, lengths_and_plan):
-    lengths, plan = lengths_and_plan
-    batch, packed = packed_batch(lengths, plan)
-    reduce, identity = REDUCTIONS[name]
-    expected = [reduce(row[:n]) if n else np.full(3, identity) for row, n in zip(batch, lengths, strict=True)]
-    np.testing.assert_allclose(jax.jit(getattr(jaxpack, name))(packed), expected, rtol=1e-5, atol=1e-6)
+@jax.jit
+def reduce_all(packed):
+    """All reductions in one program."""
+    return {name: getattr(jaxpack, name)(packed) for name in REDUCTIONS}
 
 
-@each_reduction
+@given(strategies.fixed_plan_and_lengths())
+def test_reductions_equal_numpy_on_each_sequence(plan_and_lengths):
+    plan, lengths = plan_and_lengths
+    batch, packed = packed_batch(lengths, plan, extra=strategies.LONGEST - max(lengths))
+    for name, found in reduce_all(packed).items():
+        reduce, identity = REDUCTIONS[name]
+        expected = [reduce(row[:n]) if n else np.full(3, identity) for row, n in zip(batch, lengths, strict=True)]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+DENSE = {
+    "first": lambda s: s[0],
+    "last": lambda s: s[-1],
+    "segment_sum": lambda s: s.sum(0),
+    "segment_mean": lambda s: s.mean(0),
+    "segment_max": lambda s: s.max(0),
+    "segment_min": lambda s: s.min(0),
+    "segment_var": lambda s: s.var(0),
+    "segment_std": lambda s: s.std(0) if len(s) > 1 else s.sum(0) * 0,
+    "segment_logsumexp": lambda s: jax.nn.logsumexp(s, axis=0),
+}
+
+
 @pytest.mark.usefixtures("x64")
-def test_gradients_equal_autodiff_of_each_sequence_alone(name):
+def test_gradients_equal_autodiff_of_each_sequence_alone():
     batch, packed = packed_batch(dtype=np.float64)
-    dense = {
-        "first": lambda s: s[0],
-        "last": lambda s: s[-1],
-        "segment_sum": lambda s: s.sum(0),
-        "segment_mean": lambda s: s.mean(0),
-        "segment_max": lambda s: s.max(0),
-        "segment_min": lambda s: s.min(0),
-        "segment_var": lambda s: s.var(0),
-        "segment_std": lambda s: s.std(0) if len(s) > 1 else s.sum(0) * 0,
-        "segment_logsumexp": lambda s: jax.nn.logsumexp(s, axis=0),
-    }[name]
 
-    def loss(packed):
-        values = getattr(jaxpack, name)(packed)
+    def loss(name, data):
+        values = getattr(jaxpack, name)(packed.replace(data=data))
         return jnp.where(jnp.isfinite(values), jnp.sin(values), 0).sum()
 
-    gradient = jax.grad(lambda data: loss(packed.replace(data=data)))(packed.data)
-    rows = [
-        jax.grad(lambda s: jnp.sin(dense(s)).sum())(jnp.asarray(row[:n])) if n else row[:0]
-        for row, n in zip(batch, LENGTHS, strict=True)
-    ]
-    np.testing.assert_allclose(gradient, pack_sequence(rows, plan=PLAN).data, atol=1e-12)
+    def alone(dense, row):
+        return jax.grad(lambda s: jnp.sin(dense(s)).sum())(row) if len(row) else row
 
+    @jax.jit
+    def gradients(data, rows):
+        packed_ = {name: jax.grad(functools.partial(loss, name))(data) for name in REDUCTIONS}
+        return packed_, {name: [alone(DENSE[name], row) for row in rows] for name in REDUCTIONS}
 
-@each_reduction
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_slack_is_inert(name, value):
-    _, packed = packed_batch()
-    dirty = with_slack(packed, value)
-
-    def run(packed, data):
-        values = getattr(jaxpack, name)(packed.replace(data=data))
-        return jnp.where(jnp.isfinite(values), values**2, 0).sum()
-
-    clean = jax.value_and_grad(lambda d: run(packed, d))(packed.data)
-    result = jax.value_and_grad(lambda d: run(dirty, d))(dirty.data)
-    np.testing.assert_array_equal(result[0], clean[0])
-    np.testing.assert_array_equal(result[1], clean[1])
-    assert np.isfinite(result[1]).all()
-
-
-@pytest.mark.parametrize("plan", [BucketPlan((2, 4), (3, 1)), BucketPlan((4,), (2,), ((0,), (0, 2)))])
-@each_reduction
-def test_traced_misfits_alone_are_nan(name, plan):
-    def run(lengths):
-        return getattr(jaxpack, name)(pack_padded_sequence(jnp.ones((3, 4, 2)), lengths, True, plan=plan))
-
-    values = jax.jit(run)(jnp.array([1, 3, 4]))
-    assert np.isnan(values[1]).all()
-    assert np.isfinite(values[jnp.array([0, 2])]).all()
+    rows = [jnp.asarray(row[:n]) for row, n in zip(batch, LENGTHS, strict=True)]
+    found, expected = gradients(packed.data, rows)
+    for name in REDUCTIONS:
+        cells = pack_sequence([np.asarray(row) for row in expected[name]], plan=PLAN).data
+        np.testing.assert_allclose(found[name], cells, atol=1e-12, err_msg=name)
 
 
 @each_reduction
@@ -122,7 +111,7 @@ def test_logsumexp_and_softmax_do_not_overflow():
     np.testing.assert_allclose(softmax(packed).data, [0.5, 1, 0.5])
 
 
-def test_integers():
+def test_integers_are_reduced_as_in_numpy():
     packed = pack_sequence([np.array([1, 2, 4]), np.array([-3])])
     assert jaxpack.segment_sum(packed).tolist() == [7, -3]
     assert jaxpack.segment_sum(packed).dtype == jnp.int32
@@ -156,22 +145,12 @@ def test_bools_and_narrow_integers_reduce_as_in_numpy():
     assert jaxpack.segment_sum(pack_sequence([np.array([250, 250, 17], np.uint8)])).tolist() == [517]
 
 
-def test_softmax_equals_jax_on_each_sequence():
+def test_softmax_equals_scipy_on_each_sequence():
     batch, packed = packed_batch()
     weights = softmax(packed)
-    rows = [jax.nn.softmax(row[:n], axis=0) for row, n in zip(batch, LENGTHS, strict=True)]
+    rows = [scipy.special.softmax(row[:n], axis=0) if n else row[:0] for row, n in zip(batch, LENGTHS, strict=True)]
     np.testing.assert_allclose(weights.data, pack_sequence(rows, plan=PLAN).data, rtol=1e-5)
     np.testing.assert_array_equal(softmax(with_slack(packed, jnp.nan)).data, weights.data)
-
-
-def test_softmax_gradient_is_finite_with_nan_in_slack():
-    _, packed = packed_batch()
-    dirty = with_slack(packed, jnp.nan)
-
-    def loss(data, packed):
-        return (softmax(packed.replace(data=data)).data ** 2).sum()
-
-    np.testing.assert_array_equal(jax.grad(loss)(dirty.data, dirty), jax.grad(loss)(packed.data, packed))
 
 
 def test_pytrees_are_reduced_leaf_by_leaf():
@@ -198,7 +177,7 @@ def test_concatenate_joins_features():
         (lambda p: [p, p.map(lambda d: d[:, 0])], ValueError, "without a feature axis"),
     ],
 )
-def test_concatenate_refuses_what_does_not_match(others, error, message):
+def test_concatenate_refuses_other_batches(others, error, message):
     with pytest.raises(error, match=message):
         concatenate(others(packed_batch()[1]))
 
@@ -218,29 +197,47 @@ def test_concatenating_traced_batches_of_different_lengths_is_nan_where_they_dif
 PLANS = [PLAN, BucketPlan((4,), (4,)), BucketPlan((8,), (2,), ((0, 4), (0, 4)))]
 
 
+STATISTICS = {"mean": jaxpack.mean, "var": jaxpack.var, "std": jaxpack.std}
+
+
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["mean", "var", "std"])
-def test_statistics_of_a_batch_are_numpys_over_real_steps(name, plan):
+def test_statistics_of_a_batch_are_numpys_over_real_steps(plan):
     batch, packed = packed_batch(plan=plan)
     real = np.concatenate([row[:n] for row, n in zip(batch, LENGTHS, strict=True)])
+    run = jax.jit(lambda packed: {name: statistic(packed) for name, statistic in STATISTICS.items()})
     for value in (0, np.nan, np.inf):
-        result = getattr(jaxpack, name)(with_slack(packed, value))
-        np.testing.assert_allclose(result, getattr(real, name)(0), rtol=1e-5, atol=1e-6)
+        for name, found in run(with_slack(packed, value)).items():
+            np.testing.assert_allclose(found, getattr(real, name)(0), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["mean", "var", "std"])
-def test_statistics_of_a_batch_have_the_gradients_of_jax(name):
+def test_statistics_of_a_batch_have_the_gradients_of_jax():
     batch, packed = packed_batch(dtype=np.float64)
-    real = [jnp.asarray(row[:n]) for row, n in zip(batch, LENGTHS, strict=True)]
-    gradient = jax.grad(lambda d: jnp.sin(getattr(jaxpack, name)(packed.replace(data=d))).sum())(packed.data)
-    expected = jax.grad(lambda rows: jnp.sin(getattr(jnp, name)(jnp.concatenate(rows), 0)).sum())(real)
-    np.testing.assert_allclose(gradient, pack_sequence(expected, plan=PLAN).data, rtol=1e-4, atol=1e-6)
+    rows = [jnp.asarray(row[:n]) for row, n in zip(batch, LENGTHS, strict=True)]
+
+    @jax.jit
+    def gradients(data, rows):
+        def ours(name):
+            return jax.grad(lambda data: jnp.sin(STATISTICS[name](packed.replace(data=data))).sum())(data)
+
+        def dense(name):
+            return jax.grad(lambda rows: jnp.sin(getattr(jnp, name)(jnp.concatenate(rows), 0)).sum())(rows)
+
+        return {name: (ours(name), dense(name)) for name in STATISTICS}
+
+    for found, expected in gradients(packed.data, rows).values():
+        cells = pack_sequence([np.asarray(row) for row in expected], plan=PLAN).data
+        np.testing.assert_allclose(found, cells, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_of_no_steps_are_zero_and_move_nothing():
     empty = pack_padded_sequence(jnp.full((2, 3), jnp.nan), [0, 0], True, plan=BucketPlan((3,), (2,)))
-    for name in ("mean", "var", "std"):
-        value, gradient = jax.value_and_grad(lambda d, n=name: getattr(jaxpack, n)(empty.replace(data=d)))(empty.data)
+
+    @jax.jit
+    def statistics(data):
+        functions = (jaxpack.mean, jaxpack.var, jaxpack.std)
+        return [jax.value_and_grad(lambda d, f=f: f(empty.replace(data=d)))(data) for f in functions]
+
+    for value, gradient in statistics(empty.data):
         assert value == 0
         assert (gradient == 0).all()
 
@@ -255,17 +252,17 @@ def test_a_misfit_makes_the_statistics_of_its_batch_nan():
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("name", ["argmax", "argmin"])
-def test_places_of_extrema_are_numpys_in_each_sequence(name, plan):
+def test_places_of_extrema_are_numpys_in_each_sequence(plan):
     batch = np.random.default_rng(0).integers(0, 3, (4, 4, 5)).astype(np.float32)  # with ties
     batch[1, 2, 0] = np.nan  # which jnp.argmax takes for the largest, argmin for the least
     packed = with_slack(pack_padded_sequence(batch, LENGTHS, True, plan=plan), np.nan)
-    places = getattr(jaxpack, f"segment_{name}")(packed)
-    expected = [getattr(row[:n], name)(0) if n else np.full(5, -1) for row, n in zip(batch, LENGTHS, strict=True)]
-    assert places.dtype == jnp.int32
-    np.testing.assert_array_equal(places, expected)
-    misfit = jax.jit(lambda n: jaxpack.segment_argmax(pack_padded_sequence(batch, n, True, plan=plan)))
-    assert (misfit(jnp.array([2, 9, 0, 1]))[1] == -1).all()
+    places = jax.jit(lambda p: {"argmax": jaxpack.segment_argmax(p), "argmin": jaxpack.segment_argmin(p)})
+    for name, found in places(packed).items():
+        expected = [getattr(row[:n], name)(0) if n else np.full(5, -1) for row, n in zip(batch, LENGTHS, strict=True)]
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected)
+    misfit = jax.jit(lambda n: pack_padded_sequence(batch, n, True, plan=plan))(jnp.array([2, 9, 0, 1]))
+    assert all((found[1] == -1).all() for found in places(misfit).values())
 
 
 def test_minima_of_integers_and_bools():
@@ -277,12 +274,13 @@ def test_minima_of_integers_and_bools():
 def test_values_of_sequences_are_broadcast_to_their_steps(plan):
     _, packed = packed_batch(plan=plan)
     values = {"speaker": np.arange(8.0).reshape(4, 2), "row": np.arange(4)}
-    spread = jaxpack.broadcast_to_steps(values, with_slack(packed, np.nan))
+    spread = jax.jit(jaxpack.broadcast_to_steps)(values, with_slack(packed, np.nan))
     for row, sequence in enumerate(jaxpack.unpack_sequence(spread)):
         assert sequence["row"].tolist() == [row] * LENGTHS[row]
         np.testing.assert_array_equal(sequence["speaker"], np.tile(values["speaker"][row], (LENGTHS[row], 1)))
     assert (spread.data["row"][~packed.mask] == 0).all()
-    gradient = jax.grad(lambda v: (jaxpack.broadcast_to_steps(v, packed).data ** 2).sum())(jnp.arange(4.0))
+    squares = jax.jit(jax.grad(lambda v: (jaxpack.broadcast_to_steps(v, packed).data ** 2).sum()))
+    gradient = squares(jnp.arange(4.0))
     np.testing.assert_allclose(gradient, 2 * np.arange(4.0) * LENGTHS)
 
 

@@ -1,3 +1,5 @@
+"""BucketPlan: slots, cells, fitting lengths, equality, repr and pictures."""
+
 import itertools
 import pickle
 import re
@@ -5,11 +7,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from counts import counted_calls
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import plans, staircases
 
 from jaxpack import BucketPlan
+from jaxpack._checks import concrete_lengths
 
 STAIRS = BucketPlan(boundaries=(2, 4), rows=(3, 1))
 ROWS = BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))
@@ -133,7 +137,7 @@ def test_of_tied_lengths_the_later_row_is_the_misfit():
 
 
 def test_plans_compare_hash_and_pickle_by_value():
-    same = BucketPlan(boundaries=[np.int64(2), 4], rows=np.array([3, 1]))
+    same = BucketPlan(boundaries=[np.int64(2), 4], rows=np.array([3, 1]))  # type: ignore[arg-type]
     assert same == STAIRS
     assert hash(same) == hash(STAIRS)
     assert {same: 1}[STAIRS] == 1
@@ -145,7 +149,7 @@ def test_plans_compare_hash_and_pickle_by_value():
 
 @given(plans)
 def test_a_plan_is_equal_to_its_copy_and_its_repr_and_hashes_alike(plan):
-    lists = BucketPlan(list(plan.boundaries), np.array(plan.rows), [list(row) for row in plan.starts])
+    lists = BucketPlan(list(plan.boundaries), np.array(plan.rows), [list(row) for row in plan.starts])  # type: ignore[arg-type]
     assert lists == plan
     assert hash(lists) == hash(plan)
     assert eval(repr(plan)) == plan
@@ -213,7 +217,7 @@ def test_repr_writes_no_more_slots_than_it_shows():
 
 def test_errors_of_many_buckets_are_short():
     with pytest.raises(ValueError, match="increase strictly") as caught:
-        BucketPlan((*range(1, 10_000), 5), range(10_000, 0, -1))
+        BucketPlan((*range(1, 10_000), 5), range(10_000, 0, -1))  # type: ignore[arg-type]
     assert len(str(caught.value)) < 200
 
 
@@ -256,7 +260,7 @@ def test_repr_of_many_buckets_is_short():
         ((1,), None, TypeError, "rows must be a tuple of ints"),
     ],
 )
-def test_what_is_no_staircase_is_refused(boundaries, rows, error, message):
+def test_invalid_staircases_are_refused(boundaries, rows, error, message):
     with pytest.raises(error, match=message):
         BucketPlan(boundaries, rows)
 
@@ -269,13 +273,13 @@ def test_what_is_no_staircase_is_refused(boundaries, rows, error, message):
         (((0,), ()), ValueError, r"got starts\[1\] = \(\) in a row of 2 steps"),
         (((0,), (1,)), ValueError, r"increase from 0 .* got starts\[1\] = \(1,\)"),
         (((0, 2, 2), (0,)), ValueError, r"got starts\[0\] = \(0, 2, 2\) in a row of 4 steps"),
-        (((0, 4), (0,)), ValueError, r"lie before its end, got starts\[0\] = \(0, 4\)"),
+        (((0, 4), (0,)), ValueError, r"be below its end, got starts\[0\] = \(0, 4\)"),
         (((0, 1), (0, 2)), ValueError, r"got starts\[1\] = \(0, 2\) in a row of 2 steps"),
         (((0, 1.5), (0,)), TypeError, r"starts\[0\] must be a tuple of ints, got \(0, 1.5\)"),
         ((0, 2), TypeError, r"starts\[0\] must be a tuple of ints, got 0"),
     ],
 )
-def test_slots_that_do_not_fill_their_row_in_order_are_refused(starts, error, message):
+def test_invalid_starts_are_refused(starts, error, message):
     with pytest.raises(error, match=message):
         BucketPlan((2, 4), (2, 1), starts)
 
@@ -292,13 +296,18 @@ def test_slots_that_do_not_fill_their_row_in_order_are_refused(starts, error, me
         ([True, False], TypeError, "integers, got dtype bool"),
     ],
 )
-def test_bad_lengths_are_named(lengths, error, message):
+def test_errors_name_bad_lengths(lengths, error, message):
     with pytest.raises(error, match=message):
         STAIRS.fits(lengths)
 
 
 def test_whole_floats_are_lengths():
     assert STAIRS.fits([4.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("method", ["fits", "check", "filled", "slack", "efficiency", "picture"])
+def test_a_method_checks_lengths_once(method):
+    assert counted_calls(lambda: getattr(STAIRS, method)([4, 1]), concrete_lengths) == [1]
 
 
 def test_picture_shows_cells_and_slack():
@@ -349,7 +358,9 @@ def test_picture_of_a_huge_plan_makes_no_vector_of_its_cells():
         (BucketPlan((1,), (1,)), "BucketPlan: 1 bucket, 1 sequence of at most 1 step, 1 cell (padded: 1)"),
     ],
 )
-def test_notebooks_show_a_picture_and_say_what_it_is_of(plan, caption):
+def test_notebooks_show_a_picture_with_a_caption(plan, caption):
     figure = ElementTree.fromstring(plan._repr_html_())
-    assert [line.text for line in figure.find("figcaption")] == [caption]
+    lines = figure.find("figcaption")
+    assert lines is not None
+    assert [line.text for line in lines] == [caption]
     assert len(figure.findall("svg")) == 1

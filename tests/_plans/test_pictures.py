@@ -1,5 +1,6 @@
 """Pictures in HTML: every cell once, in its kind; axes and legend say what is drawn; small, escaped, in any theme."""
 
+import functools
 import re
 from xml.etree import ElementTree
 
@@ -19,6 +20,11 @@ ROWS = BucketPlan(boundaries=(4,), rows=(2,), starts=((0,), (0, 2)))
 EVEN, ODD, SLACK, MISFIT = ("#0072B2", 1.0), ("#56B4E9", 1.0), ("#0072B2", 0.35), ("#D55E00", 1.0)
 
 
+def draw(plan, filled, caption):
+    """The picture of a plan whose slots are filled so far; None for the plan alone."""
+    return html_picture(functools.partial(plan._marks, filled), caption)
+
+
 def drawn_cells(figure):
     """The kind of each cell that is drawn, a colour and an opacity, by row and step."""
     cells = {}
@@ -31,13 +37,20 @@ def drawn_cells(figure):
     return cells
 
 
+def found(figure, path):
+    """The one element at a path."""
+    element = figure.find(path)
+    assert element is not None
+    return element
+
+
 def texts_of(figure):
     return [text.text for text in figure.iter("text")]
 
 
 @given(strategies.plans)
 def test_every_cell_is_drawn_once_and_neighbouring_slots_differ(plan):
-    cells = drawn_cells(ElementTree.fromstring(html_picture(plan, None, [])))
+    cells = drawn_cells(ElementTree.fromstring(draw(plan, None, [])))
     assert cells.keys() == {(row, step) for step, rows in enumerate(plan.batch_sizes) for row in range(rows)}
     slots = {}
     for row, start, room in zip(plan.slot_rows, plan.slot_starts, plan.room, strict=True):
@@ -50,7 +63,7 @@ def test_every_cell_is_drawn_once_and_neighbouring_slots_differ(plan):
 @given(strategies.lengths_and_plan())
 def test_real_cells_and_slack_are_as_many_as_the_lengths_say(drawn):
     lengths, plan = drawn
-    figure = ElementTree.fromstring(html_picture(plan, plan.filled(lengths), []))
+    figure = ElementTree.fromstring(draw(plan, plan.filled(lengths), []))
     kinds = list(drawn_cells(figure).values())
     assert kinds.count(SLACK) == plan.size - sum(lengths)
     assert kinds.count(EVEN) + kinds.count(ODD) == sum(lengths)
@@ -58,24 +71,24 @@ def test_real_cells_and_slack_are_as_many_as_the_lengths_say(drawn):
 
 
 def test_a_row_is_drawn_from_its_own_start_and_a_misfit_in_its_whole_room():
-    cells = drawn_cells(ElementTree.fromstring(html_picture(ROWS, np.array([3, -1, 1]), [])))
+    cells = drawn_cells(ElementTree.fromstring(draw(ROWS, np.array([3, -1, 1]), [])))
     assert [cells[0, step] for step in range(4)] == [EVEN, EVEN, EVEN, SLACK]
     assert [cells[1, step] for step in range(4)] == [MISFIT, MISFIT, ODD, SLACK]
 
 
 def test_axes_name_the_last_steps_and_the_rows_of_buckets():
-    texts = texts_of(ElementTree.fromstring(html_picture(STAIRS, STAIRS.filled([4, 1]), [])))
+    texts = texts_of(ElementTree.fromstring(draw(STAIRS, STAIRS.filled([4, 1]), [])))
     assert texts == ["4", "2", "0", "steps", "3 rows", "1", "5 real", "3 slack"]
-    assert texts_of(ElementTree.fromstring(html_picture(BucketPlan((1,), (1,)), None, []))) == [
+    assert texts_of(ElementTree.fromstring(draw(BucketPlan((1,), (1,)), None, []))) == [
         *("1", "0", "steps", "1 row", "1 cell")
     ]
 
 
 def test_labels_of_many_buckets_do_not_overlap():
     plan = BucketPlan(tuple(range(1, 301)), tuple(range(300, 0, -1)))
-    figure = ElementTree.fromstring(html_picture(plan, None, []))
-    steps = [float(text.get("x")) for text in figure.iter("text") if text.get("text-anchor") == "middle"]
-    rows = [float(text.get("y")) for text in figure.iter("text") if text.get("text-anchor") == "end"]
+    figure = ElementTree.fromstring(draw(plan, None, []))
+    steps = [float(text.attrib["x"]) for text in figure.iter("text") if text.get("text-anchor") == "middle"]
+    rows = [float(text.attrib["y"]) for text in figure.iter("text") if text.get("text-anchor") == "end"]
     assert len(steps) > 5
     assert len(rows) > 5
     assert np.diff(steps).max() < -3 * 6  # three digits of some 6 pixels
@@ -84,10 +97,10 @@ def test_labels_of_many_buckets_do_not_overlap():
 
 def test_captions_are_escaped():
     caption = ["<script>alert('&')</script>", 'x"y']
-    figure = ElementTree.fromstring(html_picture(STAIRS, None, caption))
-    assert [line.text for line in figure.find("figcaption")] == caption
-    assert figure.find("svg/title").text == "; ".join(caption)
-    assert "<script" not in html_picture(STAIRS, None, caption)
+    figure = ElementTree.fromstring(draw(STAIRS, None, caption))
+    assert [line.text for line in found(figure, "figcaption")] == caption
+    assert found(figure, "svg/title").text == "; ".join(caption)
+    assert "<script" not in draw(STAIRS, None, caption)
     assert "<b>" not in html_counts({"<b>": "<b>"}, 1, 2)
 
 
@@ -108,12 +121,12 @@ def test_kinds_differ_in_lightness_on_light_and_on_dark_pages(page):
 
 
 def test_text_and_lines_take_the_colour_of_the_page_and_the_picture_has_a_name():
-    figure = ElementTree.fromstring(html_picture(STAIRS, None, ["a plan"]))
-    svg = figure.find("svg")
+    figure = ElementTree.fromstring(draw(STAIRS, None, ["a plan"]))
+    svg = found(figure, "svg")
     assert (svg.get("role"), svg.get("fill"), svg[0].tag, svg[0].text) == ("img", "currentColor", "title", "a plan")
     assert all(text.get("fill") is None for text in figure.iter("text"))
     assert figure.findall(".//path[@fill='none'][@stroke='currentColor']")
-    assert "color:" not in figure.get("style")
+    assert "color:" not in figure.attrib["style"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +142,7 @@ def test_text_and_lines_take_the_colour_of_the_page_and_the_picture_has_a_name()
 )
 def test_pictures_of_large_plans_are_small(plan):
     for filled in (None, plan.room // 2):
-        html = html_picture(plan, filled, [])
+        html = draw(plan, filled, [])
         assert len(html) < 30_000
         figure = ElementTree.fromstring(html)
         drawn = min(plan.rows[0], 64)
@@ -140,7 +153,7 @@ def test_pictures_of_large_plans_are_small(plan):
 
 def test_a_sampled_picture_keeps_the_proportions():
     plan = BucketPlan((5000, 10_000), (4096, 1024))
-    cells = drawn_cells(ElementTree.fromstring(html_picture(plan, None, [])))
+    cells = drawn_cells(ElementTree.fromstring(draw(plan, None, [])))
     assert len(cells) == 64 * 384 * (1 / 2 + 1 / 8)
     assert max(step for row, step in cells if row == 15) == 383
     assert max(step for row, step in cells if row == 16) == 191
@@ -150,10 +163,10 @@ def test_counts_are_a_table_and_a_bar_of_what_is_real():
     figure = ElementTree.fromstring(html_counts({"batches": "3", "cells": "40"}, 10, 40))
     assert [title.text for title in figure.iter("th")] == ["batches", "cells"]
     assert [value.text for value in figure.iter("td")] == ["3", "40"]
-    real, slack = (float(box.get("width")) for box in figure.find("svg").findall("rect"))
+    real, slack = (float(box.attrib["width"]) for box in found(figure, "svg").findall("rect"))
     assert real / (real + slack) == pytest.approx(1 / 4)
     assert texts_of(figure) == ["10 real", "30 slack"]
-    assert figure.find("svg/title").text == "25.0% of 40 cells real"
+    assert found(figure, "svg/title").text == "25.0% of 40 cells real"
     assert "0.0% of 0 cells" in html_counts({}, 0, 0)
 
 
@@ -168,7 +181,7 @@ def test_treescope_shows_the_picture_once():
         def __init__(self):
             self.plan = STAIRS
 
-    packed = jaxpack.PackedSequence(jnp.ones(8), np.array([4, 2, 1]), np.arange(3), np.arange(3), STAIRS)
+    packed = jaxpack.PackedSequence(jnp.ones(8), jnp.array([4, 2, 1]), jnp.arange(3), jnp.arange(3), STAIRS)
     for shown in (STAIRS, packed, Model(), {"batch": [packed]}):
         html = treescope.render_to_html(shown, compressed=False)
         assert html.count("role=&quot;img&quot;") == 1

@@ -1,3 +1,5 @@
+"""Planners against brute force and packing one by one."""
+
 import itertools
 from bisect import bisect_left, insort
 
@@ -6,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import strategies
+from counts import counted_calls
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpack import BucketPlan, CostModel, pack_sequence, plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
+from jaxpack._checks import concrete_lengths
 from jaxpack._plans import planners
 from jaxpack._plans.best_fit import Distinct, best_fit
 from jaxpack.data import coverage, plan_cover, plan_family
@@ -212,7 +216,8 @@ def test_rows_of_thousands_of_sequences_can_be_planned():
 
 def best_fit_one_by_one(lengths, width):
     """The packing of one sequence after the other, longest first: what each row holds."""
-    rows, left = [], []
+    rows: list[list[int]] = []
+    left: list[tuple[int, int]] = []
     for length in sorted((max(1, int(length)) for length in lengths), reverse=True):
         place = bisect_left(left, (length, 0))
         room, row = left.pop(place) if place < len(left) else (width, len(rows))
@@ -314,8 +319,13 @@ def test_a_packing_takes_few_deals_however_many_sequences_there_are(corpus):
 def packings(lengths, monkeypatch):
     """The widths at which a plan of rows packs these lengths."""
     widths = []
+
+    def recorded(batch, width):
+        widths.append(width)
+        return best_fit(batch, width)
+
     with monkeypatch.context() as patch:
-        patch.setattr(planners, "best_fit", lambda batch, width: widths.append(width) or best_fit(batch, width))
+        patch.setattr(planners, "best_fit", recorded)
         plan_rows(lengths)
     return widths
 
@@ -366,6 +376,11 @@ def test_lengths_may_be_jax_arrays_but_not_traced(planner):
 
 
 @pytest.mark.parametrize("planner", PLANNERS)
+def test_a_planner_checks_lengths_once(planner):
+    assert counted_calls(lambda: planner(SEED), concrete_lengths) == [1]
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
 @given(lengths=strategies.lengths, data=st.data())
 def test_the_order_of_lengths_does_not_matter(planner, lengths, data):
     assert planner(data.draw(st.permutations(lengths))) == planner(lengths)
@@ -387,7 +402,7 @@ def test_an_empty_sequence_gets_room_for_a_step(planner):
         (None, TypeError, "got None"),
     ],
 )
-def test_bad_lengths_are_named(planner, lengths, error, message):
+def test_errors_name_bad_lengths(planner, lengths, error, message):
     with pytest.raises(error, match=message):
         planner(lengths)
 
@@ -399,7 +414,8 @@ def test_more_steps_than_can_be_indexed_are_refused_before_any_plan_is_made(plan
 
 
 CORPUS_PLANNERS = [
-    lambda lengths: plan_cover({"source": lengths} if isinstance(lengths, dict) else lengths, 2),  # a dict is of axes
+    # A dict holds the lengths of several axes.
+    lambda lengths: plan_cover({"source": lengths} if isinstance(lengths, dict) else lengths, 2),  # type: ignore[dict-item]
     lambda lengths: plan_family(lengths, 2),
     lambda lengths: coverage(lengths, plan_padded(2, 2)),
 ]
@@ -429,7 +445,7 @@ NO_VECTORS = {
 
 @pytest.mark.parametrize("kind", NO_VECTORS)
 @pytest.mark.parametrize("planner", [*PLANNERS, *CORPUS_PLANNERS, PACKED.plan.fits, PACKED.plan.check])
-def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
+def test_errors_for_lengths_that_are_not_a_vector_name_the_way_out(planner, kind):
     make, error, message = NO_VECTORS[kind]
     with pytest.raises(error, match=message):
         planner(make())
@@ -439,16 +455,16 @@ def test_what_is_no_vector_of_lengths_is_named_with_the_way_out(planner, kind):
     ("call", "error", "message"),
     [
         (lambda: plan_buckets([3], 0), ValueError, "num_buckets must be at least 1, got 0"),
-        (lambda: plan_buckets([3], 1.5), TypeError, "num_buckets must be an int, got 1.5"),
+        (lambda: plan_buckets([3], 1.5), TypeError, "num_buckets must be an int, got 1.5"),  # type: ignore[arg-type]
         (lambda: plan_buckets([3], row_multiple=0), ValueError, "row_multiple must be at least 1, got 0"),
         (lambda: plan_rows([3], 0), ValueError, "num_rows must be at least 1, got 0"),
-        (lambda: plan_rows([3], 1.5), TypeError, "num_rows must be an int, got 1.5"),
+        (lambda: plan_rows([3], 1.5), TypeError, "num_rows must be an int, got 1.5"),  # type: ignore[arg-type]
         (lambda: plan_rows([3], num_buckets=0), ValueError, "num_buckets must be at least 1, got 0"),
         (lambda: plan_padded(0, 3), ValueError, "batch_size must be at least 1, got 0"),
         (lambda: plan_padded(3, 0), ValueError, "max_length must be at least 1, got 0"),
-        (lambda: plan_padded(3, 2.5), TypeError, "max_length must be an int, got 2.5"),
+        (lambda: plan_padded(3, 2.5), TypeError, "max_length must be an int, got 2.5"),  # type: ignore[arg-type]
     ],
 )
-def test_bad_arguments_are_named(call, error, message):
+def test_errors_name_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -1,3 +1,5 @@
+"""Metrics: accuracy, perplexity, greedy decoding, edit distances and error rates."""
+
 import itertools
 import sys
 
@@ -29,7 +31,7 @@ def test_perplexity_of_equal_logits_is_the_number_of_classes():
     np.testing.assert_allclose(run(logits, labels), 7, rtol=1e-6)
 
 
-def test_perplexity_of_nothing_is_no_perfect_score():
+def test_perplexity_of_nothing_is_nan():
     nothing = token_cross_entropy(pack(jnp.zeros((4, 5, 7))), pack(jnp.ones((4, 5), int)), np.zeros(4))
     assert np.isnan(perplexity(nothing))
     assert perplexity(Mean(1.0, 0)) == np.inf
@@ -37,7 +39,7 @@ def test_perplexity_of_nothing_is_no_perfect_score():
 
 
 @pytest.mark.parametrize("rate", [lambda a, b: error_rate([a], [b]), lambda a, b: best_error_rate([a], [[b]])])
-def test_edits_beside_no_token_are_no_perfect_score(rate):
+def test_edits_without_reference_tokens_are_an_infinite_rate(rate):
     assert rate("abc", "").value == np.inf
     assert rate("", "").value == 0
     assert (rate("abc", "") + rate("ab", "ab")).value == 1.5
@@ -177,7 +179,7 @@ each_kind_of_item = pytest.mark.parametrize(
 
 
 @each_kind_of_item
-def test_numbers_in_lists_are_equal_whatever_holds_them(kind):
+def test_equal_numbers_of_any_type_are_equal_tokens(kind):
     items = as_items(kind)
     assert edit_distance(items([1, 2, 30]), [1, 30]) == 1
     assert edit_distance([1, 2, 30], items([1, 2, 3])) == 1
@@ -204,7 +206,7 @@ def test_numbers_in_lists_are_equal_whatever_holds_them(kind):
         (np.zeros(0), [1], 1),
     ],
 )
-def test_tokens_are_equal_where_python_says_so(hypothesis, reference, edits):
+def test_tokens_are_compared_as_python_compares_them(hypothesis, reference, edits):
     assert edit_distance(hypothesis, reference) == edits
 
 
@@ -236,7 +238,7 @@ each_rate = pytest.mark.parametrize(
         ({1, 2}, TypeError, " must be a string, or a list or vector of tokens, got {1, 2}"),
     ],
 )
-def test_what_is_no_sequence_of_tokens_is_refused_by_name(call, name, tokens, error, message):
+def test_errors_name_the_argument_that_is_not_a_sequence_of_tokens(call, name, tokens, error, message):
     with pytest.raises(error, match=f"^{name}{message}"):
         call(tokens)
 
@@ -244,7 +246,7 @@ def test_what_is_no_sequence_of_tokens_is_refused_by_name(call, name, tokens, er
 def test_error_rate_is_edits_over_the_tokens_of_references():
     mean = error_rate(["ab", "c", ""], ["abc", "c", "d"])
     assert (mean.total, mean.weight) == (2, 5)
-    np.testing.assert_allclose(sum([mean, error_rate([[1]], [np.array([1, 2, 3])])]).value, 4 / 8)
+    np.testing.assert_allclose(sum([mean, error_rate([[1]], [np.array([1, 2, 3])])], Mean()).value, 4 / 8)
     assert error_rate([], []).value == 0
     assert error_rate(["a"], [""]).total == 1
     assert error_rate(map(str, [12, 3]), iter(["1", "3"])).total == 1
@@ -266,11 +268,11 @@ def test_best_error_rate_takes_the_closest_reference_and_of_equals_the_longest()
         (lambda: best_error_rate(["a"], [[]]), ValueError, r"references\[0\] is empty"),
         (lambda: best_error_rate(["a"], ["a"]), TypeError, r"references\[0\] must be a list of sequences"),
         (lambda: error_rate({"a": 1}, ["a"]), TypeError, "hypotheses must be a list of sequences, got {'a': 1}"),
-        (lambda: error_rate(["a"], 7), TypeError, "references must be a list of sequences, got 7"),
+        (lambda: error_rate(["a"], 7), TypeError, "references must be a list of sequences, got 7"),  # type: ignore[arg-type]
         (lambda: error_rate(pack(np.ones((4, 5))), ["a"]), TypeError, "got a PackedSequence .jaxpack.unpack_sequence"),
     ],
 )
-def test_error_rates_refuse_what_does_not_match(call, error, message):
+def test_error_rates_name_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
 

@@ -1,4 +1,4 @@
-"""Rows: packing on the host, from concrete lengths and in NumPy, so that no program is compiled or run."""
+"""HostLayout: packing in NumPy from concrete lengths, which compiles and runs no program."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jaxpack._types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Where the rows of a batch go under a plan: what `jaxpack.packed.lay_out` does in a program.
+class HostLayout:
+    """The cells of a batch under a plan, computed in NumPy; `layout.lay_out` does the same in a program.
 
     Attributes:
       plan: the static shape.
       lengths, sorted_indices, unsorted_indices: as in PackedSequence.
-      cells: int [sum(lengths)], the cell of each step, row by row.
+      cells: int [sum(lengths)], the cell of each step, sequence by sequence.
     """
 
     plan: BucketPlan
@@ -29,8 +29,8 @@ class Rows:
     cells: np.ndarray
 
     @classmethod
-    def of(cls, lengths: npt.ArrayLike, plan: BucketPlan) -> Rows:
-        """Places rows of these lengths, at most one a slot, which must fit; rows that are left have length 0."""
+    def of(cls, lengths: npt.ArrayLike, plan: BucketPlan) -> HostLayout:
+        """Computes the layout of lengths that fit the plan, [N]; if N < B, lengths of 0 follow."""
         given = np.asarray(lengths, np.int32)
         lengths = np.zeros(plan.num_sequences, np.int32)
         lengths[: len(given)] = given
@@ -43,11 +43,11 @@ class Rows:
         return cls(plan, lengths, order, slots, cells)
 
     def spread(self, steps: np.ndarray) -> np.ndarray:
-        """Data [plan.size, *F] from the rows' steps, one after the other; zeros in slack."""
+        """Returns data [plan.size, *F] from the steps of all sequences, one after the other; zeros in slack."""
         data = np.zeros((self.plan.size, *steps.shape[1:]), steps.dtype)
         data[self.cells] = steps
         return data
 
     def packed(self, data: PyTree) -> PackedSequence:
-        """A PackedSequence of these rows."""
+        """Returns a PackedSequence with this data."""
         return PackedSequence(data, self.lengths, self.sorted_indices, self.unsorted_indices, self.plan)  # type: ignore[arg-type]
