@@ -36,7 +36,7 @@ def publish(namespace: str) -> None:
 
 
 def _evaluated(hint: Any, scope: dict[str, Any]) -> Any:
-    """An annotation, where it is text what the text stands for."""
+    """Returns an annotation, evaluated if it is text."""
     text = hint.__forward_arg__ if isinstance(hint, typing.ForwardRef) else hint
     return eval(text, scope) if isinstance(text, str) else hint
 

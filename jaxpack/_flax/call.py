@@ -19,7 +19,7 @@ from jaxpack._types import PyTree
 
 
 class Call(NamedTuple):
-    """What the directions of one call share.
+    """The part of a call that its directions share.
 
     Attributes:
       inputs: packed or padded, as `check_inputs` returns them.

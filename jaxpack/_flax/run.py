@@ -29,7 +29,7 @@ from jaxpack._types import PyTree
 
 
 class _Config(NamedTuple):
-    """What is static in a run of one direction, or of two that share their steps.
+    """The static part of a run of one direction, or of two that share their steps.
 
     Attributes:
       layout: the axes of the inputs.

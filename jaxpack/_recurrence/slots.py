@@ -46,7 +46,7 @@ class Slots(NamedTuple):
 
     @property
     def start(self) -> tuple[Carry, Carry]:
-        """The carry of each row at the start, and buffers for what is collected of each slot."""
+        """The carry of each row at the start, and buffers for the carries that are collected, one a slot."""
         if not self.plan.starts:
             return self.values, ()
         return tuple(buffer(leaf, (self.plan.rows[0], *leaf.shape[1:]), 0) for leaf in self.values), self.values
