@@ -42,7 +42,7 @@ def html_picture(sample: Callable[[int, int], Marks], caption: Iterable[str]) ->
       caption: the lines of the caption, in plain text.
     """
     caption, marks = list(caption), _small_enough(sample)
-    if not marks.num_rows:  # a batch of none
+    if not marks.num_rows:  # a batch of no sequences
         return _figure(_caption(caption))
     width, height = min(_WIDTH, _CELL_WIDTH * marks.num_steps), min(_HEIGHT, _CELL_HEIGHT * marks.num_rows)
     if len(marks.cells) < marks.num_rows:
