@@ -49,35 +49,27 @@ class Options(TypedDict, total=False):
 class _Stack(nnx.Module):
     """Base of the stacks: a layer spec with its parameters as nnx.Param, and a stream of keys for dropout."""
 
-    def __init__(
-        self,
-        layer: RecurrentLayer,
-        rngs: nnx.Rngs,
-        *,
-        dtype: Any = None,
-        param_dtype: Any = None,
-        kernel_init: InitializerByGate = None,
-        recurrent_kernel_init: InitializerByGate = None,
-        bias_init: InitializerByGate = None,
-        kernel_metadata: Mapping[str, Any] | None = None,
-        recurrent_kernel_metadata: Mapping[str, Any] | None = None,
-        bias_metadata: Mapping[str, Any] | None = None,
-        deterministic: bool = False,
-    ) -> None:
+    def __init__(self, layer: RecurrentLayer, rngs: nnx.Rngs, **options: Unpack[Options]) -> None:
+        for name in options.keys() - Options.__annotations__.keys():
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}.")
         self.layer = layer
-        self.dtype = dtype
+        self.dtype = options.get("dtype")
         params = layer.init(
             rngs.params(),
-            param_dtype,
-            kernel_init=_boxing(kernel_init),
-            recurrent_kernel_init=_boxing(recurrent_kernel_init),
-            bias_init=_boxing(bias_init),
+            options.get("param_dtype"),
+            kernel_init=_boxing(options.get("kernel_init")),
+            recurrent_kernel_init=_boxing(options.get("recurrent_kernel_init")),
+            bias_init=_boxing(options.get("bias_init")),
         )
-        given = {"kernel": kernel_metadata, "recurrent_kernel": recurrent_kernel_metadata, "bias": bias_metadata}
+        metadata = {
+            "kernel": options.get("kernel_metadata"),
+            "recurrent_kernel": options.get("recurrent_kernel_metadata"),
+            "bias": options.get("bias_metadata"),
+        }
         for group, entries in params.items():
-            variables = {name: _param(value, given[ROLES[name]] or {}) for name, value in entries.items()}
+            variables = {name: _param(value, metadata[ROLES[name]] or {}) for name, value in entries.items()}
             setattr(self, group, nnx.data(variables))
-        self.deterministic = deterministic
+        self.deterministic = options.get("deterministic", False)
         self.rngs = nnx.data(rngs.dropout.fork() if layer.has_dropout else None)
 
     def __call__(
