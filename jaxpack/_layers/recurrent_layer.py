@@ -16,7 +16,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class _Call(NamedTuple):
     params_dtype: Any
     dtype: Any
     dropout_key: jax.Array | None
-    lengths: ArrayLike | None
+    lengths: ArrayLike | Sequence[int] | None
     plan: BucketPlan | None
     forward_mode: bool
 
@@ -171,7 +171,7 @@ class RecurrentLayer(abc.ABC):
         initial_state: Any = None,
         dropout_key: jax.Array | None = None,
         *,
-        lengths: ArrayLike | None = None,
+        lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
         deterministic: bool = False,
         dtype: Any = None,

@@ -19,7 +19,7 @@ in the body, such as jax.debug.print or a layer's check for checkify, for a broa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -72,7 +72,7 @@ class _Stack(nn.Module):
         inputs: PackedSequence | ArrayLike,
         initial_state: Any = None,
         *,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -77,7 +77,7 @@ class _Stack(nnx.Module):
         inputs: PackedSequence | ArrayLike,
         initial_state: Any = None,
         *,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
