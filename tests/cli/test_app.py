@@ -130,9 +130,7 @@ def test_padded_training_learns_the_same(packed, padded):
     accuracy = re.compile(r"Test accuracy +([\d.]+)%, (\d+) of 370")
     (share, correct), (_, correct_padded) = (accuracy.findall(run.report)[0] for run in (packed, padded))
     assert float(share) == pytest.approx(100 * int(correct) / 370, abs=0.05)
-    assert (
-        abs(int(correct) - int(correct_padded)) <= 2
-    )  # rounding may change an answer near a boundary
+    assert abs(int(correct) - int(correct_padded)) <= 2  # rounding may change an answer near a boundary
     assert int(correct) > 2 * 370 / 9  # better than twice chance
 
 

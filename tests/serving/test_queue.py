@@ -352,9 +352,7 @@ IN_A_FORK = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-@pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::RuntimeWarning"
-)  # forks may hang
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # forks may hang
 @pytest.mark.parametrize("use", IN_A_FORK)
 def test_a_forked_child_gets_an_error_and_waits_for_nobody(server, use):
     function, message = IN_A_FORK[use]
