@@ -158,8 +158,8 @@ class Server:
         if checked.max(initial=0) > self.max_length:
             row = int(checked.argmax())
             raise ValueError(
-                f"lengths[{row}] = {checked[row]}, but the longest plan has room for {self.max_length}. Make the server "
-                f"with a plan that covers it (jaxpack.plan_padded(1, {checked[row]}))."
+                f"lengths[{row}] = {checked[row]}, but the longest plan has room for {self.max_length}. Make the "
+                f"server with a plan that covers it (jaxpack.plan_padded(1, {checked[row]}))."
             )
         return self._router.route(checked)
 
