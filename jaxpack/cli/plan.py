@@ -41,9 +41,7 @@ def plan(
     ],
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Sequences in a batch of a corpus.", show_default=f"{_BATCH_SIZE} if there are more lengths"
-        ),
+        typer.Option(min=1, help="Sequences in a batch of a corpus.", show_default=f"{_BATCH_SIZE}, if there are more"),
     ] = None,
     num_buckets: Annotated[
         int | None,

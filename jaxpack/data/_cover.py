@@ -190,7 +190,7 @@ def plan_family(
       ValueError: if the corpus is empty, lengths are negative or not whole, or another argument is below 1.
       TypeError: if batch_size or num_plans is not an int.
     """
-    corpus = _longest_first(lengths)
+    corpus = checked_corpus(lengths)
     batch_size = at_least_one("batch_size", batch_size)
     num_plans = at_least_one("num_plans", num_plans)
     planner = planner or _rows
@@ -224,7 +224,11 @@ def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
     Raises:
       ValueError: if the corpus is empty, or lengths are negative or not whole.
     """
-    corpus = _longest_first(lengths)
+    return coverage_of(checked_corpus(lengths), plan)
+
+
+def coverage_of(corpus: np.ndarray, plan: BucketPlan) -> Coverage:
+    """Computes the coverage of a corpus with checked lengths, longest first."""
     slots = plan.num_sequences
     efficiency = corpus.sum() / (num_batches(corpus, plan.room) * plan.size) if corpus[0] <= plan.max_length else 0
     bound = corpus.sum() / (-(-len(corpus) // slots) * _rooms(corpus, slots).sum())
@@ -247,7 +251,7 @@ def _rows(rooms: np.ndarray) -> BucketPlan:
     return plan_rows(rooms, num_buckets=4, cost_model=CostModel(runs=_RUNS))
 
 
-def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
+def checked_corpus(lengths: npt.ArrayLike) -> np.ndarray:
     """Returns the checked lengths of a corpus, longest first: [N], N >= 1."""
     corpus = np.sort(concrete_lengths(lengths))[::-1]
     if not corpus.size:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._checks import concrete_lengths
 from jaxpack._extras import import_extra
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack.data._cover import coverage, num_batches
+from jaxpack.data._cover import checked_corpus, coverage_of, num_batches
 
 Figure = Any  # matplotlib.figure.Figure, which only the extra installs
 
@@ -96,9 +95,9 @@ def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
       ModuleNotFoundError: if matplotlib is not installed.
       ValueError: if the corpus is empty, lengths are negative or not whole, or one is longer than the plan.
     """
-    expected = coverage(lengths, plan)
-    longest_first = np.sort(concrete_lengths(lengths))[::-1]
+    longest_first = checked_corpus(lengths)
     plan.check(longest_first[:1])
+    expected = coverage_of(longest_first, plan)
     figure = _figure(8.0, 3.6)
     left, right = figure.subplots(1, 2)
     width = -(-int(longest_first[0] + 1) // _BARS)

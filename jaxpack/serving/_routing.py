@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._checks import concrete_lengths
 from jaxpack._plans.bucket_plan import BucketPlan, longest_first
 from jaxpack._plans.cost import CostModel
 
@@ -59,7 +58,7 @@ class Router:
         Args:
           lengths: [N] whole numbers, at most max_length.
         """
-        array = concrete_lengths(lengths)
+        array = np.asarray(lengths, np.int64)
         order = longest_first(array)
         pieces = self._pieces(array[order])
         return [Route(self.plans[plan], tuple(sorted(order[places].tolist()))) for plan, places in pieces]

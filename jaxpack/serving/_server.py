@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._checks import unchecked
+from jaxpack._checks import concrete_lengths, unchecked
 from jaxpack._dtypes import canonical
 from jaxpack._packed.host_layout import HostLayout
 from jaxpack._packed.packed_sequence import PackedSequence
@@ -129,7 +129,7 @@ class Server:
             raise TypeError(f"a server takes a list of sequences, got {type(sequences).__name__}.")
         requests = [self.check(sequence, f"sequences[{i}]") for i, sequence in enumerate(sequences)]
         results: list[PyTree] = [None] * len(requests)
-        for plan, rows in self.route([request.length for request in requests]):
+        for plan, rows in self._router.route([request.length for request in requests]):
             for row, result in zip(rows, self.run(plan, [requests[row] for row in rows]), strict=True):
                 results[row] = result
         return results
@@ -146,8 +146,22 @@ class Server:
         return request
 
     def route(self, lengths: npt.ArrayLike) -> list[Route]:
-        """Returns the batches in which sequences with these lengths run; `Router.route` describes the choice."""
-        return self._router.route(lengths)
+        """Returns the batches in which sequences with these lengths run.
+
+        Sequences that fit one plan together run under the cheapest such plan; others are split into several batches.
+
+        Raises:
+          ValueError: if a length is negative, not whole, or above max_length.
+          TypeError: if lengths is not a vector of numbers.
+        """
+        checked = concrete_lengths(lengths)
+        if checked.max(initial=0) > self.max_length:
+            row = int(checked.argmax())
+            raise ValueError(
+                f"lengths[{row}] = {checked[row]}, but the longest plan has room for {self.max_length}. Make the "
+                f"server with a plan that covers it (jaxpack.plan_padded(1, {checked[row]}))."
+            )
+        return self._router.route(checked)
 
     def run(self, plan: BucketPlan, requests: Sequence[Request]) -> list[PyTree]:
         """Runs requests that fit a plan together, and returns their results in order."""

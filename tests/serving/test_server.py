@@ -156,6 +156,12 @@ def test_a_batch_runs_whole_under_the_cheapest_plan_that_it_fits(lengths):
         assert [route.plan for route in routes] == [min(fitting, key=COSTS.run_time)]
 
 
+def test_lengths_that_fit_no_plan_have_no_route(server):
+    with pytest.raises(ValueError, match=rf"lengths\[1\] = 99, but the longest plan has room for {server.max_length}"):
+        server.route([1, 99])
+    assert server.route([]) == []
+
+
 def test_the_cost_model_says_which_plan_is_cheapest():
     few_cells, few_steps = BucketPlan((8,), (1,), ((0, 4),)), plan_padded(5, 4)
     for model, plan in ((CostModel(step=0), few_cells), (CostModel(step=1), few_steps)):
