@@ -292,6 +292,16 @@ def test_outside_jit_a_function_is_few_programs(name):
 
 
 @each_packed
+def test_packed_results_share_the_index_leaves_of_their_batch(name):
+    batch = packed()[1]
+    for leaf in leaves(FUNCTIONS[name].run(batch, BATCH)):
+        if isinstance(leaf, PackedSequence):
+            assert leaf.plan is batch.plan
+            for index in ("lengths", "sorted_indices", "unsorted_indices"):
+                assert getattr(leaf, index) is getattr(batch, index)
+
+
+@each_packed
 def test_numpy_leaves_are_arrays_too(name):
     host = jax.device_get(packed()[1])
     assert isinstance(host.data, np.ndarray)
