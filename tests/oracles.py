@@ -88,14 +88,14 @@ def layer(kind, params, sequences, initial):
             for d, name in enumerate(names):
                 row = depth * len(names) + d
                 state = tuple(full[row, b] for full in finals)
-                hs = []
+                steps = []
                 for step in x[::-1] if d else x:
                     state = cell_step(kind, params[name], state, step)
-                    hs.append(state[0])
+                    steps.append(state[0])
                 for full, value in zip(finals, state, strict=True):
                     full[row, b] = value
-                steps = np.array(hs).reshape(len(x), len(state[0]))
-                directions.append(steps[::-1] if d else steps)
+                hs = np.array(steps).reshape(len(x), len(state[0]))
+                directions.append(hs[::-1] if d else hs)
             x = np.concatenate(directions, -1)
             depth += 1
         outputs.append(x)
@@ -103,7 +103,7 @@ def layer(kind, params, sequences, initial):
 
 
 def count_cell_steps(jaxpr):
-    """Counts rows x steps over all scans of a jaxpr: the carry of a scan has as many rows as it computes in a step."""
+    """Rows x steps over all scans of a jaxpr: what a scan hands on has as many rows as it computes in a step."""
     total = 0
     for equation in jaxpr.eqns:
         inner = [getattr(p, "jaxpr", p) for p in equation.params.values() if hasattr(p, "eqns") or hasattr(p, "jaxpr")]

@@ -41,6 +41,20 @@ def test_is_a_pytree_with_a_static_plan(packed):
     assert jax.tree.map(lambda _: None, packed).data is None
 
 
+def test_another_plan_is_another_program(packed):
+    programs = []
+
+    @jax.jit
+    def run(packed):
+        programs.append(packed.plan)
+        return segment_sum(packed)
+
+    padded = jaxpack.plan_padded(3, 5)
+    for plan in (LOOSE, padded, LOOSE):
+        run(pack_padded_sequence(jnp.ones((3, 5, 2)), LENGTHS, True, plan=plan))
+    assert programs == [LOOSE, padded]
+
+
 def test_shape_dtype_batch_sizes_and_repr(packed):
     assert packed.shape == (11, 2)
     assert packed.dtype == jnp.float32
@@ -435,7 +449,7 @@ def test_arrays_without_the_shape_of_a_step_are_refused(packed):
 
 # Statistics over cells.
 
-NORM_PLANS = [LOOSE, BucketPlan((6,), (2,), ((0,), (0, 3))), jaxpack.plan_exact(LENGTHS)]
+NORM_PLANS = [LOOSE, BucketPlan((6,), (2,), ((0,), (0, 3)))]
 
 
 @pytest.mark.parametrize("plan", NORM_PLANS)

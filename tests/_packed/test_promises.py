@@ -43,10 +43,15 @@ TRACES: list[Any] = []
 
 
 @jax.jit
-def run_jitted(batches, x):
-    """`run_all` as one program, for values in all tests."""
+def traced_once(batches, x):
     TRACES.append(x)
     return run_all(batches, x)
+
+
+def run_jitted(batches, x):
+    """Runs all functions in one program, which all tests share; none of them may promote ranks."""
+    with jax.numpy_rank_promotion("raise"):
+        return traced_once(batches, x)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -101,7 +106,7 @@ def test_jit_gives_what_eager_calls_give(name):
         np.testing.assert_allclose(np.asarray(ours, float), np.asarray(expected, float), rtol=1e-5, atol=1e-6)
 
 
-def test_one_program_serves_all_lengths_of_a_plan():
+def test_one_program_that_promotes_no_ranks_serves_all_lengths_of_a_plan():
     for lengths in ((2, 5, 0, 3), (0, 0, 0, 0), (5, 1, 3, 4), (1, 9, 1, 1)):
         results(lengths)
     assert len(TRACES) == 1
@@ -261,12 +266,6 @@ def test_all_are_lowered_for_every_platform():
             np.testing.assert_allclose(np.asarray(ours, float), np.asarray(expected, float), rtol=1e-5, atol=1e-6)
 
 
-@each_jitted
-def test_promotes_no_ranks(name):
-    with jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(lambda batches, x: [FUNCTIONS[name].run(each, x) for each in batches], packed(), BATCH)
-
-
 @functools.cache
 def results_for_none():
     none = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
@@ -289,6 +288,16 @@ def test_outside_jit_a_function_is_few_programs(name):
     jaxpr = jax.make_jaxpr(lambda data, x: function.run(batch.replace(data=data), x))(batch.data, BATCH)
     assert function.programs is not None
     assert len(jaxpr.eqns) <= function.programs, jaxpr
+
+
+@each_packed
+def test_packed_results_share_the_index_leaves_of_their_batch(name):
+    batch = packed()[1]
+    for leaf in leaves(FUNCTIONS[name].run(batch, BATCH)):
+        if isinstance(leaf, PackedSequence):
+            assert leaf.plan is batch.plan
+            for index in ("lengths", "sorted_indices", "unsorted_indices"):
+                assert getattr(leaf, index) is getattr(batch, index)
 
 
 @each_packed

@@ -1,5 +1,7 @@
 """packed_scan against a NumPy loop over each sequence alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -261,3 +263,22 @@ def test_statistics_over_different_steps_are_refused():
     packed = pack_padded_sequence(jnp.ones((2, 3)), [3, 1], batch_first=True, plan=plan_rows([3, 1], 1))
     with pytest.raises(ValueError, match=r"sequences that share a row .* Use a staircase"):
         packed_scan(lambda c, x, mask: (c, x), jnp.zeros(2), packed, pass_mask=True)
+
+
+@pytest.mark.parametrize("plan", [plan_padded(2, 5), BucketPlan((10,), (1,), ((0, 5),))], ids=["padded", "rows"])
+def test_a_scan_inside_shard_map_takes_a_constant_carry(plan):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = np.nan_to_num(oracles.random_batch(LENGTHS, 3, dtype=np.float32, extra=1))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    def run(batch, lengths):
+        carry = jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.zeros(2, bool)
+        packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
+        (total, steps, odd), _ = packed_scan(lambda c, x: ((c[0] + x, c[1] + 1, ~c[2]), x), carry, packed)
+        return total, steps, odd
+
+    total, steps, odd = run(batch, jnp.array(LENGTHS))
+    np.testing.assert_allclose(total, batch.sum(1), rtol=1e-5, atol=1e-6)
+    assert steps.tolist() == LENGTHS
+    assert odd.tolist() == [length % 2 == 1 for length in LENGTHS]
