@@ -1,0 +1,51 @@
+"""LeakyRNN: the own cell and layer of CONTRIBUTING.md, built from jaxpack.cells alone."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from jaxpack import cells
+from jaxpack.cells import Cell, Fused, RecurrentLayer, always_new, total_bias
+
+Linearization = getattr(cells, "Linearization", None) or cells.Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class LeakyCell(Cell):
+    """A leaky cell: t = tanh(W x + U h + b), h' = (1 - leak) h + leak t."""
+
+    leak: float = 0.5
+    gates: ClassVar[tuple[str, ...]] = ("",)
+
+    def fuse(self, params):
+        return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
+
+    def step(self, fused, carry, projected, select=always_new, tanh=jnp.tanh):
+        (h,) = carry
+        bias = fused.bias.reshape((1,) * (h.ndim - 1) + fused.bias.shape)
+        t = tanh(projected + h @ fused.w_h + bias)
+        return (select(h + self.leak * (t - h), h),)
+
+    def linearise(self, fused, x, h, next_h, recall):
+        t = h + (next_h - h) / self.leak
+        return Linearization(self.leak * (1 - t * t), jnp.full_like(h[:, :1], 1 - self.leak))
+
+    def pull_back(self, transposed, at, d, dc):
+        return at.gates * d, None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeakyRNN(RecurrentLayer):
+    """A stack of leaky cells. Returns (output, h_n)."""
+
+    input_size: int
+    hidden_size: int
+    num_layers: int = 1
+    bias: bool = True
+    dropout: float = 0.0
+    bidirectional: bool = False
+
+    @property
+    def cell(self):
+        return LeakyCell(self.hidden_size)
