@@ -17,7 +17,7 @@ IMAGES = pathlib.Path(__file__).parent / "images"
 
 
 def draw_cells(axes, lengths: np.ndarray, rows: np.ndarray) -> None:
-    """A square a cell: `rows` cells of each sequence are computed, `lengths` of them are real."""
+    """Draws a square for each cell: `rows` cells of each sequence are computed, `lengths` of them are real."""
     for i, (length, computed) in enumerate(zip(lengths, rows, strict=True)):
         for step in range(computed):
             color = REAL if step < length else PADDING
@@ -32,7 +32,7 @@ def draw_cells(axes, lengths: np.ndarray, rows: np.ndarray) -> None:
 
 
 def packing() -> None:
-    """The batch of the README, padded and packed."""
+    """Draws the batch of the README, padded and packed."""
     order = np.argsort(-LENGTHS, kind="stable")
     plan = jaxpack.plan_exact(LENGTHS)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.8), layout="constrained")

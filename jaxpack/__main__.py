@@ -1,4 +1,4 @@
-"""`python -m jaxpack`: the same as the command `jaxpack`."""
+"""The entry of `python -m jaxpack`, which is the command `jaxpack`."""
 
 from jaxpack.cli import main
 

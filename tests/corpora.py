@@ -1,6 +1,7 @@
-"""Corpora and sources that tests of data share."""
+"""Corpora and sources that the tests of jaxpack.data share."""
 
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ CORPORA = {
 
 
 class Sized:
-    """A source whose examples are never looked at."""
+    """A source of blank examples with these lengths."""
 
     def __init__(self, lengths):
         self.lengths = lengths
@@ -29,7 +30,7 @@ class Sized:
 
 
 class Stream:
-    """A source without an index, whose iteration starts anew each time."""
+    """A source without an index, which can be iterated over again."""
 
     def __init__(self, examples):
         self.examples = examples
@@ -39,20 +40,21 @@ class Stream:
 
 
 def assert_equal(batches, others):
-    """Two lists of batches are the same, plans included."""
+    """Asserts that two lists of batches are equal, plans included."""
     for batch, other in zip(batches, others, strict=True):
-        assert jax.tree.structure(batch) == jax.tree.structure(other)  # plans are part of it
+        structure: Any = jax.tree.structure(batch)
+        assert structure == jax.tree.structure(other)  # includes the plans
         jax.tree.map(np.testing.assert_array_equal, batch, other)
 
 
 def assert_resumes(dataset):
-    """From its state before each batch, by way of JSON, another iterator gives the batches that were left."""
+    """Asserts that an iterator resumes from its state before each batch, as JSON, with the remaining batches."""
     iterator = iter(dataset)
     states, batches = [json.dumps(iterator.get_state())], []
     for batch in iterator:
         batches.append(batch)
         states.append(json.dumps(iterator.get_state()))
-    resumed = iter(dataset)  # one for all, which so has others' examples to forget
+    resumed = iter(dataset)  # one for all states, so it has examples to forget
     for done in reversed(range(len(states))):
         resumed.set_state(json.loads(states[done]))
         assert json.dumps(resumed.get_state()) == states[done]

@@ -13,7 +13,7 @@ import jaxpack
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / ".docs").glob("**/*.md")), ROOT / ".github" / "CONTRIBUTING.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob(".docs/**/*.md")), *sorted(ROOT.glob(".github/**/*.md"))]
 
 
 def blocks(text, language):
@@ -57,6 +57,43 @@ def test_ci_runs_the_other_commands_of_the_readme():
     assert [sum(bool(re.search(pattern, command)) for command in COMMANDS) for pattern in patterns] == [1, 1]
 
 
+def test_ci_lists_the_parts_it_has():
+    script = ROOT / ".ci" / "run"
+    listed = subprocess.run(["bash", script, "--list"], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == re.findall(r"^part_(\w+)\(", script.read_text(), re.MULTILINE)
+    unknown = subprocess.run(["bash", script, "lint", "tset"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "no part is named tset" in unknown.stderr
+
+
+def test_broken_links_inside_a_built_site_are_named(tmp_path):
+    def check():
+        return subprocess.run(
+            [sys.executable, ROOT / ".ci" / "check_links.py", tmp_path], capture_output=True, text=True
+        )
+
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "index.html").write_text('<a href="guide/plans.html#rows">rows</a> <a href="https://jax.dev/x">JAX</a>')
+    (tmp_path / "guide" / "plans.html").write_text('<h2 id="rows">Rows</h2> <a href="../">up</a> <a href="#">top</a>')
+    assert check().returncode == 0
+    (tmp_path / "guide" / "speed.html").write_text('<a href="plans.html#row">row</a> <img src="../speed.svg">')
+    found = check()
+    assert found.returncode == 1
+    assert found.stderr.splitlines() == [
+        "guide/speed.html: plans.html#row leads to no anchor",
+        "guide/speed.html: ../speed.svg leads to no file",
+    ]
+
+
+def test_the_changelog_has_this_version_and_known_headings():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    releases = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert releases[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(jaxpack.__version__)} \(\d{{4}}-\d\d-\d\d\)", releases[1])
+    headings = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
+    assert headings <= {"Added", "Changed", "Fixed", "Deprecated", "Removed", "Breaking"}
+
+
 def test_a_packed_model_is_trained_on_ones_own_data_in_under_20_lines():
     section = README[README.index("## On your own data") :]
     code = blocks(section, "python")[0]
@@ -70,31 +107,33 @@ def test_the_readme_names_everything_public():
 
 
 def test_the_reference_has_everything_public():
-    documented = set()
+    documented = []
     for page in (ROOT / ".docs" / "reference").glob("*.rst"):
-        module = None
+        module = jaxpack
         for directive, name in re.findall(
-            r"^\.\. (currentmodule|autofunction|autoclass):: (\S+)", page.read_text(), re.M
+            r"^\.\. (currentmodule|autofunction|autoclass|py:type):: (\S+)", page.read_text(), re.M
         ):
             if directive == "currentmodule":
                 module = importlib.import_module(name)
             else:
-                documented.add(f"{module.__name__}.{name}")
-                assert inspect.isclass(getattr(module, name)) == (directive == "autoclass")
-    public = {
-        f"jaxpack{package}.{name}"
-        for package in PACKAGES
-        for name in importlib.import_module(f"jaxpack{package}").__all__
-    }
-    assert public - documented == set()
-
-
-def test_the_tests_that_pages_name_exist():
-    text = (ROOT / ".docs" / "how-it-works.md").read_text()
-    named = re.findall(r"(tests/[\w/]+\.py)(?:::(test_\w+))?", text)
-    assert len(named) > 20
-    missing = [(path, name) for path, name in named if f"def {name}" not in (ROOT / path).read_text()]
+                documented.append(getattr(module, name))
+                assert inspect.isclass(documented[-1]) == (directive == "autoclass")
+    missing = []
+    for package in PACKAGES:
+        module = importlib.import_module(f"jaxpack{package}")
+        exported = [(name, getattr(module, name)) for name in module.__all__]
+        missing += [f"{package}.{name}" for name, each in exported if not any(each is other for other in documented)]
     assert missing == []
+
+
+def test_the_files_that_pages_name_exist_and_have_what_they_name():
+    pages = [ROOT / ".docs" / "how-it-works.md", ROOT / ".github" / "CONTRIBUTING.md"]
+    named = re.findall(r"`((?:\w+/)+\w+\.py)(?:::(\w+))?`", "".join(page.read_text() for page in pages))
+    assert len(named) > 40
+    for file, name in named:
+        path = ROOT / file if file.startswith(("jaxpack/", "tests/")) else ROOT / "jaxpack" / file
+        assert path.is_file(), file
+        assert not name or f"def {name}(" in path.read_text(), (file, name)
 
 
 def test_importing_the_core_needs_no_extra():

@@ -1,27 +1,27 @@
-"""What every cell is: a frozen spec with parameter shapes, state sizes, its step, and the parts of its backward pass.
+"""The base of every cell: a frozen specification with parameter shapes, state sizes, a step, and its derivative.
 
-Parameters of one layer and direction are a dict under PyTorch's names, stored input-major, gates of H hidden units
-side by side:
+The parameters of one layer and direction are a dict under PyTorch's names, stored input-major, with the gates of H
+hidden units side by side:
 
     weight_ih [F, gates*H]   weight_hh [P, gates*H]   bias_ih [gates*H]   bias_hh [gates*H]
 
-A recurrence runs on `Fused` weights, made from them once before its loops. A step is split in `project`, which depends
-on the input alone and is one matrix product for many cells, and `step`, with one product for all gates.
+A recurrence runs on `Fused` weights, which are made from them once, before its loops. A step has two parts: `project`
+depends on the input alone and is one matrix product for many cells; `step` has one product for all gates.
 
-Backwards, a chunk of steps is linearised around what the forward pass computed, so that little is left to do step by
-step. With d = dh + dy the cotangent of h, from later steps and from the output, and dc that of a memory c:
+The backward pass linearizes a chunk of steps around the values of the forward pass, so that each sequential step costs
+one product. With d = dh + dy, the cotangent of h' from later steps and from the output, and dc that of a memory c':
 
-    dc' = dc + reads * d                    what c is owed before its step
-    da  = gates * (d or dc', gate by gate)  of the gates' pre-activations
-    dh  = da_h w_h^T + passes * d           of h one step earlier
-    dc  = forget * dc'                      of c one step earlier
+    dc  = dc + dh_dc * d                      the cotangent of c', now with the part that reaches it through h'
+    da  = da_gates * (d or dc, gate by gate)  the cotangent of the gates' pre-activations
+    dh  = da_h w_h^T + dh_dh * d              the cotangent of h, one step earlier
+    dc  = dc_dc * dc                          the cotangent of c, one step earlier
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +29,31 @@ import jax.numpy as jnp
 Params = dict[str, jax.Array]
 Carry = tuple[jax.Array, ...]  # (h,), or (h, c) with a memory c
 
-# recall(decay, inject) gives c before each step of a chunk, where c' = decay * c + inject. All [M, H].
+# recall(decay, inject) returns c before each step of a chunk, where c' = decay * c + inject. All are [M, H].
 Recall = Callable[[jax.Array, jax.Array], jax.Array]
-# select(new, old) keeps the old where a step is slack. The cell applies it: h can then follow from the selected c.
+# select(new, old) returns the old value where a step is slack. The cell applies it, so that h follows the selected c.
 Select = Callable[[jax.Array, jax.Array], jax.Array]
-Tanh = Callable[[jax.Array], jax.Array]  # which platforms compute in their own way
+
+C = TypeVar("C", bound="Cell")
 
 
 def always_new(new: jax.Array, old: jax.Array) -> jax.Array:
-    """The `Select` of a step in which every row is real."""
+    """Returns the new value: the `Select` of a step whose rows are all real.
+
+    Examples:
+      >>> always_new(jnp.ones(2), jnp.zeros(2)).tolist()
+      [1.0, 1.0]
+    """
     return new
 
 
 class Fused(NamedTuple):
-    """One direction's weights as the loops want them: G gate columns in the cell's own order and scale.
+    """One direction's weights as the loops use them: G gate columns in an order and a scale that the cell chooses.
+
+    Examples:
+      >>> cell, params = jaxpack.RNN(2, 4).cell, jaxpack.RNN(2, 4).init(jax.random.key(0))
+      >>> cell.fuse(params["l0"]).w_h.shape
+      (4, 4)
 
     Attributes:
       w_x: [F, X], from the input to the first X gate columns.
@@ -57,26 +68,38 @@ class Fused(NamedTuple):
     w_out: jax.Array | None = None
 
 
-class Linear(NamedTuple):
-    """Steps linearised around the values of the forward pass: what the file's equations multiply with.
+class Linearization(NamedTuple):
+    """The partial derivatives of M steps at the values of the forward pass, as `jaxpack.cells.Cell` combines them.
+
+    Examples:
+      >>> slope = jnp.ones((3, 4))  # 3 steps of an RNN with 4 units, whose nonlinearity is linear here
+      >>> Linearization(da_gates=slope, dh_dh=jnp.zeros((3, 1))).dh_dc is None
+      True
 
     Attributes:
-      gates: [M, G].
-      passes: [M, 1] or [M, P].
-      reads, forget: [M, H], None without a memory c.
+      da_gates: [M, G], of h' or c', whichever a gate acts on, with respect to each gate's pre-activation.
+      dh_dh: [M, 1] or [M, P], of h' with respect to h, past the gates.
+      dh_dc: [M, H], of h' (before w_out) with respect to c'; None without a memory c.
+      dc_dc: [M, H], of c' with respect to c, past the gates; None without a memory c.
       out: [M, H], the cell's output before w_out; None without w_out.
     """
 
-    gates: jax.Array
-    passes: jax.Array
-    reads: jax.Array | None = None
-    forget: jax.Array | None = None
+    da_gates: jax.Array
+    dh_dh: jax.Array
+    dh_dc: jax.Array | None = None
+    dc_dc: jax.Array | None = None
     out: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A recurrent cell of `hidden_size` units."""
+    """A recurrent cell of `hidden_size` units: the base class of RNNCell, LSTMCell, GRUCell and own cells.
+
+    Examples:
+      >>> cell = jaxpack.LSTM(2, 4).cell
+      >>> cell.shapes(2, bias=False), cell.state_sizes
+      ({'weight_ih': (2, 16), 'weight_hh': (4, 16)}, (4, 4))
+    """
 
     hidden_size: int
 
@@ -93,7 +116,7 @@ class Cell:
         return self.output_size
 
     def shapes(self, input_size: int, bias: bool) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter."""
+        """Returns the shape of every parameter."""
         width = len(self.gates) * self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {
             "weight_ih": (input_size, width),
@@ -101,37 +124,52 @@ class Cell:
         }
         return shapes | ({"bias_ih": (width,), "bias_hh": (width,)} if bias else {})
 
+    def on(self: C, platform: str) -> C:
+        """Returns the cell that computes the same in the way that suits a platform: "cpu", "gpu" or "tpu"."""
+        return self
+
     def fuse(self, params: Params) -> Fused:
-        """The weights as the loops want them. Differentiable."""
+        """Returns the weights as the loops use them. Differentiable."""
         raise NotImplementedError
 
     def project(self, fused: Fused, x: jax.Array) -> jax.Array:
-        """What the gates get from the input, but for the bias: [..., F] -> [..., X]."""
+        """Returns the input's share of the gates' pre-activations, without the bias: [..., F] -> [..., X]."""
         return x @ fused.w_x
 
-    def step(
-        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
-    ) -> Carry:
-        """One step from the projected input: each leaf of the carry is select(new, old)."""
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
+        """Returns the next carry from a projected input: each leaf is select(new, old)."""
         raise NotImplementedError
 
-    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
-        """A chunk of steps, from their inputs [M, F], h before them and after them [M, P], and the memory recalled."""
+    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
+        """Returns the derivatives of a chunk of steps.
+
+        Args:
+          fused: the weights.
+          x: [M, F], the inputs of the steps.
+          h, next_h: [M, P], h before and after each step.
+          recall: returns the memory c before each step, given how the gates change it.
+        """
         raise NotImplementedError
 
     def pull_back(
-        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+        self, transposed: Fused, at: Linearization, d: jax.Array, dc: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """da and the earlier dc of one step, from d and dc, by the file's equations and transposed weights."""
+        """Returns da and the earlier dc of one step from d and dc, as the equations above say.
+
+        Args:
+          transposed: the transposed weights.
+          at: the derivatives of this step.
+          d, dc: the cotangents of h' and c'.
+        """
         raise NotImplementedError
 
 
 def step_from_input(cell: Cell, params: Params, state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
-    """One step of a cell from the input itself, with shapes checked: the body of lstm_cell and its kin.
+    """Runs one step of a cell on an input, with shapes checked: the body of `lstm_cell`, `gru_cell` and `rnn_cell`.
 
     Raises:
       ValueError: if the input's or the state's axes do not match the parameters or each other.
-      TypeError: if the state has not the cell's structure.
+      TypeError: if the state does not have the cell's structure.
     """
     x = jnp.asarray(x)
     features = params["weight_ih"].shape[0]
@@ -153,14 +191,19 @@ def step_from_input(cell: Cell, params: Params, state: Any, x: jax.Array) -> tup
 
 
 def total_bias(params: Params) -> jax.Array:
-    """b_ih + b_hh, or zeros without biases."""
+    """Returns b_ih + b_hh, or zeros for a layer without biases.
+
+    Examples:
+      >>> total_bias({"weight_ih": jnp.zeros((2, 3)), "bias_ih": jnp.ones(3), "bias_hh": jnp.ones(3)}).tolist()
+      [2.0, 2.0, 2.0]
+    """
     if "bias_ih" in params:
         return params["bias_ih"] + params["bias_hh"]
     return jnp.zeros_like(params["weight_ih"][0])
 
 
-def beside(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """A vector [G] shaped to be added to an array [..., G], which jax.numpy_rank_promotion("raise") asks for."""
+def expand_leading(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Returns a vector [G] with the rank of an array [..., G], as jax.numpy_rank_promotion("raise") asks for."""
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 

@@ -20,13 +20,12 @@ from jaxpack._cells.cell import (
     Carry,
     Cell,
     Fused,
-    Linear,
+    Linearization,
     Params,
     Recall,
     Select,
-    Tanh,
     always_new,
-    beside,
+    expand_leading,
     step_from_input,
     total_bias,
 )
@@ -36,7 +35,12 @@ LSTMState = tuple[jax.Array, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class LSTMCell(Cell):
-    """An LSTM cell; its carry is (h, c). With proj_size > 0, h has that width."""
+    """An LSTM cell, whose carry is (h, c). With proj_size > 0, h has that width.
+
+    Examples:
+      >>> LSTMCell(4, proj_size=2).state_sizes
+      (2, 4)
+    """
 
     proj_size: int = 0
 
@@ -53,60 +57,58 @@ class LSTMCell(Cell):
         return self.output_size, self.hidden_size
 
     def shapes(self, input_size: int, bias: bool) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter: weight_hr [H, P] beside the usual ones if there is a projection."""
+        """Returns the shape of every parameter: weight_hr [H, P] beside the usual ones if there is a projection."""
         projection = {"weight_hr": (self.hidden_size, self.proj_size)} if self.proj_size else {}
         return super().shapes(input_size, bias) | projection
 
     def fuse(self, params: Params) -> Fused:
-        """One bias, and sigmoid gates at half scale: sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, so one tanh serves all."""
+        """Returns one bias, and sigmoid gates at half scale: sigmoid(a) = tanh(a / 2) / 2 + 1 / 2, one tanh for all."""
         scale = jnp.repeat(jnp.array([0.5, 0.5, 1, 0.5], params["weight_ih"].dtype), self.hidden_size)
         w_x, w_h = (params[name] * scale[None] for name in ("weight_ih", "weight_hh"))
         return Fused(w_x, w_h, total_bias(params) * scale, params.get("weight_hr"))
 
-    def step(
-        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
-    ) -> Carry:
-        """The file's equations. XLA keeps the gates' tanh apart as it is, since both c and h read it."""
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
+        """Computes the equations at the top of this file."""
         h, c = carry
-        i, f, g, o, _ = _gates(projected + h @ fused.w_h + beside(fused.bias, projected))
+        i, f, g, o, _ = _gates(projected + h @ fused.w_h + expand_leading(fused.bias, projected))
         c = select(f * c + i * g, c)
         out = o * jnp.tanh(c)
         return select(out if fused.w_out is None else out @ fused.w_out, h), c
 
-    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
-        """Gates recomputed from x and h; c, given the gates a linear recurrence, from its value at the start."""
+    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
+        """Recomputes the gates from x and h. Given the gates, c is a linear recurrence, which `recall` runs."""
         i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h + fused.bias[None])
         c = recall(f, i * g)
         tanh_c = jnp.tanh(f * c + i * g)
-        return Linear(
-            gates=jnp.concatenate([g / 2, c / 2, i, tanh_c / 2], axis=-1) * slope,
-            passes=jnp.zeros_like(h[:, :1]),
-            reads=o * (1 - tanh_c * tanh_c),
-            forget=f,
+        return Linearization(
+            da_gates=jnp.concatenate([g / 2, c / 2, i, tanh_c / 2], axis=-1) * slope,
+            dh_dh=jnp.zeros_like(h[:, :1]),
+            dh_dc=o * (1 - tanh_c * tanh_c),
+            dc_dc=f,
             out=None if fused.w_out is None else o * tanh_c,
         )
 
     def pull_back(
-        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+        self, transposed: Fused, at: Linearization, d: jax.Array, dc: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """i, f and g read dc, o reads d."""
+        """The gates i, f and g act on c', o on h'."""
         assert dc is not None
-        assert at.reads is not None
-        assert at.forget is not None
+        assert at.dh_dc is not None
+        assert at.dc_dc is not None
         d = d if transposed.w_out is None else d @ transposed.w_out
-        dc = dc + at.reads * d
-        return at.gates * jnp.concatenate([dc, dc, dc, d], axis=-1), at.forget * dc
+        dc = dc + at.dh_dc * d
+        return at.da_gates * jnp.concatenate([dc, dc, dc, d], axis=-1), at.dc_dc * dc
 
 
 def _gates(a: jax.Array) -> tuple[jax.Array, ...]:
-    """i, f, g, o from their pre-activations (sigmoid gates at half scale), and the slope of the tanh of all."""
+    """Returns i, f, g, o from their pre-activations (sigmoid gates at half scale), and the slope of the tanh of all."""
     t = jnp.tanh(a)
     i, f, g, o = jnp.split(t, 4, axis=-1)
     return i / 2 + 0.5, f / 2 + 0.5, g, o / 2 + 0.5, 1 - t * t
 
 
 def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState, jax.Array]:
-    """One step of an LSTM cell, for step-by-step decoding.
+    """Runs one step of an LSTM cell, for step-by-step decoding.
 
     `functools.partial(lstm_cell, params)` is a step for packed_scan and for lax.scan.
 
@@ -118,7 +120,7 @@ def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState
       [4.0, 2.0]
 
     Args:
-      params: of one layer and direction, such as `lstm.init(key)["l0"]`.
+      params: the parameters of one layer and direction, such as `lstm.init(key)["l0"]`.
       carry: (h [..., H], c [..., H]); with a projection h is [..., P].
       x: [..., F].
 
@@ -127,7 +129,7 @@ def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState
 
     Raises:
       ValueError: if a last axis does not match the parameters.
-      TypeError: if the carry is no pair.
+      TypeError: if the carry is not a pair.
     Source: torch.nn.LSTMCell.
     """
     proj_size = params["weight_hr"].shape[1] if "weight_hr" in params else 0

@@ -17,13 +17,12 @@ from jaxpack._cells.cell import (
     Carry,
     Cell,
     Fused,
-    Linear,
+    Linearization,
     Params,
     Recall,
     Select,
-    Tanh,
     always_new,
-    beside,
+    expand_leading,
     step_from_input,
     total_bias,
 )
@@ -33,44 +32,47 @@ NONLINEARITIES = ("tanh", "relu")
 
 @dataclasses.dataclass(frozen=True)
 class RNNCell(Cell):
-    """A simple recurrent cell; its carry is h."""
+    """A simple recurrent cell, whose carry is h.
+
+    Examples:
+      >>> RNNCell(4, nonlinearity="relu") == jaxpack.RNN(2, 4, nonlinearity="relu").cell
+      True
+    """
 
     nonlinearity: str = "tanh"
 
     gates: ClassVar[tuple[str, ...]] = ("",)  # the one gate needs no name
 
     def fuse(self, params: Params) -> Fused:
-        """One bias, the sum of both."""
+        """Returns the weights with one bias, the sum of both."""
         return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
 
-    def step(
-        self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new, tanh: Tanh = jnp.tanh
-    ) -> Carry:
-        """The file's equation."""
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
+        """Computes the equation at the top of this file."""
         (h,) = carry
         nonlinearity = jnp.tanh if self.nonlinearity == "tanh" else jax.nn.relu
-        return (select(nonlinearity(projected + h @ fused.w_h + beside(fused.bias, projected)), h),)
+        return (select(nonlinearity(projected + h @ fused.w_h + expand_leading(fused.bias, projected)), h),)
 
-    def linearise(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linear:
-        """The nonlinearity's slope, which its value tells."""
+    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
+        """Computes the slope of the nonlinearity from its value."""
         slope = 1 - next_h * next_h if self.nonlinearity == "tanh" else jnp.sign(next_h)  # of relu; NaN of NaN
-        return Linear(gates=slope, passes=jnp.zeros_like(slope[:, :1]))
+        return Linearization(da_gates=slope, dh_dh=jnp.zeros_like(slope[:, :1]))
 
     def pull_back(
-        self, transposed: Fused, at: Linear, d: jax.Array, dc: jax.Array | None
+        self, transposed: Fused, at: Linearization, d: jax.Array, dc: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The one gate reads d."""
-        return at.gates * d, None
+        """The one gate acts on h'."""
+        return at.da_gates * d, None
 
 
 def check_nonlinearity(nonlinearity: object) -> None:
-    """Raises ValueError unless it is one of ours."""
+    """Raises ValueError unless jaxpack has the nonlinearity."""
     if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
         raise ValueError(f'nonlinearity must be "tanh" or "relu", got {nonlinearity!r}.')
 
 
 def rnn_cell(params: Params, carry: jax.Array, x: jax.Array, nonlinearity: str = "tanh") -> tuple[jax.Array, jax.Array]:
-    """One step of a simple recurrent cell, for step-by-step decoding.
+    """Runs one step of a simple recurrent cell, for step-by-step decoding.
 
     Examples:
       >>> params = {"weight_ih": jnp.eye(2), "weight_hh": jnp.eye(2)}  # relu(x + h)
@@ -79,7 +81,7 @@ def rnn_cell(params: Params, carry: jax.Array, x: jax.Array, nonlinearity: str =
       [4.0, 0.0]
 
     Args:
-      params: of one layer and direction, such as `layer.init(key)["l0"]`.
+      params: the parameters of one layer and direction, such as `layer.init(key)["l0"]`.
       carry: h [..., H].
       x: [..., F].
       nonlinearity: "tanh" or "relu".

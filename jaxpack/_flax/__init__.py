@@ -1,1 +1,1 @@
-"""What the faces for both Flax APIs, jaxpack.nnx and jaxpack.linen, share."""
+"""Code that jaxpack.nnx and jaxpack.linen share."""

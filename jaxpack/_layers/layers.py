@@ -1,4 +1,4 @@
-"""RNN, LSTM and GRU: stacks of cells over packed sequences, in one or both directions."""
+"""RNN, LSTM and GRU: the recurrent layers, in one or both directions, over packed and padded batches."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class RNN(RecurrentLayer):
       ((4, 4), (1, 2, 4))
 
     Args:
-      input_size: features of each step, at least 1.
+      input_size: the number of features of each step, at least 1.
       hidden_size: the width of h, at least 1.
-      num_layers: how many layers are stacked, at least 1.
+      num_layers: the number of stacked layers, at least 1.
       nonlinearity: "tanh" or "relu".
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
-      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
-        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
+      bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
+        directions after they have read the whole sequence; `last(output)` has the backward one after one step.
 
     Raises:
-      TypeError: naming an argument of another type.
-      ValueError: naming an argument that is out of range.
+      TypeError: if an argument has another type.
+      ValueError: if an argument is out of range.
     Source: torch.nn.RNN.
     """
 
@@ -70,18 +70,18 @@ class LSTM(RecurrentLayer):
       ((4, 8), (2, 2, 4))
 
     Args:
-      input_size: features of each step, at least 1.
+      input_size: the number of features of each step, at least 1.
       hidden_size: the width of h, at least 1.
-      num_layers: how many layers are stacked, at least 1.
+      num_layers: the number of stacked layers, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
-      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
-        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
+      bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
+        directions after they have read the whole sequence; `last(output)` has the backward one after one step.
       proj_size: if above 0, h is projected to that width, which must be below hidden_size.
 
     Raises:
-      TypeError: naming an argument of another type.
-      ValueError: naming an argument that is out of range.
+      TypeError: if an argument has another type.
+      ValueError: if an argument is out of range.
     Source: torch.nn.LSTM.
     """
 
@@ -119,17 +119,17 @@ class GRU(RecurrentLayer):
       ((4, 4), (1, 2, 4))
 
     Args:
-      input_size: features of each step, at least 1.
+      input_size: the number of features of each step, at least 1.
       hidden_size: the width of h, at least 1.
-      num_layers: how many layers are stacked, at least 1.
+      num_layers: the number of stacked layers, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
       dropout: the probability of zeroing each output between layers, in [0, 1].
-      bidirectional: whether a second direction reads each sequence backwards. `final_output` of the returned state
-        puts what both have made of a whole sequence side by side; `last(output)` has one backward step only.
+      bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
+        directions after they have read the whole sequence; `last(output)` has the backward one after one step.
 
     Raises:
-      TypeError: naming an argument of another type.
-      ValueError: naming an argument that is out of range.
+      TypeError: if an argument has another type.
+      ValueError: if an argument is out of range.
     Source: torch.nn.GRU (reset after the recurrent product; Keras calls it reset_after=True).
     """
 

@@ -1,4 +1,4 @@
-"""A layer's parameters: how they are drawn, and the check that a pytree is a layer's."""
+"""Parameters of a layer: drawing them, and checking that a pytree matches a layer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxpack._types import PyTree
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], Any]  # of (key, shape, dtype), as Flax and jax.nn have them
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], Any]  # (key, shape, dtype), as in Flax and jax.nn
 InitializerByGate = Initializer | Mapping[str, Initializer] | None  # None, and a gate not named: PyTorch's draw
 
-# Whose initialiser, and in Flax whose metadata, a parameter takes.
+# The initialiser, and in Flax the metadata, that each parameter takes.
 ROLES = {
     "weight_ih": "kernel",
     "weight_hr": "kernel",
@@ -32,12 +32,11 @@ def draw(
     dtype: Any,
     initializers: Mapping[str, InitializerByGate],
 ) -> dict[str, dict[str, Any]]:
-    """Parameters of these shapes: uniform within `bound` of 0, or as initialisers by role draw them, gate by gate.
+    """Draws parameters: uniform within `bound` of 0, or gate by gate with an initialiser for each role.
 
     Raises:
-      TypeError: if key is no random key, dtype not floating, or an initialiser no function.
-      ValueError: naming a gate that is none of these, an initialiser whose result has another shape, or gates whose
-        metadata disagree.
+      TypeError: if key is not a random key, dtype is not floating, or an initialiser is not a function.
+      ValueError: if a mapping names another gate, a result has another shape, or the metadata of gates disagree.
     """
     dtype = floating(float if dtype is None else dtype)
     for role, initializer in initializers.items():
@@ -56,7 +55,7 @@ def draw(
 
 
 def floating(dtype: Any) -> Any:
-    """The dtype as JAX has it.
+    """Returns the dtype as JAX has it.
 
     Raises:
       TypeError: if it is not floating.
@@ -68,11 +67,11 @@ def floating(dtype: Any) -> Any:
 
 
 def check_params(params: PyTree, shapes: Shapes, layer: object) -> Any:
-    """The parameters' common dtype.
+    """Checks parameters against a layer, and returns their common dtype.
 
     Raises:
-      TypeError: if they have another structure than the layer's.
-      ValueError: if one has another shape.
+      TypeError: if their structure is not the layer's.
+      ValueError: if a shape is not the layer's.
     """
     given = jax.tree.map(jnp.shape, params)
     if given != shapes:
@@ -91,7 +90,7 @@ def check_params(params: PyTree, shapes: Shapes, layer: object) -> Any:
 
 
 def check_sharding(params: PyTree) -> None:
-    """Raises ValueError if a sharding is part of a parameter's type, by which no loop can split and join gates."""
+    """Raises ValueError if a parameter's type includes a sharding, under which loops cannot split and join gates."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", ())
         if any(axis is not None for axis in spec):
@@ -128,7 +127,7 @@ def _by_gate(
     gates: tuple[str, ...],
     initializer: Initializer | Mapping[str, Initializer],
 ) -> Any:
-    """A parameter whose gates are drawn one by one and put side by side; those that are not named are the default's."""
+    """Returns a parameter whose named gates are drawn one by one; the others are those of the default."""
     gates = ("",) if name == "weight_hr" else gates  # the projection, which has none
     named: Mapping[str, Initializer]
     named = initializer if isinstance(initializer, Mapping) else dict.fromkeys(gates, initializer)
@@ -151,7 +150,7 @@ def _by_gate(
 
 
 def _draw_gate(name: str, initializer: Initializer, key: jax.Array, like: jax.Array) -> Any:
-    """What the initialiser returns, an array or a pytree with one. Both biases start as one: b_hh at 0."""
+    """Returns the initialiser's result: an array, or a pytree that holds one. The bias b_hh starts at 0."""
     drawn = initializer(key, like.shape, like.dtype)
     found = [getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves(drawn)]
     if found != [like.shape]:
@@ -165,7 +164,7 @@ def _draw_gate(name: str, initializer: Initializer, key: jax.Array, like: jax.Ar
 
 
 def _flat(shapes: PyTree) -> list[tuple[str, tuple[int, ...]]]:
-    """The shapes in a nested dict, with their keys joined."""
+    """Returns the shapes in a nested dict, with their keys joined."""
     leaves = jax.tree_util.tree_leaves_with_path(shapes, is_leaf=_is_shape)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), shape) for path, shape in leaves]
 

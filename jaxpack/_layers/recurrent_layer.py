@@ -1,11 +1,12 @@
-"""RecurrentLayer: what RNN, LSTM and GRU share, which is everything but the cell.
+"""RecurrentLayer: the base of RNN, LSTM and GRU, which adds everything but the cell.
 
-A layer is a frozen spec; its parameters are a plain pytree, one dict for each layer and direction under PyTorch's
-suffix (`l0`, `l0_reverse`, `l1`, ...):
+A layer is a frozen specification. Its parameters are a plain pytree with one dict for each layer and direction, under
+PyTorch's suffix (`l0`, `l0_reverse`, `l1`, ...):
 
     params["l0_reverse"]["weight_hh"]   is PyTorch's   weight_hh_l0_reverse, transposed
 
-Bidirectional means: reverse each sequence's valid span, run the same left-aligned recurrence, reverse back.
+The backward direction reverses the valid span of each sequence, runs the same left-aligned recurrence, and reverses
+the outputs back.
 """
 
 from __future__ import annotations
@@ -21,39 +22,59 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack._cells.cell import Cell, Params
 from jaxpack._checks import at_least_one
 from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
-from jaxpack._layers.stack import names_forward_mode, run_stack
+from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
+from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zero_state
 from jaxpack._packed.convert import lay_out, pad
 from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._types import PyTree
 
 LayerParams = dict[str, Params]
 
 
 class _Call(NamedTuple):
-    """How one call of `apply` runs."""
+    """The options of one call of `apply`.
+
+    Attributes:
+      params_dtype: the common dtype of the parameters.
+      dtype: the dtype to compute in; None for the result type of data and parameters.
+      dropout_key: a random key; None for no dropout.
+      lengths, plan, forward_mode: as in `apply`.
+    """
 
     params_dtype: Any
-    dtype: Any  # None for the result type of data and parameters
+    dtype: Any
     dropout_key: jax.Array | None
-    planned: bool  # or else lengths are all that is given
+    lengths: ArrayLike | None
+    plan: BucketPlan | None
     forward_mode: bool
 
+    @property
+    def planned(self) -> bool:
+        """Whether the plan is a choice. Lengths alone run without one."""
+        return self.plan is not None or self.lengths is None
+
     def dtype_with(self, data: jax.Array) -> Any:
-        """The dtype of the computation."""
+        """Returns the dtype of the computation."""
         return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
 
 
 class RecurrentLayer(abc.ABC):
-    """A stack of one cell, in one or both directions."""
+    """A stack of layers of one cell, in one or both directions: the base class of RNN, LSTM, GRU and own layers.
+
+    A subclass is a frozen dataclass with the fields below, in any order and with any further ones, and the property
+    `cell`.
+
+    Examples:
+      >>> isinstance(jaxpack.GRU(2, 4), RecurrentLayer)
+      True
+    """
 
     input_size: int
     hidden_size: int
@@ -93,12 +114,12 @@ class RecurrentLayer(abc.ABC):
 
     @property
     def output_size(self) -> int:
-        """The width of the output: of both directions, side by side."""
+        """The width of the output, with both directions side by side."""
         return self.num_directions * self.cell.output_size
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """The shape of every parameter, in the structure of the parameters."""
+        """The shape of every parameter, as a pytree with the structure of the parameters."""
         suffixes = ("", "_reverse")[: self.num_directions]
         return {
             f"l{layer}{suffix}": self.cell.shapes(self.output_size if layer else self.input_size, self.bias)
@@ -115,29 +136,30 @@ class RecurrentLayer(abc.ABC):
         recurrent_kernel_init: InitializerByGate = None,
         bias_init: InitializerByGate = None,
     ) -> LayerParams:
-        """Parameters, by default drawn as PyTorch draws them: uniform within 1/sqrt(hidden_size) of 0.
+        """Draws parameters, by default as PyTorch does: uniform within 1/sqrt(hidden_size) of 0.
 
         An initialiser is a function of (key, shape, dtype), as in jax.nn.initializers and Flax. It is called for each
-        gate, with that gate's shape, so orthogonal() is orthogonal gate by gate. A mapping gives some gates their own
-        and leaves the others at the default; gates are i, f, g, o (LSTM) and r, z, n (GRU), and RNN's has no name.
+        gate with the gate's shape, so orthogonal() is orthogonal gate by gate. A mapping gives initialisers to some
+        gates and leaves the others at the default. The gates are i, f, g, o (LSTM) and r, z, n (GRU); the one gate of
+        RNN has no name.
 
         Examples:
           >>> from jax.nn.initializers import ones, orthogonal
           >>> lstm = jaxpack.LSTM(2, 4)
           >>> params = lstm.init(jax.random.key(0), recurrent_kernel_init=orthogonal(), bias_init={"f": ones})
-          >>> params["l0"]["bias_ih"][4:8].tolist()  # of the gates i, f, g, o the second
+          >>> params["l0"]["bias_ih"][4:8].tolist()  # the second of the gates i, f, g, o
           [1.0, 1.0, 1.0, 1.0]
 
         Args:
           key: a JAX random key.
           dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
-          kernel_init: of weight_ih, each gate [F, H], and as a function also of the projection weight_hr [H, P].
-          recurrent_kernel_init: of weight_hh, each gate [P, H].
-          bias_init: of both biases together, each gate [H]: bias_ih is drawn with it, bias_hh starts at 0.
+          kernel_init: for weight_ih, each gate [F, H]; a function is also used for the projection weight_hr [H, P].
+          recurrent_kernel_init: for weight_hh, each gate [P, H].
+          bias_init: for the sum of both biases, each gate [H]: bias_ih is drawn with it, bias_hh starts at 0.
 
         Raises:
-          TypeError: if key, dtype or an initialiser is of another kind.
-          ValueError: naming a gate that the cell does not have, or an initialiser whose result has another shape.
+          TypeError: if key is not a random key, dtype is not floating, or an initialiser is not a function.
+          ValueError: if a mapping names a gate that the cell does not have, or a result has another shape.
         """
         initializers = {"kernel": kernel_init, "recurrent_kernel": recurrent_kernel_init, "bias": bias_init}
         return draw(key, self.shapes, self.cell.gates, 1 / math.sqrt(self.hidden_size), dtype, initializers)
@@ -165,30 +187,32 @@ class RecurrentLayer(abc.ABC):
           ((2, 3, 4), (1, 2, 4))
 
         Args:
-          params: as `init` or `from_torch` gives.
+          params: the parameters, as `init` and `from_torch` return them.
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
-          initial_state: h_0, for LSTM (h_0, c_0), as the final state is laid out. Default: zeros.
-          dropout_key: a JAX random key. Needed if dropout is between layers, unless deterministic.
+          initial_state: h_0, for LSTM (h_0, c_0), in the layout of the final state. Default: zeros.
+          dropout_key: a JAX random key. Needed if there is dropout between layers, unless deterministic.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
-          plan: for padded inputs, the static shape to run under. Default: none, which is one program for all lengths
-            whose loops follow them as it runs (on GPUs: the padded plan).
-          deterministic: whether to leave dropout out, as for evaluation.
+          plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
+            lengths, whose loops follow the lengths as it runs (on GPUs: the padded plan).
+          deterministic: set True to leave dropout out, as in evaluation.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
             float32 parameters is mixed precision. Default: the result type of inputs and parameters.
-          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call. It then runs a plain scan,
-            which is slower in training; jax.hessian and forward over reverse do not need it.
+          forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize). It then runs
+            a plain scan, which trains more slowly. jax.hessian and forward over reverse do not need it.
 
         Returns:
-          The output, laid out as the inputs are, [.., D*H] for D directions of width H, zero past each length; and
-          the final state in the caller's row order: h_n [num_layers*D, B, H] after each sequence's own last step (its
-          first, for the backward direction), for LSTM (h_n, c_n). Of one sequence, without the batch axis. Sequences
-          that do not fit the plan are NaN in both.
+          A pair (output, final state).
+
+          The output has the layout of the inputs, [..., D*H] for D directions of width H, with zeros past each length.
+          The final state is h_n [num_layers*D, B, H], for LSTM (h_n, c_n), in the caller's row order, after the last
+          step of each sequence (its first, for the backward direction). For one sequence it has no batch axis.
+          Sequences that do not fit the plan are NaN in both.
 
         Raises:
-          ValueError: if a shape does not match the spec or the batch, or a concrete length does not fit; if dropout
-            is on and no key is given; or if a parameter is sharded under an explicit mesh.
-          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, or
-            dtype is not floating; or under jax.jvp without forward_mode.
+          ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, dropout is on
+            and there is no key, or a parameter is sharded under an explicit mesh.
+          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, dtype
+            is not floating, or the call is differentiated in forward mode without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
         key = self._active_dropout_key(dropout_key, deterministic)
@@ -197,7 +221,7 @@ class RecurrentLayer(abc.ABC):
         if dtype is not None:
             dtype = floating(dtype)
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        call = _Call(params_dtype, dtype, key, plan is not None or lengths is None, forward_mode)
+        call = _Call(params_dtype, dtype, key, lengths, plan, forward_mode)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
@@ -207,11 +231,11 @@ class RecurrentLayer(abc.ABC):
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
                 f"inputs must be a PackedSequence, [B, T, {self.input_size}] or one sequence [T, {self.input_size}], "
-                f"got {_shapes(batch)}. Pass a list of sequences through jaxpack.pack_sequence."
+                f"got {shapes_of(batch)}. Pass a list of sequences through jaxpack.pack_sequence."
             )
         self._check_features(batch)
         if batch.ndim == 2:
-            return self._apply_unbatched(params, batch, initial_state, call, lengths, plan)
+            return self._apply_unbatched(params, batch, initial_state, call)
         batch_size, max_length = batch_shape(batch, "inputs")
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         plan = padded_plan(batch_size, max_length) if plan is None else plan
@@ -220,7 +244,7 @@ class RecurrentLayer(abc.ABC):
         return pad(output, 0, max_length), state
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
-        """Parameters from the state dict of the torch.nn module of the same options. Exact.
+        """Returns the parameters in the state dict of the torch.nn module with the same options. Exact.
 
         Examples:
           >>> gru = jaxpack.GRU(2, 4)
@@ -237,14 +261,14 @@ class RecurrentLayer(abc.ABC):
           state_dict: tensors or NumPy arrays under PyTorch's names (weight_ih_l0, bias_hh_l1_reverse, ...).
 
         Raises:
-          KeyError: naming the keys that are missing or not known.
-          TypeError: naming a key whose values are no floating numbers.
-          ValueError: naming a key whose shape is wrong, or whose values JAX would round (float64 without x64).
+          KeyError: if keys are missing or not known.
+          TypeError: if values are not floating numbers.
+          ValueError: if a shape is wrong, or JAX would round a value (float64 without x64).
         """
         return state_dicts.from_state_dict(self.shapes, state_dict)
 
     def to_torch(self, params: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, np.ndarray]:
-        """The state dict of the torch.nn module of the same options, as NumPy arrays. Exact; also for gradients.
+        """Returns the state dict of the torch.nn module with the same options, as NumPy arrays. Exact; gradients too.
 
         `torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})` takes it.
 
@@ -262,9 +286,9 @@ class RecurrentLayer(abc.ABC):
 
         final_output(h_n) = [h_n[-2] h_n[-1]] if bidirectional, else h_n[-1]
 
-        The last step of the backward direction is a sequence's first, where it has read everything; `last(output)`
-        would take it after one step. Without a second direction the two agree, but for sequences of length 0, whose
-        final output is their initial state.
+        The backward direction ends at a sequence's first step, where it has read everything; `last(output)` takes it
+        at the last step, where it has read one. With one direction the two agree, except for sequences of length 0,
+        whose final output is their initial state.
 
         Examples:
           >>> lstm = jaxpack.LSTM(2, 4, num_layers=2, bidirectional=True)
@@ -274,30 +298,18 @@ class RecurrentLayer(abc.ABC):
           (3, 8)
 
         Args:
-          state: the final state as `apply` returns it: h_n [num_layers*D, B, H], for LSTM (h_n, c_n). Of one sequence,
-            without the batch axis.
+          state: the final state as `apply` returns it: h_n [num_layers*D, B, H], for LSTM (h_n, c_n). For one sequence
+            it has no batch axis.
 
         Returns:
-          [B, D*H], in the caller's row order; of one sequence [D*H].
+          [B, D*H], in the caller's row order; [D*H] for one sequence.
 
         Raises:
-          ValueError: if the state is not laid out as this layer's.
-        Source: Keras's Bidirectional(LSTM(n))(x), which is return_sequences=False.
+          ValueError: if the state does not have this layer's layout.
+        Source: Keras's Bidirectional(LSTM(n))(x), where return_sequences=False.
         """
-        widths, count = jax.tree.leaves(self.cell.state_sizes), self.num_layers * self.num_directions
-        structure: Any = jax.tree.structure(self.cell.state_sizes)
-        state = tuple(state) if isinstance(state, list) else state
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
-        rows = shapes[0][1:-1] if shapes else ()
-        expected = [(count, *rows, width) for width in widths]
-        if jax.tree.structure(state) != structure or shapes != expected or len(rows) > 1:
-            names = ", ".join(f"{'hc'[i]}_n [{count}, B, {width}]" for i, width in enumerate(widths))
-            raise ValueError(
-                f"state must be what {self} returns beside the output, {names} (of one sequence, without B), got "
-                f"{_shapes(state)}. Under more axes, call it inside jax.vmap."
-            )
-        h_n = jax.tree.leaves(state)[0]
-        return jnp.concatenate(list(jnp.asarray(h_n)[-self.num_directions :]), axis=-1)
+        h_n = first_of_state(state, self.cell.state_sizes, self.num_layers * self.num_directions, str(self))
+        return jnp.concatenate(list(h_n[-self.num_directions :]), axis=-1)
 
     def _apply_packed(
         self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call
@@ -310,43 +322,28 @@ class RecurrentLayer(abc.ABC):
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
-        with names_forward_mode(f"{type(self).__name__}.apply", "apply"):
-            outputs, final = run_stack(
-                self.cell,
-                self.num_directions,
-                float(self.dropout),
-                ordered,
-                packed,
-                state,
-                call.dropout_key,
-                call.planned,
-                call.forward_mode,
-            )
+        stack = Stack(self.cell, self.num_directions, float(self.dropout), call.planned, call.forward_mode)
+        with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
+            outputs, final = run_stack(stack, ordered, packed, state, call.dropout_key)
         return packed.replace(data=outputs), final
 
     def _apply_unbatched(
-        self,
-        params: LayerParams,
-        sequence: jax.Array,
-        initial_state: Any,
-        call: _Call,
-        lengths: ArrayLike | None,
-        plan: BucketPlan | None,
+        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: _Call
     ) -> tuple[jax.Array, Any]:
-        """One sequence [T, F], as a batch of one. It runs under a plan, whose loops jax.vmap keeps static."""
-        if plan is not None or np.ndim(0 if lengths is None else lengths):
+        """Runs one sequence [T, F] as a batch of one, under a plan, so that its loops stay static under jax.vmap."""
+        lengths, max_length = call.lengths, len(sequence)
+        if call.plan is not None or np.ndim(0 if lengths is None else lengths):
             raise ValueError(
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
                 f"number as lengths=. A batch is [B, T, {self.input_size}]."
             )
-        max_length = len(sequence)
         state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
         batched = jax.tree.map(lambda leaf: leaf[:, None], state)
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
         packed = lay_out(sequence[None], lengths, plan)
-        output, final = self._apply_packed(params, packed, batched, call._replace(planned=True))
+        output, final = self._apply_packed(params, packed, batched, call._replace(plan=plan))
         return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
 
     def _check_features(self, array: jax.Array, packed: bool = False) -> None:
@@ -357,23 +354,11 @@ class RecurrentLayer(abc.ABC):
             raise TypeError(f"inputs must be real, got dtype {array.dtype}.")
 
     def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
-        """The initial state as given, checked and cast, or zeros made from the inputs (which carry their sharding)."""
-        sizes, rows = self.cell.state_sizes, () if batch_size is None else (batch_size,)
-        shapes = [(self.num_layers * self.num_directions, *rows, size) for size in jax.tree.leaves(sizes)]
-        structure: Any = jax.tree.structure(sizes)
+        rows = () if batch_size is None else (batch_size,)
+        lead = (self.num_layers * self.num_directions, *rows)
         if state is None:
-            return jax.tree.unflatten(structure, [lax.full_like(like, 0, dtype, shape) for shape in shapes])
-        if isinstance(state, list):
-            state = tuple(state)
-        given = jax.tree.map(jnp.asarray, state)
-        if jax.tree.structure(given) != structure or [leaf.shape for leaf in jax.tree.leaves(given)] != shapes:
-            names = ("h_0", "c_0")[: len(shapes)]
-            expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
-            raise ValueError(
-                f"initial_state must be {f'({expected})' if len(shapes) > 1 else expected} "
-                f"([num_layers * num_directions, B, size]), got {_shapes(given)}."
-            )
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), given)
+            return zero_state(self.cell.state_sizes, lead, like, dtype)
+        return checked_state(state, self.cell.state_sizes, lead, dtype)
 
     def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:
         if deterministic or not self.has_dropout:
@@ -387,14 +372,8 @@ class RecurrentLayer(abc.ABC):
 
 
 def _level_of_user() -> int:
-    """The stacklevel, for a warning by our caller, of the first frame that is neither ours nor Flax's."""
+    """Returns the stacklevel with which a warning of our caller names the first frame outside jaxpack, Flax and JAX."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("jaxpack", "flax", "jax"):
         frame, level = frame.f_back, level + 1
     return level
-
-
-def _shapes(tree: PyTree) -> str:
-    """The shapes in a pytree, for an error."""
-    leaves = [tuple(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree)]
-    return f"shape {leaves[0]}" if len(leaves) == 1 else f"shapes {leaves}"

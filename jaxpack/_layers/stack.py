@@ -1,69 +1,79 @@
-"""Runs a stack of layers over a packed batch: directions, dropout between layers, initial and final states."""
+"""The stack of layers that runs over a packed batch: directions, dropout between layers, initial and final states."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._cells.cell import Cell, Params
+from jaxpack._cells.cell import Carry, Cell, Params
 from jaxpack._packed.gather import real_cells, rearrange, reversed_cells, slot_spans
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import checked_slot_fits, poison
-from jaxpack._recurrence.derivative import recur
+from jaxpack._recurrence.derivative import RealCells, Recurrence, Schedules, recur
 
 
-@functools.partial(jax.jit, static_argnames=("cell", "num_directions", "dropout", "planned", "forward_mode"))
+class Stack(NamedTuple):
+    """The static part of a stack: what a compiled program depends on, besides the plan and the shapes.
+
+    Attributes:
+      cell: the cell that every layer and direction runs.
+      num_directions: 1, or 2 for a bidirectional stack.
+      dropout: the rate of dropout between layers.
+      planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
+      forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
+      schedules: how each platform runs the loops.
+    """
+
+    cell: Cell
+    num_directions: int
+    dropout: float = 0.0
+    planned: bool = True
+    forward_mode: bool = False
+    schedules: Schedules = Schedules()
+
+
+@functools.partial(jax.jit, static_argnames="stack")
 def run_stack(
-    cell: Cell,
-    num_directions: int,
-    dropout: float,
-    params: Sequence[Params],
-    packed: PackedSequence,
-    state: Any,
-    dropout_key: jax.Array | None,
-    planned: bool,
-    forward_mode: bool,
+    stack: Stack, params: Sequence[Params], packed: PackedSequence, state: Any, dropout_key: jax.Array | None = None
 ) -> tuple[jax.Array, Any]:
-    """The outputs of the last layer [S, D*H], and the final states of all. Jitted, so one compilation a plan.
+    """Runs a stack. Jitted, so each plan is one compilation.
 
     Args:
-      params: of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
+      stack: the static part.
+      params: the parameters of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
       packed: data [S, F], in the dtype of the computation.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order.
       dropout_key: None for no dropout.
-      planned: whether the plan is a choice, or no more than the padded batch's shape.
-      forward_mode: whether to run the plain scan.
+
+    Returns:
+      The outputs of the last layer [S, D*H], and the final states of all layers.
     """
+    num_directions = stack.num_directions
     if not packed.plan.size:  # a batch of no sequences
-        return lax.full_like(packed.data, 0, shape=(0, num_directions * cell.output_size)), state
-    plan, mask, reverse = packed.plan, real_cells(packed), reversed_cells(packed)
-    spans = None if planned else slot_spans(packed)
-    # A sequence that does not fit starts from NaN in every layer: all that comes of it is NaN, gradients included.
+        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), state
+    recurrence = Recurrence(stack.cell, packed.plan, stack.forward_mode, stack.schedules)
+    real = RealCells.of(real_cells(packed), None if stack.planned else slot_spans(packed), packed.plan)
+    reverse = reversed_cells(packed)
+    # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed)
     state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
     data: jax.Array = packed.data
-    finals: list[tuple[jax.Array, ...]] = []
+    finals: list[Carry] = []
     for first in range(0, len(params), num_directions):
         if first and dropout_key is not None:
-            data = drop(jax.random.fold_in(dropout_key, first), data, dropout)
-        here = range(first, first + num_directions)
-        outputs, final = recur(
-            cell,
-            [params[i] for i in here],
-            [data, rearrange(data, reverse, reverse)][:num_directions],
-            [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in here],
-            mask,
-            plan,
-            spans,
-            forward_mode,
-        )
-        finals.extend(final)
+            data = drop(jax.random.fold_in(dropout_key, first), data, stack.dropout)
+        layer = slice(first, first + num_directions)
+        inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
+        carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in range(layer.start, layer.stop)]
+        results = recur(recurrence, params[layer], inputs, carries, real)
+        finals.extend(result.carry for result in results)
+        outputs = [result.y for result in results]
         data = jnp.concatenate([outputs[0], *(rearrange(y, reverse, reverse) for y in outputs[1:])], axis=-1)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
@@ -72,8 +82,8 @@ def run_stack(
 
 
 @contextlib.contextmanager
-def names_forward_mode(what: str, call: str) -> Iterator[None]:
-    """Turns JAX's error about forward mode into one that names the keyword for it, of what is called as `call(...)`."""
+def explain_forward_mode(what: str, call: str) -> Iterator[None]:
+    """Turns JAX's error about forward mode into one that names the keyword argument of `call(...)` that allows it."""
     try:
         yield
     except TypeError as error:

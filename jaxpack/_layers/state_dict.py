@@ -1,4 +1,4 @@
-"""Layer parameters from and to PyTorch's state dicts: names joined, weights transposed, nothing rounded.
+"""Conversion of parameters from and to PyTorch's state dicts: names joined, weights transposed, nothing rounded.
 
 `params["l0_reverse"]["weight_ih"]` [in, gates*H] is PyTorch's `weight_ih_l0_reverse` [gates*H, in].
 """
@@ -17,12 +17,12 @@ from jaxpack._layers.params import Shapes
 
 
 def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, dict[str, jax.Array]]:
-    """Parameters of these shapes from tensors or NumPy arrays under PyTorch's names.
+    """Returns the parameters in tensors or NumPy arrays under PyTorch's names.
 
     Raises:
-      KeyError: naming the keys that are missing or not known.
-      TypeError: naming a key whose values are no floating numbers.
-      ValueError: naming a key whose shape is wrong, or whose values JAX would round.
+      KeyError: if keys are missing or not known.
+      TypeError: if values are not floating numbers.
+      ValueError: if a shape is wrong, or JAX would round a value.
     """
     names = {f"{name}_{group}": (group, name) for group, entries in shapes.items() for name in entries}
     missing, extra = [k for k in names if k not in state_dict], [k for k in state_dict if k not in names]
@@ -40,11 +40,11 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
 
 
 def exactly(array: np.ndarray, where: str) -> np.ndarray:
-    """The same array, of floating numbers which JAX can hold as they are.
+    """Returns the array, if JAX holds its values exactly.
 
     Raises:
-      TypeError: if it is of other numbers.
-      ValueError: if JAX would round them.
+      TypeError: if its dtype is not floating.
+      ValueError: if JAX would round its values.
     """
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{where} must have a floating dtype, got {array.dtype}.")
@@ -57,7 +57,7 @@ def exactly(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def to_state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """NumPy arrays under PyTorch's names."""
+    """Returns the parameters as NumPy arrays under PyTorch's names."""
     return {
         f"{name}_{group}": np.array(np.asarray(array).T, order="C")
         for group, entries in params.items()
@@ -66,7 +66,7 @@ def to_state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarr
 
 
 def _hint(names: Mapping[str, Any], extra: list[str]) -> str:
-    """The way out when the keys belong to a module that holds the layer."""
+    """Returns what to do about keys of a module that holds the layer."""
     prefixed = {key[: -len(name)] for key in extra for name in names if key.endswith("." + name)}
     if not prefixed:
         return ""

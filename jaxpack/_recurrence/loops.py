@@ -1,233 +1,315 @@
-"""The loops of the fast recurrence: one direction of one layer over stairs, forward and backward.
+"""The loops of the fast recurrence: one direction of one layer, forward and backward.
 
-Both go through a stair in chunks of steps. What is not sequential is done for a whole chunk at once, while it is in
-cache: forward, the input's product with its weights; backward, the gates again, all coefficients of the step by step
-recurrence, and the gradients of inputs and weights.
+Both passes go through each stair in chunks of steps. Work that is not sequential is done for a whole chunk at once,
+while the chunk is in cache: in the forward pass, the product of the inputs with their weights; in the backward pass,
+the gates again, the coefficients of the sequential recurrence, and the gradients of inputs and weights.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._cells.cell import Carry, Cell, Fused, Linear, Tanh
+from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.buffers import buffer, loop, read, write
-from jaxpack._recurrence.slots import Crossings, Slots
-from jaxpack._recurrence.windows import Stair, Window
+from jaxpack._recurrence.slots import Slots, WindowSlots
+from jaxpack._recurrence.windows import Stair
+
+
+class Operands(NamedTuple):
+    """The arrays of one direction that a recurrence is differentiated by; the cotangents of them have the same form.
+
+    Attributes:
+      weights: the fused weights.
+      x: [S, F], the inputs; slack may hold anything.
+      carry: the initial carry of each slot, leaves [B, ...].
+    """
+
+    weights: Fused
+    x: jax.Array
+    carry: Carry
+
+
+class Results(NamedTuple):
+    """The results of one direction.
+
+    Attributes:
+      y: [S, P], h after each cell's step, zero in slack.
+      carry: the carry after the last step of each slot, leaves [B, ...].
+    """
+
+    y: jax.Array
+    carry: Carry
+
+
+class Residuals(NamedTuple):
+    """The arrays of one direction that the backward pass needs.
+
+    Attributes:
+      operands: the operands of the forward pass.
+      y: [S, P], its outputs.
+      checkpoints: the memory c at the start of each chunk, leaves [checkpoint_rows, H].
+    """
+
+    operands: Operands
+    y: jax.Array
+    checkpoints: Carry
 
 
 class Schedule(NamedTuple):
     """How a platform runs the loops.
 
     Attributes:
+      platform: "cpu", "gpu" or "tpu".
       chunk_cells: about how many cells a chunk has; None for a whole bucket.
-      unroll: steps in an iteration of the compiled loop.
-      together: whether both directions of a layer run in one loop, as a batch of two.
-      tanh: how it computes tanh.
+      unroll: how many steps one iteration of the compiled loop takes.
+      fuse_directions: whether both directions of a layer run in one loop, as a batch of two.
+      follow_lengths: whether trip counts follow the lengths as the program runs, where there is no plan.
     """
 
+    platform: str
     chunk_cells: int | None
     unroll: int
-    together: bool
-    tanh: Tanh = jnp.tanh
+    fuse_directions: bool
+    follow_lengths: bool
 
 
-def forward(
-    cell: Cell,
-    plan: BucketPlan,
-    stairs: Sequence[Stair],
-    kept_rows: int,
-    schedule: Schedule,
-    fused: Fused,
-    x: jax.Array,
-    mask: jax.Array,
-    carry: Carry,
-) -> tuple[jax.Array, Carry, Carry]:
-    """The recurrence.
+class Loops(NamedTuple):
+    """How one program goes over its cells: all that is not an array of one direction.
 
-    Args:
-      kept_rows: how many rows to keep memories in.
-      x: [S, F], anything in slack.
+    Attributes:
+      cell: the cell, as its platform runs it.
+      plan: the plan.
+      schedule: how the platform runs the loops.
+      stairs: the loops, one after the other.
+      checkpoint_rows: how many rows the checkpoints have.
       mask: bool [S], True at real cells.
-      carry: per slot, leaves [B, ...].
+    """
+
+    cell: Cell
+    plan: BucketPlan
+    schedule: Schedule
+    stairs: tuple[Stair, ...]
+    checkpoint_rows: int
+    mask: jax.Array
+
+
+def forward(loops: Loops, operands: Operands) -> tuple[Results, Carry]:
+    """Runs the recurrence.
 
     Returns:
-      h after each cell's step [S, P], zero in slack; the carry after each slot's last step; and the memories c at the
-      start of each chunk, leaves [kept_rows, H].
+      The results, and the checkpoints that `Residuals` holds.
     """
-    fused = lax.optimization_barrier(fused)
-    slots = Slots.forward(plan, carry)
-    y = buffer(x, (plan.size, cell.output_size), 0)
-    kept = tuple(buffer(x, (kept_rows, *c.shape[1:]), 2) for c in carry[1:])
+    weights, x, initial = operands
+    slots = Slots.forward(loops.plan, initial)
+    run = _Forward(loops, lax.optimization_barrier(weights), x, slots)
+    y = buffer(x, (loops.plan.size, loops.cell.output_size), 0)
+    checkpoints = tuple(buffer(x, (loops.checkpoint_rows, *c.shape[1:]), 2) for c in initial[1:])
     by_row, by_slot = slots.start
-    for stair in stairs:
-
-        def chunk(index: Any, state: Any, stair: Stair = stair) -> Any:
-            carry, by_slot, y, kept = state
-            window = stair.window(index)
-            at = stair.kept + index * stair.stride
-            kept = tuple(write(k, c, at) for k, c in zip(kept, carry[1:], strict=True))
-            real = window.read(mask)
-            projected = cell.project(fused, _masked(window.read(x), real))
-            crossings = slots.crossings(window)
-
-            def step(j: Any, state: Any) -> Any:
-                carry, y, trails = state
-                carry = crossings.enter(j, carry)
-                live = read(real, j * stair.rows, stair.rows)[:, None]
-                projected_j = read(projected, j * stair.rows, stair.rows)
-                select = functools.partial(_where, live)
-                carry = cell.step(fused, carry, projected_j, select, schedule.tanh)
-                y = write(y, jnp.where(live, carry[0], 0), window.cell(j))
-                return carry, y, crossings.trace(j, carry, trails)
-
-            carry, y, trails = loop(window.skip, stair.steps, step, (carry, y, crossings.trails), schedule.unroll)
-            return carry, crossings.leave(trails, by_slot), y, kept
-
+    for stair in loops.stairs:
         carry = tuple(leaf[: stair.rows] for leaf in by_row)
-        carry, by_slot, y, kept = loop(0, stair.number, chunk, (carry, by_slot, y, kept))
+        state = _ForwardState(carry, by_slot, y, checkpoints)
+        state = loop(0, stair.number, functools.partial(run.chunk, stair), state)
+        carry, by_slot, y, checkpoints = state
         by_row = tuple(write(leaf, rows, 0) for leaf, rows in zip(by_row, carry, strict=True))
-    return y, slots.finish(by_row, by_slot), kept
+    return Results(y, slots.finish(by_row, by_slot)), checkpoints
 
 
-def backward(
-    cell: Cell,
-    plan: BucketPlan,
-    stairs: Sequence[Stair],
-    schedule: Schedule,
-    fused: Fused,
-    x: jax.Array,
-    mask: jax.Array,
-    carry: Carry,
-    y: jax.Array,
-    kept: Carry,
-    dy: jax.Array,
-    dcarry: Carry,
-) -> tuple[Fused, jax.Array, Carry]:
-    """The cotangents of the weights, the inputs and the initial carry.
+class _ForwardState(NamedTuple):
+    """The state of the loop over chunks.
 
-    fused, x, mask and carry are as given to `forward`, y and kept as it returned them.
+    Attributes:
+      carry: the carry of the stair's rows.
+      by_slot: the final carry of each slot that has ended; () where rows are slots.
+      y: the outputs.
+      checkpoints: the memories at the start of each chunk.
+    """
+
+    carry: Carry
+    by_slot: Carry
+    y: jax.Array
+    checkpoints: Carry
+
+
+class _Forward(NamedTuple):
+    """The arrays that the chunks of the forward pass read."""
+
+    loops: Loops
+    weights: Fused
+    x: jax.Array
+    slots: Slots
+
+    def chunk(self, stair: Stair, index: Any, state: _ForwardState) -> _ForwardState:
+        """Runs one chunk."""
+        carry, by_slot, y, checkpoints = state
+        cell, rows, unroll = self.loops.cell, stair.rows, self.loops.schedule.unroll
+        window = stair.window(index)
+        at = stair.checkpoint_row(index)
+        checkpoints = tuple(write(k, c, at) for k, c in zip(checkpoints, carry[1:], strict=True))
+        real = window.read(self.loops.mask)
+        projected = cell.project(self.weights, _masked(window.read(self.x), real))
+        slots = self.slots.within(window)
+
+        def step(j: Any, state: Any) -> Any:
+            carry, y, history = state
+            carry = slots.reset(j, carry)
+            live = read(real, j * rows, rows)[:, None]
+            carry = cell.step(self.weights, carry, read(projected, j * rows, rows), functools.partial(_where, live))
+            y = write(y, jnp.where(live, carry[0], 0), window.cell(j))
+            return carry, y, slots.record(j, carry, history)
+
+        carry, y, history = loop(window.skip, stair.steps, step, (carry, y, slots.history), unroll)
+        return _ForwardState(carry, slots.collect(history, by_slot), y, checkpoints)
+
+
+def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
+    """Returns the cotangents of the operands.
 
     Args:
-      dy: [S, P], anything in slack.
-      dcarry: of the final carry.
+      loops: as in the forward pass, apart from the schedule.
+      residuals: from the forward pass.
+      cotangents: of the results; slack may hold anything.
     """
-    fused = lax.optimization_barrier(fused)
-    transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, fused))  # once: in the loops it would be copied
-    slots, dslots = Slots.forward(plan, carry), Slots.backward(plan, dcarry)
-    reader = _Backward(cell, schedule, fused, transposed, slots, dslots, x, mask, y, kept, dy)
+    weights, x, initial = residuals.operands
+    dy, dfinal = cotangents
+    weights = lax.optimization_barrier(weights)
+    transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, weights))  # once: the loops would copy it
+    slots, dslots = Slots.forward(loops.plan, initial), Slots.backward(loops.plan, dfinal)
+    run = _Backward(loops, weights, transposed, slots, dslots, residuals, dy)
     by_row, by_slot = dslots.start
-    dx, dfused = buffer(x, x.shape, 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), fused)
-    for k in reversed(range(len(stairs))):
-        stair = stairs[k]
-        before = stair.offset - stairs[k - 1].rows
-        first_h = y[before : before + stair.rows] if stair.offset else slots.start[0][0][: stair.rows]
+    dx, dweights = buffer(x, x.shape, 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
+    for k in reversed(range(len(loops.stairs))):
+        stair = loops.stairs[k]
+        before = stair.offset - loops.stairs[k - 1].rows
+        first_h = residuals.y[before : before + stair.rows] if stair.offset else slots.start[0][0][: stair.rows]
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
-        count = stair.number if schedule.chunk_cells is None else lax.optimization_barrier(jnp.int32(stair.number))
-        dstate = tuple(leaf[: stair.rows] for leaf in by_row)
-        chunk = functools.partial(reader.chunk, stair, first_h)
-        dstate, by_slot, dx, dfused = loop(0, count, chunk, (dstate, by_slot, dx, dfused))
-        by_row = tuple(write(leaf, rows, 0) for leaf, rows in zip(by_row, dstate, strict=True))
-    return dfused, dx, dslots.finish(by_row, by_slot)
+        whole = loops.schedule.chunk_cells is None
+        count = stair.number if whole else lax.optimization_barrier(jnp.int32(stair.number))
+        dcarry = tuple(leaf[: stair.rows] for leaf in by_row)
+        state = _BackwardState(dcarry, by_slot, dx, dweights)
+        state = loop(0, count, functools.partial(run.chunk, stair, first_h), state)
+        dcarry, by_slot, dx, dweights = state
+        by_row = tuple(write(leaf, rows, 0) for leaf, rows in zip(by_row, dcarry, strict=True))
+    return Operands(dweights, dx, dslots.finish(by_row, by_slot))
+
+
+class _BackwardState(NamedTuple):
+    """The state of the loop over chunks.
+
+    Attributes:
+      dcarry: the cotangent of the carry of the stair's rows.
+      by_slot: the cotangent of each slot's initial carry, where the slot is done; () where rows are slots.
+      dx: the cotangents of the inputs.
+      dweights: the cotangents of the weights, as far as they are summed up.
+    """
+
+    dcarry: Carry
+    by_slot: Carry
+    dx: jax.Array
+    dweights: Fused
 
 
 class _Backward(NamedTuple):
-    """What the chunks of the backward pass read."""
+    """The arrays that the chunks of the backward pass read."""
 
-    cell: Cell
-    schedule: Schedule
-    fused: Fused
+    loops: Loops
+    weights: Fused
     transposed: Fused
     slots: Slots
     dslots: Slots
-    x: jax.Array
-    mask: jax.Array
-    y: jax.Array
-    kept: Carry
+    residuals: Residuals
     dy: jax.Array
 
-    def chunk(self, stair: Stair, first_h: jax.Array, index: Any, state: Any) -> Any:
-        """One chunk, counted from the last; first_h is h before the stair's block."""
-        dstate, by_slot, dx, dfused = state
+    def chunk(self, stair: Stair, first_h: jax.Array, index: Any, state: _BackwardState) -> _BackwardState:
+        """Runs one chunk, counted from the last; first_h is h before the stair's block."""
+        dcarry, by_slot, dx, dweights = state
         index = stair.number - 1 - index
         window = stair.window(index)
         # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
-        y, kept, dstate = lax.optimization_barrier((self.y, self.kept, dstate))
-        real = window.read(self.mask)
-        x = _masked(window.read(self.x), real)
+        y, checkpoints, dcarry = lax.optimization_barrier((self.residuals.y, self.residuals.checkpoints, dcarry))
+        real = window.read(self.loops.mask)
+        x = _masked(window.read(self.residuals.operands.x), real)
         real = real[:, None]
         own = real & window.own
-        crossings = self.slots.crossings(window)
-        h = crossings.enter_all(window.before(y, first_h))
-        memory = tuple(read(leaf, stair.kept + index * stair.stride, stair.rows) for leaf in kept)
-        recall = _recall(window, crossings, own, memory, self.schedule)
-        linear = _at_slack(real, self.cell.linearise(self.fused, x, h, window.read(y), recall))
-        gates = jnp.where(own, linear.gates, 0)
+        slots = self.slots.within(window)
+        h = slots.reset_all(window.before(y, first_h))
+        memory = tuple(read(leaf, stair.checkpoint_row(index), stair.rows) for leaf in checkpoints)
+        recall = _recall(slots, own, memory, in_parallel=self.loops.schedule.chunk_cells is None)
+        linear = _keep_at_slack(real, self.loops.cell.linearize(self.weights, x, h, window.read(y), recall))
+        da_gates = jnp.where(own, linear.da_gates, 0)
         d = jnp.where(own, window.read(self.dy), 0)
-        gates, d, linear = lax.optimization_barrier((gates, d, linear))
-        crossings = self.dslots.crossings(window)
-        dstate, da, d, trails = self._pull_back(window, crossings, linear, gates, d, dstate)
-        dx = window.write(dx, da[:, : self.fused.w_x.shape[1]] @ self.transposed.w_x)
-        h = jnp.where(own, h, 0)  # of an empty sequence it may be NaN
+        da_gates, d, linear = lax.optimization_barrier((da_gates, d, linear))
+        slots = self.dslots.within(window)
+        dcarry, da, d, history = self._pull_back(slots, linear._replace(da_gates=da_gates), d, dcarry)
+        dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
+        h = jnp.where(own, h, 0)  # the initial h of an empty sequence may be NaN
         out = None if linear.out is None else jnp.where(own, linear.out, 0)
-        return dstate, crossings.leave(trails, by_slot), dx, _add_gradients(dfused, x, h, out, da, d)
+        return _BackwardState(dcarry, slots.collect(history, by_slot), dx, _add_gradients(dweights, x, h, out, da, d))
 
     def _pull_back(
-        self, window: Window, crossings: Crossings, linear: Linear, gates: jax.Array, d: jax.Array, dstate: Carry
+        self, slots: WindowSlots, linear: Linearization, d: jax.Array, dcarry: Carry
     ) -> tuple[Carry, jax.Array, jax.Array, Carry]:
-        """The backward recurrence over a chunk, last step first.
+        """Runs the backward recurrence over a chunk, last step first.
 
         Returns:
-          dstate before it; da [M, G] and d [M, P] of its cells, written over the coefficients and the output's
-          cotangents that they are made of, and dstate at each cell for slots that are left.
+          dcarry before the chunk; da [M, G] and d [M, P] of its cells, written over the coefficients and the outputs'
+          cotangents from which they are computed; and the history of dcarry.
         """
-        rows, steps, width_h = window.stair.rows, window.stair.steps, self.transposed.w_h.shape[0]
+        stair, width_h = slots.window.stair, self.transposed.w_h.shape[0]
+        rows, steps = stair.rows, stair.steps
 
         def step(j: Any, state: Any) -> Any:
-            dstate, gates, d, trails = state
+            dcarry, da, d, history = state
             j = steps - 1 - j
             at = j * rows
-            dh, *dc = crossings.enter(j, dstate)
+            dh, *dc = slots.reset(j, dcarry)
             total = dh + read(d, at, rows)
-            here = jax.tree.map(lambda leaf: read(leaf, at, rows), linear._replace(gates=gates, out=None))
-            da, earlier_dc = self.cell.pull_back(self.transposed, here, total, dc[0] if dc else None)
-            dh = da[:, -width_h:] @ self.transposed.w_h + here.passes * total
+            here = jax.tree.map(lambda leaf: read(leaf, at, rows), linear._replace(da_gates=da, out=None))
+            da_j, earlier_dc = self.loops.cell.pull_back(self.transposed, here, total, dc[0] if dc else None)
+            dh = da_j[:, -width_h:] @ self.transposed.w_h + here.dh_dh * total
             d = d if self.transposed.w_out is None else write(d, total, at)
-            dstate = (dh,) if earlier_dc is None else (dh, earlier_dc)
-            return dstate, write(gates, da, at), d, crossings.trace(j, dstate, trails)
+            dcarry = (dh,) if earlier_dc is None else (dh, earlier_dc)
+            return dcarry, write(da, da_j, at), d, slots.record(j, dcarry, history)
 
-        return loop(0, steps - window.skip, step, (dstate, gates, d, crossings.trails), self.schedule.unroll)
+        state = (dcarry, linear.da_gates, d, slots.history)
+        return loop(0, steps - slots.window.skip, step, state, self.loops.schedule.unroll)
 
 
 def _add_gradients(
-    dfused: Fused, x: jax.Array, h: jax.Array, out: jax.Array | None, da: jax.Array, d: jax.Array
+    dweights: Fused, x: jax.Array, h: jax.Array, out: jax.Array | None, da: jax.Array, d: jax.Array
 ) -> Fused:
-    """The weights' cotangents with a chunk's share: what a weight was multiplied with, times what came of it."""
+    """Adds a chunk's share to the cotangents of the weights: each weight's operand times the cotangent of its product.
+
+    Args:
+      dweights: the sums so far.
+      x, h, out: what w_x, w_h and w_out multiply.
+      da, d: the cotangents of the pre-activations and of h.
+    """
     return Fused(
-        dfused.w_x + _transpose(x) @ da[:, : dfused.w_x.shape[1]],
-        dfused.w_h + _transpose(h) @ da[:, -dfused.w_h.shape[1] :],
-        dfused.bias + da.sum(0),
-        None if out is None or dfused.w_out is None else dfused.w_out + _transpose(out) @ d,
+        dweights.w_x + _transpose(x) @ da[:, : dweights.w_x.shape[1]],
+        dweights.w_h + _transpose(h) @ da[:, -dweights.w_h.shape[1] :],
+        dweights.bias + da.sum(0),
+        None if out is None or dweights.w_out is None else dweights.w_out + _transpose(out) @ d,
     )
 
 
 def _recall(
-    window: Window, crossings: Crossings, own: jax.Array, memory: Carry, schedule: Schedule
+    slots: WindowSlots, own: jax.Array, memory: Carry, in_parallel: bool
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The function that brings back the memory c before each step, from the one at the chunk's first own step."""
+    """Returns the function that computes the memory c before each step of a chunk, from c at its first own step."""
+    window, slots = slots.window, slots.of_memory()
     rows, steps = window.stair.rows, window.stair.steps
-    crossings = crossings.of_memory()
 
     def sequential(decay: jax.Array, inject: jax.Array) -> jax.Array:
         def step(j: Any, state: Any) -> Any:
             carry, before = state
-            (c,) = crossings.enter(j, carry)
+            (c,) = slots.reset(j, carry)
             live = read(own, j * rows, rows)
             after = read(decay, j * rows, rows) * c + read(inject, j * rows, rows)
             return (jnp.where(live, after, c),), write(before, c, j * rows)
@@ -236,7 +318,7 @@ def _recall(
 
     def parallel(decay: jax.Array, inject: jax.Array) -> jax.Array:
         decay, inject = jnp.where(own, decay, 1), jnp.where(own, inject, 0)
-        decay, inject = crossings.restart(decay, inject)
+        decay, inject = slots.reset_linear(decay, inject)
         shape = (steps, rows, decay.shape[-1])
 
         def compose(early: Any, late: Any) -> Any:
@@ -244,14 +326,14 @@ def _recall(
 
         products, sums = lax.associative_scan(compose, (decay.reshape(shape), inject.reshape(shape)))
         after = products * memory[0][None] + sums
-        return crossings.enter_all(jnp.concatenate([memory[0][None], after[:-1]]).reshape(decay.shape))
+        return slots.reset_all(jnp.concatenate([memory[0][None], after[:-1]]).reshape(decay.shape))
 
-    return sequential if schedule.chunk_cells is not None else parallel
+    return parallel if in_parallel else sequential
 
 
-def _at_slack(real: jax.Array, linear: Linear) -> Linear:
-    """With what holds at slack, where a step keeps its carry, in its place there."""
-    slack = {"passes": 1, "reads": 0, "forget": 1}  # gates and out are zeroed where they are used
+def _keep_at_slack(real: jax.Array, linear: Linearization) -> Linearization:
+    """Sets the derivatives at slack, where a step keeps its carry. da_gates and out are zeroed where they are used."""
+    slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
     given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
     return linear._replace(**{name: jnp.where(real, given[name], at) for name, at in slack.items() if name in given})
 
@@ -261,10 +343,10 @@ def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _masked(x: jax.Array, real: jax.Array) -> jax.Array:
-    """A chunk's inputs, zero in slack: masked here, so that no masked copy of all inputs is made."""
+    """Returns a chunk's inputs with zeros in slack. Masking them here avoids a masked copy of all inputs."""
     return jnp.where(real[:, None], x, 0)
 
 
 def _transpose(matrix: jax.Array) -> jax.Array:
-    """A transposed copy: a product that transposes on the fly is slower."""
+    """Returns a transposed copy, since a product that transposes on the fly is slower."""
     return lax.optimization_barrier(matrix.T)

@@ -1,6 +1,6 @@
 """The cells, and what an own cell and its layer are built from."""
 
-from jaxpack._cells.cell import Carry, Cell, Fused, Linear, Params, Recall, Select, Tanh, always_new, total_bias
+from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, Params, Recall, Select, always_new, total_bias
 from jaxpack._cells.gru import GRUCell, gru_cell
 from jaxpack._cells.lstm import LSTMCell, lstm_cell
 from jaxpack._cells.rnn import RNNCell, rnn_cell
@@ -13,13 +13,12 @@ __all__ = [
     "Fused",
     "GRUCell",
     "LSTMCell",
-    "Linear",
+    "Linearization",
     "Params",
     "RNNCell",
     "Recall",
     "RecurrentLayer",
     "Select",
-    "Tanh",
     "always_new",
     "gru_cell",
     "lstm_cell",

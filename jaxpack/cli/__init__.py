@@ -1,4 +1,4 @@
-"""The command `jaxpack`: its door, which opens only if the extra `demo` is installed."""
+"""The entry of the command `jaxpack`, which needs the extra `demo`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import errno
 import os
 import sys
 
-_EXTRA = ("typer", "rich")  # what the extra `demo` brings
-_CANNOT_PRINT = (errno.EPIPE, errno.ENOSPC, errno.EIO)  # nobody reads on, or the device is full or broken
+_EXTRA = ("typer", "rich")  # packages of the extra `demo` that the commands need
+_CANNOT_PRINT = (errno.EPIPE, errno.ENOSPC, errno.EIO)  # the reader has gone, or the device is full or broken
 
 
 def main() -> None:

@@ -1,16 +1,18 @@
-"""The files that commands read and write: lengths, JSON and plots. Whatever is wrong with one is said by its option."""
+"""The files that commands read and write: lengths, JSON and plots. Errors name the option of the file."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import csv
+import json
 import math
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -22,29 +24,29 @@ _MOST = np.iinfo(np.int32).max
 _LIST = re.compile(r"[-+0-9,\s]*[0-9][-+0-9,\s]*")  # 4,6,8,5
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", re.ASCII)
 _SPACE = " \t\v\f"  # within a line; lines end with LF, CRLF or CR
-_COLUMN = ("length", "lengths")  # the names that choose a column of a table
-_OTHERS = {  # other encodings by their byte order marks; that of UTF-16 may begin one of UTF-32
+_COLUMN = ("length", "lengths")  # the names of a table's column of lengths
+_OTHERS = {  # other encodings by byte order mark; UTF-32 first, since its mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-_LONGEST_WORD = 40  # characters of what is wrong that an error shows
+_LONGEST_WORD = 40  # the most characters of a word that an error shows
 
 
 def read_lengths(path: pathlib.Path, parameter: str) -> np.ndarray:
-    """The lengths in a text file, or in the standard input if the path is `-`: int64 [B].
+    """Reads lengths, int64 [B], from a text file, or from standard input if the path is `-`.
 
-    The text is UTF-8, with or without a byte order mark. Lengths are separated by white space, commas or line ends, and
-    what follows # on a line is skipped. A number may be written as 12, 12.0 or 1.2e+01. Where the first line names
-    columns, those named length or lengths are read, and there must be one.
+    The text is UTF-8, with or without a byte order mark. White space, commas and line ends separate lengths, and text
+    after # on a line is skipped. A number may be written as 12, 12.0 or 1.2e+01. If the first line names columns, one
+    of them must be named length or lengths, and is read.
 
     Args:
       path: the file.
       parameter: the option or argument that named it, for errors.
 
     Raises:
-      typer.BadParameter: naming the line that holds no length, or saying why there are none.
+      typer.BadParameter: if a line holds no length (the error names it), or there are no lengths.
     """
     try:
         return _lengths(_read(path), name_of(path))
@@ -53,12 +55,12 @@ def read_lengths(path: pathlib.Path, parameter: str) -> np.ndarray:
 
 
 def read_or_parse_lengths(argument: str, parameter: str) -> np.ndarray:
-    """The lengths in a file of that name or, where there is none, in a list such as 4,6,8,5: int64 [B].
+    """Reads lengths, int64 [B], from a file of this name or, if there is none, from a list such as 4,6,8,5.
 
     Raises:
       typer.BadParameter: as `read_lengths`, and if the argument is neither.
     """
-    # Not Path.exists, which raises where a long list could not be a name.
+    # Path.exists raises if a long list is no valid name, os.path.exists does not.
     if argument == STANDARD_INPUT or os.path.exists(argument):
         return read_lengths(pathlib.Path(argument), parameter)
     try:
@@ -70,19 +72,32 @@ def read_or_parse_lengths(argument: str, parameter: str) -> np.ndarray:
 
 
 def name_of(path: pathlib.Path) -> str:
-    """What a file of lengths is called in errors and reports."""
+    """Returns the name of a file of lengths for errors and reports."""
     return "standard input" if str(path) == STANDARD_INPUT else str(path)
 
 
 def check_json(path: pathlib.Path | None) -> pathlib.Path | None:
-    """The callback of an option for a JSON file: raises before anything is measured if it cannot be written."""
+    """Checks the option of a JSON file: raises, before anything is measured, if it cannot be written."""
     if path is not None:
         _check_writable(path)
     return path
 
 
+JsonFile = Annotated[
+    pathlib.Path | None,
+    typer.Option("--json", metavar="FILE", callback=check_json, help="Write all results to FILE, as JSON."),
+]
+
+
+def write_json(path: pathlib.Path | None, result: Any) -> None:
+    """Writes a result to a JSON file, if the option names one."""
+    if path is not None:
+        with writing(path):
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def check_plot(path: pathlib.Path | None) -> pathlib.Path | None:
-    """The callback of an option for a plot: raises before anything is measured if it cannot be drawn or written."""
+    """Checks the option of a plot: raises, before anything is measured, if it cannot be drawn or written."""
     if path is None:
         return None
     _check_writable(path)
@@ -96,7 +111,7 @@ def check_plot(path: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def check_directory(path: pathlib.Path | None) -> pathlib.Path | None:
-    """The callback of an option for a folder, which may not be there yet: raises if it cannot be made or written to."""
+    """Checks the option of a folder: raises if it cannot be made, or be written to."""
     if path is None:
         return None
     try:
@@ -104,7 +119,7 @@ def check_directory(path: pathlib.Path | None) -> pathlib.Path | None:
     except OSError as error:
         raise _refusal(path, error) from error
     if not there.is_dir():
-        raise typer.BadParameter(f"{path} cannot be written: {there} is no folder.")
+        raise typer.BadParameter(f"{path} cannot be written: {there} is not a folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise typer.BadParameter(f"{path} cannot be written: the folder {there} does not permit it.")
     return path
@@ -112,10 +127,10 @@ def check_directory(path: pathlib.Path | None) -> pathlib.Path | None:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path) -> Iterator[None]:
-    """A context that writes a file; where that fails late, as on a full device, one line says so and the command ends.
+    """A context that writes a file. If that fails, as on a full device, it prints one line and ends the command.
 
     Raises:
-      typer.Exit: of status 1, if the file could not be written.
+      typer.Exit: with status 1, if the file could not be written.
     """
     try:
         yield
@@ -125,11 +140,11 @@ def writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def _check_writable(path: pathlib.Path) -> None:
-    """Raises unless a file can be written; one that is not there is made and removed again."""
-    target = pathlib.Path(os.path.realpath(path))  # where a link leads
+    """Raises unless a file can be written; a missing one is made and removed again."""
+    target = pathlib.Path(os.path.realpath(path))  # the target of a link
     folder = target.parent
-    if not os.path.isdir(folder):  # not Path.is_dir, which raises where a name is too long
-        what = "is no folder" if os.path.exists(folder) else "does not exist"
+    if not os.path.isdir(folder):  # Path.is_dir raises if a name is too long
+        what = "is not a folder" if os.path.exists(folder) else "does not exist"
         raise typer.BadParameter(f"{path} cannot be written: the folder {folder} {what}.")
     if os.path.isdir(target):
         raise typer.BadParameter(f"{path} cannot be written: it is a folder.")
@@ -139,13 +154,13 @@ def _check_writable(path: pathlib.Path) -> None:
         elif not _is_there(target):
             target.open("xb").close()
             target.unlink()
-        # What else is there is a device, or a pipe, which may wait for a reader.
+        # Anything else is a device, or a pipe, whose opening may wait for a reader.
     except OSError as error:
         raise _refusal(path, error) from error
 
 
 def _is_there(path: pathlib.Path) -> bool:
-    """Whether there is anything of this name; OSError if there cannot be."""
+    """Whether anything has this name; raises OSError if nothing can have it."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -158,7 +173,7 @@ def _refusal(path: pathlib.Path, error: OSError) -> typer.BadParameter:
 
 
 def _read(path: pathlib.Path) -> str:
-    """The text of a file or of the standard input; ValueError if it cannot be read or is no UTF-8."""
+    """Reads the text of a file or of standard input; raises ValueError if it cannot be read or is not UTF-8."""
     name = name_of(path)
     try:
         data = sys.stdin.buffer.read() if str(path) == STANDARD_INPUT else path.read_bytes()
@@ -166,25 +181,25 @@ def _read(path: pathlib.Path) -> str:
         raise ValueError(f"{name} cannot be read: {error.strerror}.") from error
     for mark, encoding in _OTHERS.items():
         if data.startswith(mark):
-            raise ValueError(f"{name} is no text file in UTF-8, but in {encoding}. Save it as UTF-8.")
+            raise ValueError(f"{name} is not a text file in UTF-8, but in {encoding}. Save it as UTF-8.")
     try:
         text = data.decode("utf-8-sig")
         if "\0" in text:
             raise ValueError
     except ValueError as error:
         raise ValueError(
-            f"{name} is no text file in UTF-8. It must hold whole numbers, such as one a line: "
+            f"{name} is not a text file in UTF-8. It must hold whole numbers, such as one per line: "
             f'numpy.savetxt(path, lengths, fmt="%d") writes them.'
         ) from error
     return text
 
 
 def _lengths(text: str, source: str, *, lines: bool = True) -> np.ndarray:
-    """The lengths in a text: int64 [B]. Raises ValueError, with the number of the line if it has lines."""
+    """Reads lengths, int64 [B], from a text. Raises ValueError, with the number of the line if it has lines."""
     rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     plain = [row for row in (row.strip(_SPACE) for row in rows) if row]
     if text.isascii() and all(map(str.isdigit, plain)) and max(map(len, plain), default=0) < len(str(_MOST)):
-        lengths = list(map(int, plain))  # one a line, as most files have them
+        lengths = list(map(int, plain))  # one per line, as in most files
     else:
         filled = [(number, row) for number, row in enumerate((row.partition("#")[0] for row in rows), start=1)]
         filled = [(number, row) for number, row in filled if row.strip(_SPACE + ",")]
@@ -195,7 +210,7 @@ def _lengths(text: str, source: str, *, lines: bool = True) -> np.ndarray:
 
 
 def _of_lines(rows: list[tuple[int, str]], source: str, *, lines: bool) -> list[int]:
-    """The lengths in the lines that hold something, each with its number."""
+    """Reads lengths from the lines that are not blank, each with its number."""
     table = _column(rows[0][1], source) if rows else None
     words = list(_flat(rows, source) if table is None else _of_column(rows[1:], *table, source))
     hint = " A first line that names columns must name one of them length."
@@ -214,9 +229,9 @@ def _of_lines(rows: list[tuple[int, str]], source: str, *, lines: bool) -> list[
 
 
 def _column(first: str, source: str) -> tuple[int, int, str | None] | None:
-    """Where lengths stand in a table whose first line this is: the column, how many there are, and what parts them.
+    """Finds the column of lengths in the first line of a table: its place, the number of columns, and the separator.
 
-    None if the line names no column length.
+    Returns None if no column is named length.
     """
     separator = next((mark for mark in ",;\t" if mark in first), None)
     names = [name.lower() for name in _fields(first, separator)]
@@ -227,7 +242,7 @@ def _column(first: str, source: str) -> tuple[int, int, str | None] | None:
 
 
 def _fields(row: str, separator: str | None) -> list[str]:
-    """The fields of a line of a table, which may be quoted; between white space if nothing else parts them."""
+    """Splits a line of a table into fields, which may be quoted; at white space if there is no separator."""
     fields = row.split() if separator is None else next(csv.reader([row], delimiter=separator))
     return [field.strip().strip('"') for field in fields]
 
@@ -235,16 +250,16 @@ def _fields(row: str, separator: str | None) -> list[str]:
 def _of_column(
     rows: Iterable[tuple[int, str]], place: int, columns: int, separator: str | None, source: str
 ) -> Iterator[tuple[int, str]]:
-    """What stands in one column of a table, each with the number of its line."""
+    """Yields the entries of one column of a table, each with the number of its line."""
     for number, row in rows:
         fields = _fields(row, separator)
         if len(fields) != columns:
-            raise ValueError(f"{source}, line {number}: {len(fields)} columns, where the first line names {columns}.")
+            raise ValueError(f"{source}, line {number}: {len(fields)} columns, but the first line names {columns}.")
         yield number, fields[place]
 
 
 def _flat(rows: Iterable[tuple[int, str]], source: str) -> Iterator[tuple[int, str]]:
-    """The words of all lines, each with the number of its line."""
+    """Yields the words of all lines, each with the number of its line."""
     for number, row in rows:
         parts = [part.strip(_SPACE) for part in row.split(",")]
         if not parts[-1]:
@@ -256,14 +271,14 @@ def _flat(rows: Iterable[tuple[int, str]], source: str) -> Iterator[tuple[int, s
 
 
 def _check_no_table(numbers: np.ndarray, lengths: np.ndarray, source: str) -> None:
-    """Raises ValueError if lines of several numbers look like those of a table, not all of whose columns are lengths.
+    """Raises ValueError if the numbers look like a table that has columns other than lengths.
 
-    So do lines that all have two numbers, and lines of more that are alike where one column counts the lines.
+    This is the case if every line has two numbers, or the same larger number of them with a column that counts lines.
 
     Args:
-      numbers: [B] the line that each length stands on.
-      lengths: [B] what stands there.
-      source: where, for the error.
+      numbers: [B] the line of each length.
+      lengths: [B] the lengths.
+      source: the name of the text, for the error.
     """
     _, counts = np.unique(numbers, return_counts=True)
     columns = counts[0]
@@ -271,13 +286,13 @@ def _check_no_table(numbers: np.ndarray, lengths: np.ndarray, source: str) -> No
         return
     if columns == 2 or (len(counts) > 2 and (np.diff(lengths.reshape(-1, columns), axis=0) == 1).all(axis=0).any()):
         raise ValueError(
-            f"{source} has {columns} numbers on every line, like a table whose index or other columns are no lengths. "
-            f"Name its columns in the first line, and the one to read length; or write one length a line."
+            f"{source} has {columns} numbers on every line, like a table with an index or other columns that are not "
+            f"lengths. Name its columns in the first line, and the one to read length; or write one length per line."
         )
 
 
 def _length(place: str, word: str, hint: str = "") -> int:
-    """A length from a word. Raises ValueError, with its place, and a hint where it is no number at all."""
+    """Reads a length from a word. Raises ValueError, with its place, and a hint if the word is not a number."""
     if not _NUMBER.fullmatch(word):
         digits = " in the digits 0 to 9" if "_" in word or any(c.isdigit() and not c.isascii() for c in word) else ""
         raise ValueError(f"{place}: {_brief(word)} is not a whole number{digits}.{hint}")
@@ -292,6 +307,6 @@ def _length(place: str, word: str, hint: str = "") -> int:
 
 
 def _brief(text: str, *, quoted: bool = True) -> str:
-    """A text as an error shows it: quoted, and not too long."""
+    """Returns a text for an error: quoted, and not too long."""
     shown = text if len(text) <= _LONGEST_WORD else f"{text[:_LONGEST_WORD]}..."
     return repr(shown) if quoted else shown

@@ -1,4 +1,4 @@
-"""What the commands measure: programs compiled, and time."""
+"""Measurements of the commands: compiled programs and time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 
 
 class CountedJit:
-    """jax.jit(function), which counts the programs that it compiles.
+    """jax.jit(function) with a count of the programs that it compiles.
 
-    JAX runs the Python function to trace it, once for each program that the shapes and dtypes of the arguments ask for,
-    and never again: so each run of it is counted.
+    JAX runs the Python function once for each program that the shapes and dtypes of the arguments need, to trace it.
+    The count is of these runs.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -29,22 +29,22 @@ class CountedJit:
         self._jitted = jax.jit(traced)
 
     def __call__(self, *args: Any) -> Any:
-        """The function's result."""
+        """Runs the compiled function."""
         return self._jitted(*args)
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """How long a run takes, until its arrays are there."""
+    """Times a run, until its arrays are ready."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 def median_seconds(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """How long each of several runs takes, in the median.
+    """Returns the median time of each of several runs.
 
-    They take turns, so that whatever else the machine does falls on all of them alike. Each is run once before, so that
-    none is timed while it compiles.
+    The runs take turns, so that other load on the machine affects all of them alike. Each runs once before, so that
+    compilation is not timed.
     """
     for run in runs.values():
         jax.block_until_ready(run())

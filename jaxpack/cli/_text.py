@@ -1,4 +1,4 @@
-"""Pieces of text that several reports share: the picture of a plan, and how parts are printed on any terminal."""
+"""Text that several reports share: the picture of a plan, and the printing of a report's parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WIDTH = 64
 
 
 def picture_of(plan: BucketPlan, lengths: np.ndarray, lines: int) -> str:
-    """The plan with a batch in it, indented. Short plans have doubled marks: a cell is then about as wide as high."""
+    """Draws a plan with a batch in it, indented. Marks of short plans are doubled, so a cell is as wide as high."""
     double = 2 if plan.num_steps <= _WIDTH // 2 else 1
     drawn = plan.picture(lengths, columns=_WIDTH, lines=lines).splitlines()
     return "\n".join("  " + "".join(mark * double for mark in line) for line in drawn)
@@ -29,7 +29,7 @@ def print_parts(parts: Iterable[RenderableType], console: Console) -> None:
 
 
 def _plain_marks(text: Text, console: Console) -> Text:
-    """The text in characters that the terminal knows."""
+    """Returns the text in characters that the terminal can print."""
     if not console.options.ascii_only:
         return text
     return Text(text.plain.translate(_ASCII), style=text.style, no_wrap=text.no_wrap)

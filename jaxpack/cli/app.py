@@ -1,4 +1,4 @@
-"""The commands of `jaxpack`, put together."""
+"""The command line `jaxpack`, composed of its commands."""
 
 from __future__ import annotations
 

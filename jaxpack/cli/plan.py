@@ -1,4 +1,4 @@
-"""`jaxpack plan`: the best plans for given lengths, as one batch and as a corpus, counted, estimated and drawn."""
+"""The command `jaxpack plan`: the best plans for given lengths, as one batch and as a corpus."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from jaxpack._plans.bucket_plan import INDEX_MAX
 from jaxpack.cli._files import check_plot, read_or_parse_lengths, writing
 from jaxpack.cli._text import picture_of, print_parts
 from jaxpack.data import coverage, plan_cover
+from jaxpack.plot._figures import Figure
 
-_LINES = 16  # of each picture
+_LINES = 16  # in each picture
 _BATCH_SIZE = 64  # of a corpus
-_MOST_DRAWN = 10_000  # sequences of a batch; of more the corpus is drawn
+_MOST_DRAWN = 10_000  # the most sequences of a batch in a plot; beyond it the corpus is plotted
 _COST = jaxpack.CostModel()
 _ESTIMATE = (
-    "* A training step, and its compilation, as jaxpack.CostModel() estimates them for its reference layer: an LSTM of "
-    "B=64, F=128, H=256 in float32 on 2 CPU cores. `jaxpack bench` measures yours."
+    "* A training step, and its compilation, as jaxpack.CostModel() estimates them for its reference layer: an LSTM "
+    "with B=64, F=128, H=256 in float32 on 2 CPU cores. `jaxpack bench` measures yours."
 )
 _CAPTION = (
-    "Time runs right, sequences run down, longest first. █ real, ▓ real, of the next sequence in its row, ░ slack: "
+    "Time runs right, sequences run down, longest first. █ real, ▓ real (the next sequence in its row), ░ slack: "
     "computed, then masked."
 )
 
@@ -36,18 +37,18 @@ _CAPTION = (
 def plan(
     lengths: Annotated[
         str,
-        typer.Argument(metavar="LENGTHS", help="A file of whole numbers (- is standard input), or a list: 4,6,8,5."),
+        typer.Argument(metavar="LENGTHS", help="A file of whole numbers (- for standard input), or a list: 4,6,8,5."),
     ],
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Sequences in a batch of a corpus.", show_default=f"{_BATCH_SIZE}, if there are more"),
+        typer.Option(min=1, help="Sequences in a batch of a corpus.", show_default=f"{_BATCH_SIZE}, for more lengths"),
     ] = None,
     num_buckets: Annotated[
         int | None,
         typer.Option(min=1, help="The most buckets to use.", show_default="as many as pay for themselves"),
     ] = None,
     row_multiple: Annotated[
-        int, typer.Option(min=1, help="Round a bucket's rows up to a multiple: 8 fills the tiles of TPUs and GPUs.")
+        int, typer.Option(min=1, help="Round rows up to a multiple: 8 fills the tiles of TPUs and GPUs.")
     ] = 1,
     plot_file: Annotated[
         pathlib.Path | None,
@@ -55,17 +56,17 @@ def plan(
             "--plot",
             metavar="FILE",
             callback=check_plot,
-            help=f"Draw the plan (.png, .svg, .pdf, ...); of more than {_MOST_DRAWN:,} sequences the corpus's.",
+            help=f"Draw the plan (.png, .svg, .pdf, ...); the corpus's for more than {_MOST_DRAWN:,} lengths.",
         ),
     ] = None,
 ) -> None:
     """Show the plans that jaxpack would choose for these lengths.
 
-    A file holds whole numbers, one a line or separated by spaces or commas; a
-    table's first line names the column length. All are planned as one batch
-    and, where they are more than a batch, as a corpus whose batches share one
-    plan. Cells are counted and times estimated, nothing is timed: `jaxpack
-    bench` does that.
+    A file holds whole numbers, one per line or separated by spaces or commas;
+    the first line of a table names the column length. The lengths are planned
+    as one batch and, if they are more than a batch, as a corpus whose batches
+    share one plan. Cells are counted and times are estimated; `jaxpack bench`
+    measures times.
     """
     array = read_or_parse_lengths(lengths, "LENGTHS")
     is_corpus = batch_size is not None or len(array) > _BATCH_SIZE
@@ -80,27 +81,14 @@ def plan(
         corpus = plan_cover(array, batch_size) if is_corpus else None
     except ValueError as error:
         raise typer.BadParameter(f"as a corpus: {error}", param_hint="'LENGTHS'") from error
-    parts: list[Text | Table] = [Text(_title(array), style="bold")]
-    if is_corpus:
-        parts.append(Text("As one batch", style="bold"))
-    if batch is not None:
-        parts += _describe_batch(batch, array)
-    else:
-        parts.append(Text("They would have more cells than int32 can index."))
-    if corpus is not None:
-        parts += _describe_corpus(corpus, array, batch_size)
-    parts.append(Text(_ESTIMATE))
-    print_parts((*parts, Text(_CAPTION)), Console())
+    print_parts(_report(array, batch, corpus, batch_size), Console())
     if plot_file is not None:
         with writing(plot_file):
-            if batch is not None and (corpus is None or len(array) <= _MOST_DRAWN):
-                plot.plot_plan(batch.plans[batch.chosen], array).savefig(plot_file)
-            elif corpus is not None:
-                plot.plot_corpus(array, corpus).savefig(plot_file)
+            _draw(array, batch, corpus).savefig(plot_file)
 
 
 class _Batch(NamedTuple):
-    """The plans of one batch: all by name, the one chosen, its code, and whether plan_best picks it."""
+    """The plans of one batch by name, the chosen name, its code, and whether plan_best picks it."""
 
     plans: Mapping[str, jaxpack.BucketPlan]
     chosen: str
@@ -109,7 +97,7 @@ class _Batch(NamedTuple):
 
 
 def _plan_batch(lengths: np.ndarray, num_buckets: int | None, row_multiple: int) -> _Batch:
-    """Plans all lengths as one batch; ValueError if that has more cells than can be indexed."""
+    """Plans all lengths as one batch; raises ValueError if that has more cells than int32 can index."""
     plans = {
         "padded": jaxpack.plan_padded(len(lengths), max(int(lengths.max()), 1)),
         "exact": jaxpack.plan_exact(lengths),
@@ -123,8 +111,32 @@ def _plan_batch(lengths: np.ndarray, num_buckets: int | None, row_multiple: int)
     }
     chosen = min(code, key=lambda name: _COST.total(plans[name]))
     without_options = jaxpack.plan_buckets(lengths) if options else plans["buckets"]
-    best = min((without_options, plans["rows"]), key=_COST.total)  # as plan_best has it
+    best = min((without_options, plans["rows"]), key=_COST.total)  # the choice of plan_best
     return _Batch(plans, chosen, code[chosen], plans[chosen] == best)
+
+
+def _report(
+    lengths: np.ndarray, batch: _Batch | None, corpus: jaxpack.BucketPlan | None, batch_size: int
+) -> list[Text | Table]:
+    """Returns the parts of the report."""
+    parts: list[Text | Table] = [Text(_title(lengths), style="bold")]
+    if corpus is not None:
+        parts.append(Text("As one batch", style="bold"))
+    if batch is not None:
+        parts += _describe_batch(batch, lengths)
+    else:
+        parts.append(Text("One batch would have more cells than int32 can index."))
+    if corpus is not None:
+        parts += _describe_corpus(corpus, lengths, batch_size)
+    return [*parts, Text(_ESTIMATE), Text(_CAPTION)]
+
+
+def _draw(lengths: np.ndarray, batch: _Batch | None, corpus: jaxpack.BucketPlan | None) -> Figure:
+    """Draws the plan of the batch; that of the corpus, if there is one and the batch is too large."""
+    if corpus is not None and (batch is None or len(lengths) > _MOST_DRAWN):
+        return plot.plot_corpus(lengths, corpus)
+    assert batch is not None
+    return plot.plot_plan(batch.plans[batch.chosen], lengths)
 
 
 def _title(lengths: np.ndarray) -> str:
@@ -133,7 +145,7 @@ def _title(lengths: np.ndarray) -> str:
 
 
 def _describe_batch(batch: _Batch, lengths: np.ndarray) -> list[Text | Table]:
-    """Plans of one batch, counted and estimated side by side; the chosen one's code; pictures of the two to choose."""
+    """Describes the plans of one batch: their counts and estimates, the code of the chosen one, and pictures."""
     plans = batch.plans
     who = "jaxpack.plan_best(lengths) picks" if batch.is_best else "With these options:"
     choice = f"{who} {batch.chosen}, the cheaper of the two if compiled once for {_COST.runs:,} training steps."
@@ -150,7 +162,7 @@ def _describe_batch(batch: _Batch, lengths: np.ndarray) -> list[Text | Table]:
 
 
 def _describe_corpus(plan: jaxpack.BucketPlan, lengths: np.ndarray, batch_size: int) -> list[Text | Table]:
-    """The plan that all batches of a corpus share, beside padding them to the longest; its code; and a picture."""
+    """Describes the plan that all batches of a corpus share, beside the padded plan, with its code and a picture."""
     real, batches = int(lengths.sum()), -(-len(lengths) // batch_size)
     longest, expected = max(int(lengths.max()), 1), coverage(lengths, plan)
     plans = {"corpus": plan}
@@ -164,36 +176,36 @@ def _describe_corpus(plan: jaxpack.BucketPlan, lengths: np.ndarray, batch_size: 
         "cells that are real": lambda plan: f"{real / (batches * plan.size):.1%}",
     }
     words = (
-        f"jaxpack.data.SlotFilling makes batches that fill it. Of batches drawn at random {expected.miss:.1%} would "
+        f"jaxpack.data.SlotFilling makes batches that fill it. {expected.miss:.1%} of batches drawn at random would "
         f"not fit: plan_cover(lengths, batch_size={batch_size}, miss=0.1) makes a plan for those."
     )
     title = f"As a corpus: one plan for all batches of {batch_size:,} (--batch-size)"
     code = f"  corpus_plan = jaxpack.data.plan_cover(lengths, batch_size={batch_size})"
-    fullest = np.sort(lengths)[::-1][::batches][:batch_size]  # the longest that each slot takes
+    fullest = np.sort(lengths)[::-1][::batches][:batch_size]  # the longest sequence of each slot
     return [
         Text(title, style="bold"),
         _table(plans, "corpus", lines),
         Text(f"{words}\n\n{code}"),
-        *_picture("corpus, its slots with the longest that they take", plan, fullest),
+        *_picture("corpus, with the longest sequence of each slot", plan, fullest),
     ]
 
 
 def _picture(name: str, plan: jaxpack.BucketPlan, lengths: np.ndarray) -> list[Text | Table]:
-    """A plan with a batch in it, under its name."""
+    """Draws a plan with a batch in it, under its name."""
     rows = plan.rows[0]
     shown = f", {_LINES} of {rows:,} rows drawn" if rows > _LINES else ""
     return [Text(f"{name}{shown}", style="bold"), Text(picture_of(plan, lengths, _LINES), no_wrap=True)]
 
 
 _SHAPE: dict[str, Callable[[jaxpack.BucketPlan], str]] = {
-    "loops, one a bucket": lambda plan: f"{plan.num_buckets:,}",
+    "loops, one per bucket": lambda plan: f"{plan.num_buckets:,}",
     "rows x steps": lambda plan: f"{plan.rows[0]:,} x {plan.num_steps:,}",
     "cells": lambda plan: f"{plan.size:,}",
 }
 
 
 def _batch_table(plans: Mapping[str, jaxpack.BucketPlan], chosen: str, real: int) -> Table:
-    """What is counted and estimated for one batch, a column a plan."""
+    """Returns a table of the counts and estimates for one batch, with a column per plan."""
     padded = plans["padded"]
     lines: dict[str, Callable[[jaxpack.BucketPlan], str]] = {
         **_SHAPE,
@@ -213,7 +225,7 @@ def _table(
     chosen: str,
     lines: Mapping[str, Callable[[jaxpack.BucketPlan], str]],
 ) -> Table:
-    """A column a plan, the chosen one's in bold, and a line for each heading."""
+    """Returns a table with a column per plan, the chosen one in bold, and a line for each heading."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in plans:

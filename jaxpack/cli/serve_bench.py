@@ -1,9 +1,7 @@
-"""`jaxpack serve-bench`: a load test of a served LSTM, whose answers are all checked."""
+"""The command `jaxpack serve-bench`: a load test of a served LSTM, which checks every answer."""
 
 from __future__ import annotations
 
-import json
-import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -18,19 +16,19 @@ from rich.text import Text
 import jaxpack
 from jaxpack._layers.recurrent_layer import LayerParams
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack.cli._files import check_json, writing
+from jaxpack.cli._files import JsonFile, write_json
 from jaxpack.cli._text import print_parts
 from jaxpack.data import plan_cover
 from jaxpack.serving import LoadReport, Queue, Server, Tally, counted_compilations, measure_load
 
-_LONGEST = 200  # steps of a request, at most
-_MISS = 0.1  # of random batches, which are then split
+_LONGEST = 200  # the most steps of a request
+_MISS = 0.1  # the share of random batches that fit no plan and are split
 _PERCENTILES = (50, 90, 99, 100)
 _FAULTS = {"lost": "lost", "reordered": "reordered", "misdelivered": "another's", "wrong": "wrong"}
 
 
 class Load(NamedTuple):
-    """What is sent to what; max_wait in seconds."""
+    """The requests and the server of a load test; max_wait is in seconds."""
 
     requests: int
     threads: int
@@ -43,38 +41,33 @@ class Load(NamedTuple):
 
 
 def serve_bench(
-    requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 2000,
-    threads: Annotated[int, typer.Option(min=1, help="How many clients send them.")] = 16,
-    burst: Annotated[float, typer.Option(min=1, help="Requests that a client sends at once, in the mean.")] = 8,
-    max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a request may wait for others.")] = 5,
+    requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 2000,
+    threads: Annotated[int, typer.Option(min=1, help="Number of clients that send them.")] = 16,
+    burst: Annotated[float, typer.Option(min=1, help="Mean number of requests that a client sends at once.")] = 8,
+    max_wait: Annotated[float, typer.Option(min=0, help="Milliseconds that a request waits for others, at most.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the largest plan.")] = 32,
     features: Annotated[int, typer.Option(min=1, help="Input features.")] = 32,
     hidden_size: Annotated[int, typer.Option(min=1, help="Hidden size.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of lengths, inputs, weights and bursts.")] = 0,
-    json_file: Annotated[
-        pathlib.Path | None,
-        typer.Option("--json", metavar="FILE", callback=check_json, help="Write all that was found."),
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Serve an LSTM to many threads that send requests of mixed lengths in bursts.
 
     Half of the requests are longer than 50 steps, none is longer than 200. Each
-    carries a number that its answer must bring back, and every answer is
-    compared with the one that the request gets alone. The exit status is 1 if
-    one is lost or wrong, or if anything is compiled while requests come in.
+    carries a number that its answer must return, and every answer is compared
+    with the one that the request gets alone. The exit status is 1 if an answer
+    is lost or wrong, or if anything is compiled while requests come in.
     """
     load = Load(requests, threads, burst, max_wait / 1e3, batch_size, features, hidden_size, seed)
     result = measure(load)
     print_serve_bench(result, Console())
-    if json_file is not None:
-        with writing(json_file):
-            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, result)
     if not result["passed"]:
         raise typer.Exit(1)
 
 
 def measure(load: Load) -> dict[str, Any]:
-    """Runs the load test: what the report is made of, as JSON has it."""
+    """Runs the load test; returns its results, serialisable as JSON."""
     generator = np.random.default_rng(load.seed)
     drawn = np.round(generator.lognormal(np.log(50), 0.7, load.requests))
     lengths = np.clip(drawn, 1, _LONGEST).astype(np.int64)
@@ -95,16 +88,16 @@ def measure(load: Load) -> dict[str, Any]:
 
 
 def make_plans(lengths: np.ndarray, batch_size: int) -> list[BucketPlan]:
-    """Plans of three sizes that few random batches miss, and one for the longest request alone.
+    """Returns plans of three sizes that few random batches miss, and one for the longest request alone.
 
-    There is none that every batch fits: run in place of two smaller ones, it would take longer.
+    A plan that every batch fits would take longer than the two smaller ones that it replaces.
     """
     sizes = sorted({max(1, batch_size // part) for part in (1, 4, 16)})
     return [plan_cover(lengths, size, miss=_MISS) for size in sizes] + [jaxpack.plan_padded(1, int(lengths.max()))]
 
 
 def make_server(lstm: jaxpack.LSTM, params: LayerParams, plans: Sequence[BucketPlan]) -> Server:
-    """An LSTM that returns its outputs and final state, and the request's number, at each step and once."""
+    """Serves an LSTM that returns its outputs and final state, and the request's number, per step and once."""
 
     def function(params: LayerParams, packed: jaxpack.PackedSequence) -> dict[str, Any]:
         numbers = packed.replace(data=packed.data["number"])
@@ -144,15 +137,15 @@ def _result(
 
 
 def print_serve_bench(result: Mapping[str, Any], console: Console) -> None:
-    """Prints the report, in 80 columns, from what `measure` returns."""
+    """Prints the report of a result of `measure`, in 80 columns."""
     parts: list[Text | Table] = [
         Text(_title(result["load"]), style="bold"),
         Text(_sent(result)),
         _facts(result),
         _plans(result["plans"]),
         Text(
-            "Latency: from submission to answer. Cells are steps of rows, computed in each batch; real are those that "
-            "requests filled. Batches that fit no plan are split."
+            "Latency: from submission to answer. Cells are the steps of rows that a batch computes; real is the share "
+            "of them that requests filled. Batches that fit no plan are split."
         ),
     ]
     if not result["passed"]:
@@ -170,20 +163,20 @@ def _sent(result: Mapping[str, Any]) -> str:
     threads = "1 thread" if load["threads"] == 1 else f"{load['threads']} threads"
     return (
         f"{requests} of {lengths['shortest']} to {lengths['longest']} steps, {lengths['steps']:,} in all, from "
-        f"{threads} in bursts of {load['burst']:g} in the mean. A request waits at most {load['max_wait'] * 1e3:g} ms "
+        f"{threads} in bursts of {load['burst']:g} on average. A request waits at most {load['max_wait'] * 1e3:g} ms "
         f"for others. JAX on {result['backend']}."
     )
 
 
 def _facts(result: Mapping[str, Any]) -> Table:
-    """What one asks first."""
+    """Returns the table of latency, throughput, answers and programs."""
     names = [f"p{percent}" for percent in _PERCENTILES[:-1]] + ["at most"]
     latencies = [f"{name} {1e3 * seconds:.1f}" for name, seconds in zip(names, result["latency"].values(), strict=True)]
     rates = [count / result["seconds"] for count in (result["load"]["requests"], result["lengths"]["steps"])]
     warm_up = result["warm_up"]
     table = Table.grid(padding=(0, 3))
     table.add_row("Latency, ms", ", ".join(latencies))
-    table.add_row("Throughput", f"{rates[0]:,.0f} requests and {rates[1]:,.0f} steps a second")
+    table.add_row("Throughput", f"{rates[0]:,.0f} requests and {rates[1]:,.0f} steps per second")
     table.add_row("Answers", ", ".join(f"{result[key]:,} {word}" for key, word in _FAULTS.items()))
     table.add_row(
         "Programs compiled",
@@ -193,7 +186,7 @@ def _facts(result: Mapping[str, Any]) -> Table:
 
 
 def _plans(plans: list[Mapping[str, Any]]) -> Table:
-    """What ran under each plan."""
+    """Returns the table of the batches of each plan."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("Plan", no_wrap=True)
     for heading in ("slots", "cells", "batches", "requests", "real"):

@@ -1,4 +1,4 @@
-"""From a corpus to batches: plans that it fits, batchers that fill them, and the way to the device."""
+"""Feeding: plans for a corpus, batchers that fill them, and prefetching to the device."""
 
 from jaxpack._namespace import publish as _publish
 from jaxpack.data._batch import Batch

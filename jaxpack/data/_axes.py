@@ -1,7 +1,7 @@
-"""Time axes: which leaves of an example vary in time, and together with which others.
+"""Time axes of examples: which leaves vary in time, and which of them share their steps.
 
-An example has one time axis, which all its leaves that vary share, or several with a name each: source and target. The
-argument `time_varying` says so, with a bool or a name for each leaf; each axis then has a plan of its own.
+An example has one time axis, shared by all leaves that vary in time, or several named ones, such as source and target.
+The argument `time_varying` declares them with a bool or a name for each leaf. Each axis has its own plan.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Plans = BucketPlan | Mapping[str, BucketPlan]
 
 
 def axis_names(time_varying: PyTree) -> tuple[str, ...]:
-    """Returns the names of the time axes, in the order of the leaves; none if there is one without a name.
+    """Returns the names of the time axes in the order of the leaves; none for a single axis without a name.
 
     Examples:
       >>> axis_names({"words": "source", "phonemes": "target", "label": False})
@@ -28,7 +28,7 @@ def axis_names(time_varying: PyTree) -> tuple[str, ...]:
 
     Raises:
       TypeError: if time_varying holds anything but bools, names and None.
-      ValueError: if it names some axes, and says True of other leaves.
+      ValueError: if it holds names for some leaves and True for others.
     """
     flags = jax.tree.leaves(time_varying, is_leaf=_is_none)
     if time_varying is not None and not all(
@@ -48,9 +48,10 @@ def axes_of(time_varying: PyTree, structure: Any, ranks: Sequence[int]) -> tuple
     """Returns the number of each leaf's time axis, None for a leaf of fixed size.
 
     Args:
-      time_varying: a bool or a name for each leaf, or a prefix of the structure; None: whatever has an axis varies.
-      structure: an example's.
-      ranks: of its leaves.
+      time_varying: a bool or a name for each leaf, or for a prefix of the structure. None means that every leaf with an
+        axis varies.
+      structure: the tree structure of an example.
+      ranks: the number of axes of each leaf.
 
     Raises:
       ValueError: if time_varying is no prefix of the structure.
@@ -84,12 +85,12 @@ def plans_of(plan: Plans, names: Sequence[str]) -> tuple[BucketPlan, ...]:
 
     Raises:
       TypeError: if it is neither.
-      ValueError: if the names are others, or the plans are for batches of different sizes.
+      ValueError: if the mapping has other names, or the plans have different batch sizes.
     """
     if isinstance(plan, BucketPlan):
         if len(names) < 2:
             return (plan,)
-        raise ValueError(f"examples have the time axes {_listed(names)}: give a plan for each, {_mapping(names)}.")
+        raise ValueError(f"examples have the time axes {_listed(names)}: pass a plan for each, {_mapping(names)}.")
     if not isinstance(plan, Mapping):
         raise TypeError(f"plan must be a jaxpack.BucketPlan, or a dict of them by time axis, got {plan!r}.")
     if not names:
@@ -104,25 +105,25 @@ def plans_of(plan: Plans, names: Sequence[str]) -> tuple[BucketPlan, ...]:
             raise TypeError(f"plan[{name!r}] must be a jaxpack.BucketPlan, got {plan[name]!r}.")
     sizes = {name: plan[name].num_sequences for name in names}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"the plans of all time axes must be for as many sequences, got {sizes}.")
+        raise ValueError(f"the plans of all time axes must be for the same number of sequences, got {sizes}.")
     return tuple(plan[name] for name in names)
 
 
 def by_axis(values: Sequence[Any], names: Sequence[str]) -> Any:
-    """Returns a dict from the axes' names, or the one value of the one axis."""
+    """Returns a dict of the values by the axes' names, or the value itself if there is one axis."""
     return dict(zip(names, values, strict=True)) if len(names) > 1 else values[0]
 
 
 def suggestions(structure: Any, lengths: Sequence[int | None]) -> tuple[str, str]:
-    """Returns what to write for time_varying where leaves have different lengths: with names, and with bools.
+    """Returns two suggestions for time_varying where leaves have different lengths: with names, and with bools.
 
     Examples:
       >>> suggestions(jax.tree.structure((0, 0)), [3, 5])
       ("time_varying=('source', 'target')", 'time_varying=(True, False)')
 
     Args:
-      structure: an example's.
-      lengths: of each leaf, None for those that are of fixed size anyway.
+      structure: the tree structure of an example.
+      lengths: the length of each leaf, None for leaves of fixed size.
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(structure, range(len(lengths))))
     keys = [_key(path) for path, _ in paths]
@@ -142,13 +143,13 @@ def suggestions(structure: Any, lengths: Sequence[int | None]) -> tuple[str, str
 
 
 def leaf_names(structure: Any) -> list[str]:
-    """Returns the path to each leaf, as it is written in Python; empty for an example that is one array."""
+    """Returns the path to each leaf as Python code; an empty string for an example that is one array."""
     paths, _ = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(structure, range(structure.num_leaves)))
     return [jax.tree_util.keystr(path) for path, _ in paths]
 
 
 def _key(path: Sequence[Any]) -> Hashable:
-    """The last step of a path to a leaf: a key, a field's name or a number."""
+    """Returns the last entry of a path to a leaf: a key, a field's name or a number."""
     last = path[-1]
     return next(getattr(last, name) for name in ("key", "name", "idx") if hasattr(last, name))
 

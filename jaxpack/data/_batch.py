@@ -1,4 +1,4 @@
-"""Batch: packed inputs, and which examples they are."""
+"""Batch: packed inputs, with the numbers and weights of their examples."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxpack.data._source import Piece
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["inputs", "indices", "weights"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch of examples under a plan: a pytree, to be handed to a jitted step as it is.
+    """A batch of examples under a plan: a pytree that a jitted step takes.
 
     Examples:
       >>> from jaxpack.data import SlotFilling
@@ -30,10 +30,10 @@ class Batch:
 
     Attributes:
       inputs: the example's pytree, with a PackedSequence in place of each leaf that varies in time, under the plan of
-        its time axis, and an array [B, ...] in place of each that does not. Where an example is a bare array, a bare
-        PackedSequence.
-      indices: int32 [B], which example of the source sits in each row; -1 where a row is empty.
-      weights: float32 [B], 1, or 0 where a row is empty.
+        its time axis, and an array [B, ...] in place of each leaf of fixed size. For examples that are bare arrays, a
+        bare PackedSequence.
+      indices: int32 [B], the number of each row's example in the source; -1 for an empty row.
+      weights: float32 [B], 1 for a row with an example, 0 for an empty row.
     """
 
     inputs: PyTree
@@ -42,13 +42,13 @@ class Batch:
 
 
 def lay_out(form: Form, pieces: Iterable[Piece], lengths: npt.ArrayLike, plans: Sequence[BucketPlan]) -> Batch:
-    """Returns the batch of these pieces, in the first rows, on the host.
+    """Lays pieces out in the first rows of a batch, on the host.
 
     Args:
-      form: the examples'.
-      pieces: each of which is taken over before the next is asked for.
-      lengths: [n, A] of the pieces, on each time axis.
-      plans: for each time axis.
+      form: the form of the examples.
+      pieces: each is copied before the next is read.
+      lengths: [n, A] the lengths of the pieces on each time axis.
+      plans: the plan of each time axis.
     """
     by_axis = np.asarray(lengths, np.int64).reshape(-1, len(plans)).T
     rows = [Rows.of(each, plan) for each, plan in zip(by_axis, plans, strict=True)]

@@ -1,8 +1,8 @@
-"""Batcher and BatchIterator: what all batchers share. Epochs, state, shards and statistics.
+"""Batcher and BatchIterator: the epochs, states, shards and statistics of all batchers.
 
-A batcher decides in *rounds* which pieces go together, from their lengths alone: one batch for every shard, all under
-one plan, so that shards run the same program at the same time and have the same number of batches. Whatever it decides
-follows from the seed and the epoch. So a state is two numbers, and an iterator comes back to it by deciding again.
+A batcher decides in *rounds* which pieces go together, from their lengths alone. A round is one batch for every shard,
+all under one plan, so shards run the same program at the same time and have the same number of batches. All decisions
+follow from the seed and the epoch. So a state is two numbers, and an iterator returns to it by deciding again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import operator
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -26,11 +26,11 @@ from jaxpack._types import PyTree
 from jaxpack.data._axes import axis_names
 from jaxpack.data._batch import Batch, lay_out
 from jaxpack.data._form import Form
-from jaxpack.data._source import Epoch, Indexed, Length, Streamed, TooLong, positional, shuffled
+from jaxpack.data._source import Epoch, Indexed, Length, Source, Streamed, TooLong, positional, shuffled
 from jaxpack.data._statistics import Statistics, Tally
 
 State = dict[str, Any]
-Piece = tuple[int, Length]  # its number and its length
+Piece = tuple[int, Length]  # a number and a length
 Lengths = Iterator[Piece]
 
 
@@ -38,19 +38,30 @@ class Round(NamedTuple):
     """One batch for every shard.
 
     Attributes:
-      plans: those of all of them, one for each time axis.
-      shards: for each, the pieces of its batch, each its number and its length; fewer than the plan's slots, or none,
-        where there are no more.
+      plans: the plan of all its batches, one for each time axis.
+      shards: the pieces of each shard's batch; fewer than the plan has slots, or none, at the end of an epoch.
     """
 
     plans: tuple[BucketPlan, ...]
     shards: Sequence[Sequence[Piece]]
 
 
-class Batcher(abc.ABC):
-    """An iterable of batches, one epoch at a time: iterating again gives the next epoch's.
+class Options(TypedDict, total=False):
+    """Keyword arguments that all batchers take; `Batcher` documents them."""
 
-    Subclasses decide what goes together, in `_rounds`.
+    seed: int | None
+    time_varying: PyTree
+    lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None
+    buffer_size: int | None
+    too_long: TooLong
+    shard_index: int
+    shard_count: int
+
+
+class Batcher(abc.ABC):
+    """An iterable of batches, one epoch at a time: each iteration gives the next epoch.
+
+    `SlotFilling`, `BucketByLength` and `SortedChunks` are batchers. They take the arguments below, and add their own.
 
     Examples:
       >>> from jaxpack.data import SlotFilling
@@ -61,47 +72,52 @@ class Batcher(abc.ABC):
       [0, 1, 2, 3]
 
     Args:
-      source: examples, each an array [L, *F], a list of numbers, or a pytree of them. With a length and an index (a
-        list, an array, a pandas Series, a grain.MapDataset) they are read by position; else the source is iterated
-        over, anew each epoch.
-      seed: of the shuffles; None leaves the source's order as far as the batcher can.
-      time_varying: which leaves vary in time: a bool for each, or a prefix of the example's structure. Default: all
-        that have an axis. Those of an example must agree in their number of steps. Or the name of each leaf's time
-        axis, such as ("source", "target"), and False for a leaf of fixed size: those of one axis must agree.
-      lengths: [N] those of the examples, if known, or a dict of them by time axis; without them every example is read
-        once to find out.
-      buffer_size: how many examples of a source without an index are held to draw from at random.
-      too_long: what is done about an example that no plan has room for: "error", or by choice "truncate", "drop" or
-        "split" (several rows then have its index; of one time axis). Statistics say how many there were.
-      shard_index: which of the epoch's shards this is, from 0.
-      shard_count: how many there are, one a host. All have the same number of batches.
+      source: examples, each an array [L, *F], a list of numbers, or a pytree of them. A source with a length and an
+        index (a list, an array, a pandas Series, a grain.MapDataset) is read by position; any other is iterated over
+        in each epoch.
+      seed: the seed of the shuffles. None keeps the source's order as far as the batcher can.
+      time_varying: which leaves vary in time: a bool for each leaf, or for a prefix of the example's structure; leaves
+        that vary must have the same number of steps. Or the name of each leaf's time axis, such as
+        ("source", "target"), and False for a leaf of fixed size; leaves with the same axis must have the same number of
+        steps. Default: all leaves that have an axis vary in time.
+      lengths: [N] the lengths of the examples, or a dict of them by time axis. Default: every example is read once to
+        find its length.
+      buffer_size: how many examples are held to draw from at random. Default: all of a source with an index; of any
+        other, the class says.
+      too_long: how to treat an example that no plan has room for: "error" raises, "truncate" cuts its end off, "drop"
+        leaves it out, "split" makes several rows of it, all with its index (for one time axis only). Statistics count
+        such examples.
+      shard_index: the number of this shard, from 0.
+      shard_count: how many shards an epoch has, one per host. All have the same number of batches.
 
-    Batches have the dtypes that JAX holds examples in, int32 for int64 unless jax_enable_x64 is set. Where every
-    example is read to find out its length they are promoted; else the first that has a dtype says which. An empty list
-    has none.
+    Batches have the dtypes in which JAX holds examples: int32 for int64, unless jax_enable_x64 is set. Where all
+    examples are read to find their lengths, their dtypes are promoted; otherwise the first example with a dtype
+    determines it. An empty list has none.
 
     Raises:
-      ValueError: if the source is empty, examples differ in structure or features, lengths are negative, not whole or
-        not as many as examples, one is too long, a value does not fit its dtype, or an option is out of range.
-      TypeError: if the source is not read by position, or an example has a dtype that the batches' cannot hold.
+      ValueError: if the source is empty, examples differ in structure or features, lengths are negative or not whole,
+        their number is not that of the examples, an example is too long, a value does not fit its dtype, or an option
+        is out of range.
+      TypeError: if the source cannot be read by position, an example has a dtype that the batches' dtype cannot hold,
+        or a keyword is unknown.
     """
 
-    _several_axes = False  # whether examples may have time axes of their own
+    _several_axes = False  # whether examples may have more than one time axis
 
     def __init__(
         self,
-        source: Sequence[PyTree] | Iterable[PyTree],
+        source: Source,
         *,
-        seed: int | None,
-        time_varying: PyTree,
-        lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None,
-        buffer_size: int | None,
-        too_long: TooLong,
-        shard_index: int,
-        shard_count: int,
+        seed: int | None = 0,
+        time_varying: PyTree = None,
+        lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike] | None = None,
+        buffer_size: int | None = None,
+        too_long: TooLong = "error",
+        shard_index: int = 0,
+        shard_count: int = 1,
     ) -> None:
         if as_int("shard_count", shard_count) < 1 or not 0 <= as_int("shard_index", shard_index) < shard_count:
-            raise ValueError(f"shard_index must lie in [0, shard_count), got {shard_index} of {shard_count}.")
+            raise ValueError(f"shard_index must be in [0, shard_count), got {shard_index} of {shard_count}.")
         if buffer_size is not None:
             at_least_one("buffer_size", buffer_size)
         self.seed = None if seed is None else as_int("seed", seed)
@@ -111,38 +127,38 @@ class Batcher(abc.ABC):
         if len(self._names) > 1 and not self._several_axes:
             raise ValueError(
                 f"{type(self).__name__} takes examples of one time axis, but time_varying names {self._names}. Use "
-                f"jaxpack.data.SlotFilling, whose batches fit a plan for each."
+                f"jaxpack.data.SlotFilling, whose batches fit a plan for each axis."
             )
         self._indexed: Indexed | None = None
         examples = positional(source)
         if examples is not None:
             self._indexed = Indexed(examples, Form(time_varying), lengths)
         elif lengths is not None:
-            raise ValueError("lengths are for sources that are read by number, but this one has no index.")
+            raise ValueError("lengths are for sources that are read by position, but this one has no index.")
         self._examples, self._time_varying = source, time_varying
-        self._x64 = jax.config.read("jax_enable_x64")  # of this thread; batches may be laid out in another
+        self._x64 = jax.config.read("jax_enable_x64")  # this thread's value; another thread may lay batches out
         self._next = (0, 0)
 
     @property
     @abc.abstractmethod
     def plans(self) -> tuple[BucketPlan, ...]:
-        """The plans that batches come under: at most so many programs. Of several time axes one each."""
+        """The plans of the batches, each at most one program; with several time axes, one plan for each."""
 
     @abc.abstractmethod
     def _rounds(self, pieces: Lengths, rng: np.random.Generator | None) -> Iterator[Round]:
-        """Decides what goes together, in what order. Every piece is in one round."""
+        """Yields rounds, which hold every piece once."""
 
     def __iter__(self) -> BatchIterator:
-        """The next epoch, or what is left of the one that `set_state` was given."""
+        """Returns the next epoch's batches, or those that follow the state which `set_state` was given."""
         epoch, batch = self._next
         self._next = (epoch + 1, 0)
         return BatchIterator(self, epoch, batch)
 
     def set_state(self, state: State) -> None:
-        """Makes the next iterator go on where another was when it gave this state.
+        """Makes the next iterator continue from a state that `BatchIterator.get_state` returned.
 
         Raises:
-          ValueError: if it is the state of another kind of batcher, seed, source, plan or option.
+          ValueError: if the state comes from another kind of batcher, seed, source, plan or option.
         """
         mine = self._identity()
         other = {name: state.get(name) for name in mine}
@@ -151,7 +167,7 @@ class Batcher(abc.ABC):
         self._next = (operator.index(state["epoch"]), operator.index(state["batch"]))
 
     def statistics(self) -> Statistics:
-        """What the next epoch will be like. Reads no example of a source with an index, and all of one without."""
+        """Computes the statistics of the next epoch. Reads no example of a source with an index, else all of them."""
         epoch, _ = self._next
         iterator = BatchIterator(self, epoch, 0)
         with contextlib.suppress(StopIteration):
@@ -160,19 +176,19 @@ class Batcher(abc.ABC):
         return iterator.statistics
 
     def __len__(self) -> int:
-        """How many batches the next epoch has."""
+        """Counts the batches of the next epoch."""
         if self._indexed is None:
-            raise TypeError("how many batches a source without an index gives is not known before it was read.")
+            raise TypeError("the number of batches from a source without an index is not known before it is read.")
         return self.statistics().batches
 
     def _corpus(self, what: str) -> np.ndarray:
-        """The lengths of all examples, [N, A] on each time axis."""
+        """Returns the lengths of all examples on each time axis, [N, A]."""
         if self._indexed is None:
-            raise ValueError(f"a source without an index has no lengths to make {what} from: give them.")
+            raise ValueError(f"a source without an index has no lengths to make {what} from: pass {what}.")
         return self._indexed.lengths
 
     def _limit(self, limits: Sequence[int], held: int) -> None:
-        """Sets the longest piece on each time axis, and how many a buffer holds; to be called once plans are known."""
+        """Sets the longest piece on each time axis, and how many pieces a buffer holds. Called once plans are known."""
         if self._indexed is not None:
             self._indexed.limit(limits, self._too_long)
             self._source: Indexed | Streamed = self._indexed
@@ -181,13 +197,13 @@ class Batcher(abc.ABC):
             self._source = Streamed(self._examples, self._time_varying, limits, self._too_long, watched)
 
     def _shuffled(self, pieces: Lengths, rng: np.random.Generator | None, default: int) -> Lengths:
-        """The pieces of a source without an index, shuffled within a buffer; others were shuffled before."""
+        """Shuffles the pieces of a source without an index within a buffer; others are shuffled already."""
         if self._indexed is not None or rng is None:
             return pieces
         return shuffled(pieces, self._buffer_size or default, rng)
 
     def _open(self, epoch: int) -> tuple[Epoch, Iterator[Round]]:
-        """A reading of the source, and the rounds of its pieces."""
+        """Starts a reading of the source; returns it with the rounds of its pieces."""
         if self.seed is None:
             reading = self._source.epoch(None)
             return reading, self._rounds(reading.pieces, None)
@@ -196,7 +212,7 @@ class Batcher(abc.ABC):
         return reading, self._rounds(reading.pieces, of_rounds)
 
     def _identity(self) -> State:
-        """What must be the same for a state to mean the same batches."""
+        """Returns the settings under which a state means the same batches."""
         examples = None if self._indexed is None else len(self._indexed.lengths)
         return {
             "batcher": type(self).__name__,
@@ -208,7 +224,7 @@ class Batcher(abc.ABC):
 
     @functools.cached_property
     def _fingerprint(self) -> int:
-        """A checksum of all else that batches follow from: plans, lengths and options."""
+        """A checksum of the plans, lengths and options that determine the batches."""
         lengths = b"" if self._indexed is None else self._indexed.lengths.tobytes()
         plans = [dataclasses.astuple(plan) for plan in self.plans]
         axes = self._names if len(self._names) > 1 else ()
@@ -216,12 +232,12 @@ class Batcher(abc.ABC):
 
     @property
     def _options(self) -> tuple[Any, ...]:
-        """Options that batches follow from."""
+        """The options that determine the batches."""
         return self._buffer_size, self._too_long
 
 
 def in_random_order(rounds: Sequence[Round], rng: np.random.Generator | None) -> Iterator[Round]:
-    """The rounds shuffled, or as they are without a generator."""
+    """Yields the rounds in random order, or in the given order without a generator."""
     order = np.arange(len(rounds))
     if rng is not None:
         rng.shuffle(order)
@@ -229,14 +245,14 @@ def in_random_order(rounds: Sequence[Round], rng: np.random.Generator | None) ->
 
 
 class BatchIterator:
-    """An epoch's batches for one shard. Made by iterating over a batcher.
+    """An epoch's batches for one shard, made by iterating over a batcher.
 
     Examples:
       >>> from jaxpack.data import SlotFilling
       >>> batches = SlotFilling([[1, 2, 3], [4], [5, 6], [7]], batch_size=2, seed=0)
       >>> iterator = iter(batches)
       >>> first = next(iterator)
-      >>> batches.set_state(iterator.get_state())  # to go on with the second
+      >>> batches.set_state(iterator.get_state())  # continue with the second
       >>> sum(1 for batch in batches)
       1
     """
@@ -249,9 +265,9 @@ class BatchIterator:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
-        An exception of the source passes through. The state is then that before the batch, and asking again retries.
+        An exception of the source passes through. The state is then that before the batch, and the next call retries.
         """
         with self._retried(), jax.enable_x64(self._batcher._x64):
             plans, pieces = self._take(next(self._opened()))
@@ -262,23 +278,23 @@ class BatchIterator:
         return batch
 
     def skip(self) -> None:
-        """Goes past a batch without laying it out; raises StopIteration if there is none."""
+        """Skips a batch without laying it out; raises StopIteration if there is none."""
         with self._retried():
             self._pass(next(self._opened()))
         self._batch += 1
 
     def get_state(self) -> State:
-        """Where it is: what a batcher's `set_state` takes. Small, and can be written as JSON."""
+        """Returns the position in the epoch, for a batcher's `set_state`: small, and serialisable as JSON."""
         return {"epoch": self._epoch, "batch": self._batch, **self._batcher._identity()}
 
     @property
     def statistics(self) -> Statistics:
-        """Of the epoch's batches so far, those before a resumed state included."""
+        """The statistics of the epoch's batches so far, including those before a resumed state."""
         self._opened()
         return self._tally.statistics(self._batcher._too_long, self._reading.cut)
 
     def _opened(self) -> Iterator[Round]:
-        """The rounds that are left. Starts to decide if need be, and comes back to the state."""
+        """Returns the remaining rounds; opens the source first, and repeats the rounds before the state."""
         if self._rounds is None:
             self._reading, rounds = self._batcher._open(self._epoch)
             self._tally = Tally(self._batcher._names)
@@ -287,7 +303,7 @@ class BatchIterator:
                     self._pass(next(rounds))
                 except StopIteration as error:
                     raise ValueError(
-                        f"the state was given after {self._batch} batches, but now there are {done}. Resume with the "
+                        f"the state was taken after {self._batch} batches, but now there are {done}. Resume with the "
                         f"source that it was made with."
                     ) from error
             self._rounds = rounds
@@ -295,7 +311,7 @@ class BatchIterator:
 
     @contextlib.contextmanager
     def _retried(self) -> Iterator[None]:
-        """Lets the next call start anew after an exception, since generators that raised one have ended."""
+        """Lets the next call reopen the source after an exception, since a generator that raised has ended."""
         try:
             yield
         except BaseException as error:
@@ -304,7 +320,7 @@ class BatchIterator:
             raise
 
     def _take(self, round_: Round) -> tuple[tuple[BucketPlan, ...], Sequence[Piece]]:
-        """Takes this shard's part of a round, and lets the others' pieces go."""
+        """Takes this shard's batch of a round, and drops the pieces of the other shards."""
         for shard, pieces in enumerate(round_.shards):
             if shard != self._batcher.shard_index:
                 self._reading.drop([number for number, _ in pieces])

@@ -1,4 +1,4 @@
-"""Boundaries of length, and the plans of the batches between them."""
+"""Length boundaries of buckets, and the plans of their batches."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy.typing as npt
 from jaxpack._checks import as_int, at_least_one
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_buckets, plan_padded
-from jaxpack.data._cover import Planner, plan_cover
+from jaxpack.data._cover import Planner, cover
 
-_CAP = 4  # a batch of short sequences holds at most so many times what the budget holds of the mean boundary
+_CAP = 4  # a batch of short sequences has at most this many times the sequences that fit at the mean boundary
 
 
 def tightest_boundaries(lengths: npt.ArrayLike, count: int) -> tuple[int, ...]:
-    """At most `count` lengths to pad to, the last the longest, that take the fewest cells.
+    """Returns at most `count` boundaries such that padding each sequence to the next one takes the fewest cells.
 
-    Padding each sequence to the next boundary takes as many cells as the staircase of as many buckets has.
+    The last boundary is the longest length. The number of cells is that of a staircase with as many buckets.
 
     Examples:
       >>> tightest_boundaries([2, 2, 3, 9], 2)
@@ -28,7 +28,7 @@ def tightest_boundaries(lengths: npt.ArrayLike, count: int) -> tuple[int, ...]:
 
 
 def padded_plans(boundaries: Sequence[int], batch_size: int | None, max_cells: int | None) -> tuple[BucketPlan, ...]:
-    """A padded plan for each boundary, of as many sequences as the budget holds.
+    """Returns a padded plan for each boundary, with as many sequences as batch_size and max_cells allow.
 
     Examples:
       >>> padded_plans([4, 8], 5, 24)
@@ -48,23 +48,26 @@ def covering_plans(
     max_cells: int | None,
     planner: Planner | None,
 ) -> tuple[BucketPlan, ...]:
-    """A plan for the sequences up to each boundary, of as many as the budget holds; padded where there are none."""
+    """Returns a plan for each boundary's sequences, with as many as batch_size and max_cells allow.
+
+    A boundary without sequences gets a padded plan.
+    """
     most = _most_sequences(boundaries, batch_size, max_cells)
     bucket_of = np.searchsorted(boundaries, lengths)
     plans = []
     for bucket, boundary in enumerate(boundaries):
-        held = lengths[bucket_of == bucket]
+        held = lengths[bucket_of == bucket, None]
         if not held.size:
-            held = np.array([boundary])
-        plan = plan_cover(held, most, planner=planner)
+            held = np.array([[boundary]])
+        (plan,) = cover(held, most, planner=planner)
         if max_cells is not None and plan.size > max_cells:
-            plan = plan_cover(held, max_cells=max_cells, planner=planner)
+            (plan,) = cover(held, None, max_cells=max_cells, planner=planner)
         plans.append(plan)
     return tuple(plans)
 
 
 def check_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
-    """Boundaries as ints; raises ValueError unless they increase from at least 1."""
+    """Returns boundaries as ints; raises ValueError unless they increase from at least 1."""
     checked = tuple(as_int(f"boundaries[{i}]", boundary) for i, boundary in enumerate(boundaries))
     if not checked or list(checked) != sorted(set(checked)) or checked[0] < 1:
         raise ValueError(f"boundaries must increase from at least 1, got {checked}.")
@@ -72,7 +75,7 @@ def check_boundaries(boundaries: Sequence[int]) -> tuple[int, ...]:
 
 
 def _most_sequences(boundaries: Sequence[int], batch_size: int | None, max_cells: int | None) -> int:
-    """The cap on a batch's sequences."""
+    """Returns the most sequences of a batch."""
     for name, value in (("batch_size", batch_size), ("max_cells", max_cells)):
         if value is not None:
             at_least_one(name, value)
@@ -81,5 +84,5 @@ def _most_sequences(boundaries: Sequence[int], batch_size: int | None, max_cells
     if batch_size is not None:
         return batch_size
     if max_cells is None:
-        raise ValueError("give batch_size, max_cells or both.")
+        raise ValueError("pass batch_size, max_cells or both.")
     return max(1, int(_CAP * max_cells / np.mean(boundaries)))

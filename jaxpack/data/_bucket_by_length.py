@@ -1,84 +1,71 @@
-"""BucketByLength: the classic, batches of sequences of like lengths, a program for each of a few buckets."""
+"""BucketByLength: batches of sequences with similar lengths, and one program for each of a few buckets."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 import numpy as np
-import numpy.typing as npt
 
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._types import PyTree
-from jaxpack.data._batcher import Batcher, Lengths, Round, in_random_order
+from jaxpack.data._batcher import Batcher, Lengths, Options, Round, in_random_order
 from jaxpack.data._boundaries import check_boundaries, covering_plans, padded_plans, tightest_boundaries
 from jaxpack.data._cover import Planner
 from jaxpack.data._slot_buffer import SlotBuffer
-from jaxpack.data._source import TooLong
+from jaxpack.data._source import Source
 
 _WAITING_BATCHES = 8  # of a bucket whose plan's rooms differ; where they are the same, it goes when it is full
 _BUFFERED_EXAMPLES = 4096
 
 
 class BucketByLength(Batcher):
-    """Collects sequences by length, and makes a batch of a bucket when it has enough for one.
+    """Collects sequences in buckets by length, and makes a batch when a bucket has enough sequences for one.
 
-    As tf.data.Dataset.bucket_by_sequence_length, fairseq's max_tokens or lhotse's bucketing: each bucket has a plan,
-    and so its own batch size. Where those pad all sequences of a bucket to its boundary, the default plan is made from
-    the bucket's own lengths and filled as `SlotFilling` fills one. A source with an index is assigned as a whole, and
-    its batches come in random order; another's come as they are full, and at the end those that are left.
+    As in tf.data.Dataset.bucket_by_sequence_length, fairseq's max_tokens or lhotse's bucketing, each bucket has its own
+    batch size, since it has its own plan. Those pad all sequences of a bucket to its boundary; here the default plan is
+    made from the bucket's own lengths, and filled as `SlotFilling` does. A source with an index is assigned as a whole,
+    and its batches come in random order. The batches of any other source come as soon as they are full, and the
+    remaining sequences come at the end.
 
-    Boundaries are inclusive upper bounds: a sequence of 4 steps goes to the bucket of boundary 4. Those of tf.data are
-    exclusive, and send it to the next: its bucket_boundaries=[5, 9] are boundaries=(4, 8) here.
+    Boundaries are inclusive upper bounds: a sequence of 4 steps goes to the bucket with boundary 4. In tf.data they are
+    exclusive: its bucket_boundaries=[5, 9] are boundaries=(4, 8) here.
 
-    source, seed, time_varying, lengths, too_long, shard_index and shard_count are as in `Batcher`.
+    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index and
+    shard_count.
 
     Examples:
       >>> sentences = [[0] * length for length in (2, 8, 2, 8)]
       >>> batches = BucketByLength(sentences, num_buckets=2, batch_size=2)
-      >>> sorted(batch.inputs.lengths.tolist() for batch in batches)  # a program a bucket
+      >>> sorted(batch.inputs.lengths.tolist() for batch in batches)  # one program per bucket
       [[2, 2], [8, 8]]
 
     Args:
-      boundaries: the most steps in each bucket, increasing; the last is the most that a sequence may have. Default:
-        those that would take the fewest cells if all were padded to them.
-      num_buckets: how many, where boundaries are not given.
-      batch_size: the most sequences in a batch. Without max_cells, as many in every bucket. With it, by default four
-        times what max_cells holds of the mean boundary: short sequences need memory for more than their steps.
-      max_cells: the most cells of a batch. fairseq's max_tokens, which counts padding too.
-      planner: makes a bucket's plan from the rooms that are needed. Default: as in `plan_cover`; without an index, all
-        rooms are the boundary's. `lambda rooms: jaxpack.plan_padded(len(rooms), max(rooms))` pads.
-      buffer_size: how many examples of a source without an index are held to be shuffled. Default: 4096. With an
-        index: if given, batches come as they are full.
+      boundaries: the most steps of a sequence in each bucket, increasing; the last limits all sequences. Default: the
+        boundaries that would take the fewest cells if sequences were padded to them.
+      num_buckets: how many buckets the default boundaries make.
+      batch_size: the most sequences of a batch. Without max_cells every bucket has this batch size. With max_cells, the
+        default is four times the number of sequences of the mean boundary that max_cells holds: short sequences need
+        memory for more than their steps.
+      max_cells: the most cells of a batch: fairseq's max_tokens, which counts padding too.
+      planner: makes a bucket's plan from the rooms that it needs. Default: as in `plan_cover`; without an index, every
+        room is the boundary. `lambda rooms: jaxpack.plan_padded(len(rooms), max(rooms))` pads.
+      options: as in `Batcher`. By default the buffer holds 4096 examples of a source without an index. With an index,
+        a buffer_size makes batches come as soon as they are full.
     """
 
     def __init__(
         self,
-        source: Sequence[PyTree] | Iterable[PyTree],
+        source: Source,
         boundaries: Sequence[int] | None = None,
         *,
         num_buckets: int = 6,
         batch_size: int | None = None,
         max_cells: int | None = None,
         planner: Planner | None = None,
-        seed: int | None = 0,
-        time_varying: PyTree = None,
-        lengths: npt.ArrayLike | None = None,
-        buffer_size: int | None = None,
-        too_long: TooLong = "error",
-        shard_index: int = 0,
-        shard_count: int = 1,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(
-            source,
-            seed=seed,
-            time_varying=time_varying,
-            lengths=lengths,
-            buffer_size=buffer_size,
-            too_long=too_long,
-            shard_index=shard_index,
-            shard_count=shard_count,
-        )
+        super().__init__(source, **options)
         if boundaries is None:
             boundaries = tightest_boundaries(self._corpus("boundaries")[:, 0], num_buckets)
         self.boundaries = check_boundaries(boundaries)
@@ -92,7 +79,7 @@ class BucketByLength(Batcher):
 
     @property
     def plans(self) -> tuple[BucketPlan, ...]:
-        """One for each bucket."""
+        """The plan of each bucket."""
         return self._plans
 
     def _rounds(self, pieces: Lengths, rng: np.random.Generator | None) -> Iterator[Round]:

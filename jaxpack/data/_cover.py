@@ -1,17 +1,12 @@
-"""Plans for a whole corpus: few programs that its batches fit, and what they are expected to cost.
+"""Plans for a whole corpus: few programs that its batches fit, and their expected cost.
 
 Order statistics of a random batch concentrate: with B sequences drawn, the i-th longest is near the corpus's quantile
 1 - i/B. So one plan serves a corpus. There are two uses, with different plans:
 
 - Batches that are *made to fit* (`SlotFilling`). With N sequences in n = ceil(N/B) batches, slot i needs room for the
   (n i)-th longest of the corpus: the n sequences that slot i takes over the epoch then all fit, and with less room some
-  would not. So sum(lengths) / (n sum(room)), the *slot bound*, is the largest efficiency that B slots can have.
-- Batches *drawn at random*. The rooms must then be larger than the quantiles, and some batches miss all the same.
-
-Whether a random batch fits is a question of how many of its sequences are longer than each room. Drawn without
-replacement, those counts are hypergeometric, and the probability that none is exceeded follows exactly from a recursion
-over the rooms, the largest first (Noé 1972, The Calculation of Distributions of Two-Sided Kolmogorov-Smirnov Type
-Statistics; here for draws from a finite corpus).
+  would not. So sum(lengths) / (n sum(room)), the *slot bound*, is the largest efficiency of B slots in n batches.
+- Batches *drawn at random*. The rooms must then be larger than the quantiles, and some batches still miss.
 """
 
 from __future__ import annotations
@@ -24,12 +19,12 @@ from typing import overload
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import gammaln, xlog1py, xlogy  # jax needs scipy too
 
 from jaxpack._checks import at_least_one, concrete_lengths
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_padded, plan_rows
+from jaxpack.data._chances import miss_probability, random_rooms
 from jaxpack.data._lengths import lengths_by_axis
 from jaxpack.data._parts import joint_rooms
 
@@ -37,31 +32,27 @@ _EMPTY = "the corpus is empty: a plan needs at least one sequence."
 
 Planner = Callable[[np.ndarray], BucketPlan]
 
-_RUNS = 1e5  # of a corpus's program: compiling a further bucket is nothing beside them
-_MISSES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)  # what the plans of a family are chosen from
-_BISECTIONS = 20  # of the quantile that gives a miss probability
-_ALIKE = 64  # a plan has about as many cells as its rooms have steps: the search for a batch size starts so near
-_CHANCES = 2**24  # computed at once, at most: a slot's of each length
-_DEVIATIONS = 9  # more than which no count strays from its mean, for all that a float can tell
-_NOTHING = 1e-30  # beside the largest chance
+_RUNS = 1e5  # runs of a corpus's program, beside which compiling one more bucket costs nothing
+_MISSES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)  # candidates for the plans of a family
+_ALIKE = 64  # steps of the search for a batch size start at this part, since plans have few cells beyond their rooms
 
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """What to expect of a plan for a corpus.
+    """The expected efficiency and miss probability of a plan for a corpus.
 
     Examples:
       >>> expected = coverage([400, 400, 200, 200], jaxpack.BucketPlan(boundaries=(200, 400), rows=(2, 1)))
-      >>> round(expected.miss, 3)  # of the 6 pairs that a random batch may be, the two longest miss
+      >>> round(expected.miss, 3)  # of the 6 possible pairs, the two longest miss
       0.167
 
     Attributes:
-      efficiency: share of the plan's cells that sequences fill over an epoch of `SlotFilling`; 0 if the longest does
-        not fit.
-      slot_bound: the largest efficiency that any plan of as many slots can have there.
-      miss: probability that a batch drawn at random, without replacement, does not fit.
-      random_efficiency: share of the cells that a batch drawn at random is expected to fill; those that miss, by their
-        longest sequences, count too.
+      efficiency: the share of the plan's cells that sequences fill in an epoch of `SlotFilling`; 0 if the longest
+        sequence does not fit.
+      slot_bound: the largest efficiency of any plan with as many slots that needs the fewest batches, ceil(N/B).
+      miss: the probability that a batch drawn at random, without replacement, does not fit.
+      random_efficiency: the expected share of the cells that a batch drawn at random fills; batches that miss count
+        too.
     """
 
     efficiency: float
@@ -77,23 +68,29 @@ class Coverage:
 
 
 @overload
-def plan_cover(
+def plan_cover(  # noqa: D418
     lengths: Mapping[str, npt.ArrayLike],
     batch_size: int | None = ...,
     *,
     max_cells: int | None = ...,
     miss: float | None = ...,
     planner: Planner | None = ...,
-) -> dict[str, BucketPlan]: ...
+) -> dict[str, BucketPlan]:
+    """Returns one plan for each time axis."""
+
+
 @overload
-def plan_cover(
+def plan_cover(  # noqa: D418
     lengths: npt.ArrayLike,
     batch_size: int | None = ...,
     *,
     max_cells: int | None = ...,
     miss: float | None = ...,
     planner: Planner | None = ...,
-) -> BucketPlan: ...
+) -> BucketPlan:
+    """Returns one plan."""
+
+
 def plan_cover(
     lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike],
     batch_size: int | None = None,
@@ -102,43 +99,57 @@ def plan_cover(
     miss: float | None = None,
     planner: Planner | None = None,
 ) -> BucketPlan | dict[str, BucketPlan]:
-    """Returns one plan for the batches of a corpus, or one for each time axis of its examples.
+    """Returns one plan for all batches of a corpus, or one for each time axis of its examples.
 
-    `coverage(lengths, plan)` says what to expect of it.
+    `coverage(lengths, plan)` computes its expected efficiency.
 
     Examples:
-      >>> plan_cover([400, 400, 200, 200], batch_size=2)  # one long and one short a batch
+      >>> plan_cover([400, 400, 200, 200], batch_size=2)  # one long and one short per batch
       BucketPlan(boundaries=(200, 400), rows=(2, 1))
       >>> plans = plan_cover({"source": [9, 9, 1, 1], "target": [7, 7, 2, 2]}, batch_size=2)
       >>> {name: plan.room.tolist() for name, plan in plans.items()}
       {'source': [9, 1], 'target': [7, 2]}
 
     Args:
-      lengths: [N] whole numbers >= 0: the corpus's. Or a dict of them by time axis, those of one example in one place.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus. Or a dict of such arrays by time axis, with an
+        example's lengths at the same place in each.
       batch_size: how many sequences a batch holds.
-      max_cells: instead, how many cells the plan, or those of all axes, may have: the largest batch is taken that needs
-        no more. fairseq's max_tokens, which counts padding as cells. Batches of more than a thousand sequences may have
-        0.1 % fewer than would fit.
-      miss: None for `SlotFilling`, whose batches are made to fit; a probability for batches drawn at random, which then
-        miss the plan, or that of any axis, at most that often.
-      planner: makes a plan from the rooms that are needed. The default, plan_rows in up to 4 buckets, leaves hardly any
-        slack; staircases (jaxpack.plan_buckets) take fewer steps and have 4 to 13 % of it.
+      max_cells: instead of batch_size, the most cells of the plan, or of the plans of all axes together: the batch is
+        the largest that needs no more. This is fairseq's max_tokens, which counts padding too. Batches of more than a
+        thousand sequences may have 0.1 % fewer than would fit.
+      miss: None for `SlotFilling`, whose batches are made to fit. For batches drawn at random, the highest probability
+        with which a batch may miss the plan, or that of any axis.
+      planner: makes a plan from the rooms that it needs. The default, plan_rows with up to 4 buckets, leaves hardly any
+        slack; staircases (jaxpack.plan_buckets) take fewer steps and have 4 to 13 % of slack.
 
     Raises:
-      ValueError: if the corpus is empty, lengths are negative or not whole, not just one of batch_size and max_cells is
-        given, or one of them or miss is out of range.
+      ValueError: if the corpus is empty, lengths are negative or not whole, both or none of batch_size and max_cells
+        are given, or one of them or miss is out of range.
       TypeError: if batch_size or max_cells is no int.
     """
-    if isinstance(lengths, Mapping):
-        if not lengths:
-            raise ValueError("lengths is an empty dict: a plan needs the lengths on at least one time axis.")
+    if not isinstance(lengths, Mapping):
+        corpus = concrete_lengths(lengths)[:, None]
+    elif lengths:
         corpus = lengths_by_axis(lengths, list(lengths))
     else:
-        corpus = concrete_lengths(lengths)[:, None]
+        raise ValueError("lengths is an empty dict: a plan needs the lengths on at least one time axis.")
+    plans = cover(corpus, batch_size, max_cells=max_cells, miss=miss, planner=planner)
+    return dict(zip(lengths, plans, strict=True)) if isinstance(lengths, Mapping) else plans[0]
+
+
+def cover(
+    corpus: np.ndarray,
+    batch_size: int | None,
+    *,
+    max_cells: int | None = None,
+    miss: float | None = None,
+    planner: Planner | None = None,
+) -> tuple[BucketPlan, ...]:
+    """Returns one plan for each time axis of a corpus with checked lengths [N, A]; the rest is as in `plan_cover`."""
     if not corpus.size:
         raise ValueError(_EMPTY)
     if (batch_size is None) == (max_cells is None):
-        raise ValueError("give batch_size or max_cells, one of them.")
+        raise ValueError("pass either batch_size or max_cells.")
     if miss is not None and not 0 < miss < 1:
         raise ValueError(f"miss must be a probability between 0 and 1, got {miss}.")
     planner, num_axes = planner or _rows, corpus.shape[1]
@@ -146,30 +157,28 @@ def plan_cover(
 
     def rooms(batch_size: int) -> list[np.ndarray]:
         if miss is not None:
-            return [_random_rooms(column, batch_size)(miss / num_axes) for column in ordered]
+            return [random_rooms(column, batch_size)(miss / num_axes) for column in ordered]
         return joint_rooms(corpus, batch_size) if num_axes > 1 else [_rooms(ordered[0], batch_size)]
 
     if batch_size is not None:
-        found = tuple(map(planner, rooms(at_least_one("batch_size", batch_size))))
-    else:
-        found = _largest_within(rooms, planner, at_least_one("max_cells", max_cells), ordered)
-    return dict(zip(lengths, found, strict=True)) if isinstance(lengths, Mapping) else found[0]
+        return tuple(map(planner, rooms(at_least_one("batch_size", batch_size))))
+    return _largest_within(rooms, planner, at_least_one("max_cells", max_cells), ordered)
 
 
 def plan_family(
     lengths: npt.ArrayLike, batch_size: int, num_plans: int = 3, *, planner: Planner | None = None
 ) -> tuple[BucketPlan, ...]:
-    """Returns a few plans for batches drawn at random, each to run under the cheapest that it fits.
+    """Returns a few plans for batches drawn at random, each of which runs under the cheapest plan that it fits.
 
-    Every batch fits the last. Of plans that are missed with different probabilities those are chosen whose expected
-    number of cells is least.
+    Every batch fits the last plan. The family is the one with the fewest expected cells, among plans that are missed
+    with different probabilities.
 
     Examples:
       >>> plan_family([4, 2, 2, 2], batch_size=2, num_plans=2)
       (BucketPlan(boundaries=(2,), rows=(2,)), BucketPlan(boundaries=(4,), rows=(2,)))
 
     Args:
-      lengths: [N] whole numbers >= 0: the corpus's.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus.
       batch_size: how many sequences a batch holds.
       num_plans: the most plans, and so the most programs.
       planner: as in `plan_cover`.
@@ -186,10 +195,10 @@ def plan_family(
     num_plans = at_least_one("num_plans", num_plans)
     planner = planner or _rows
     every = plan_padded(batch_size, max(1, int(corpus[0])))
-    rooms = _random_rooms(corpus, batch_size)
+    rooms = random_rooms(corpus, batch_size)
     options = {planner(rooms(miss)): None for miss in _MISSES}
     smaller = sorted((plan for plan in options if plan.size < every.size), key=lambda plan: plan.size)
-    missed = {plan: _miss(corpus, plan.room) for plan in smaller} | {every: 0.0}
+    missed = {plan: miss_probability(corpus, plan.room) for plan in smaller} | {every: 0.0}
 
     def expected_cells(plans: tuple[BucketPlan, ...]) -> float:
         reach = [1.0, *(missed[plan] for plan in plans)]
@@ -200,7 +209,7 @@ def plan_family(
 
 
 def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
-    """Returns what to expect of a plan for a corpus: with batches made to fit it, and with batches drawn at random.
+    """Computes the efficiency of a plan for a corpus, for batches made to fit it and for batches drawn at random.
 
     Examples:
       >>> lengths = [400, 400, 200, 200]
@@ -209,8 +218,8 @@ def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
       batches drawn at random: efficiency 100.0%, 16.67% miss
 
     Args:
-      lengths: [N] whole numbers >= 0: the corpus's.
-      plan: any; plan.num_sequences is the batch size.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus.
+      plan: any plan; plan.num_sequences is the batch size.
 
     Raises:
       ValueError: if the corpus is empty, or lengths are negative or not whole.
@@ -220,13 +229,13 @@ def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
     efficiency = corpus.sum() / (num_batches(corpus, plan.room) * plan.size) if corpus[0] <= plan.max_length else 0
     bound = corpus.sum() / (-(-len(corpus) // slots) * _rooms(corpus, slots).sum())
     filled = min(slots, len(corpus)) * corpus.mean() / plan.size
-    return Coverage(float(efficiency), float(bound), _miss(corpus, plan.room), float(filled))
+    return Coverage(float(efficiency), float(bound), miss_probability(corpus, plan.room), float(filled))
 
 
 def num_batches(corpus: np.ndarray, room: np.ndarray) -> int:
-    """The fewest batches that hold a corpus, longest first, in slots of these rooms, largest first.
+    """Computes the fewest batches that hold a corpus, longest first, in slots with these rooms, largest first.
 
-    The longest must fit. The i largest slots of n batches must hold all sequences that are too long for the next one.
+    The longest must fit. The i largest slots of n batches must hold all sequences that are too long for the next slot.
     """
     longer = np.searchsorted(-corpus, -room[1:])
     needed = -(-longer // np.arange(1, len(room)))
@@ -234,12 +243,12 @@ def num_batches(corpus: np.ndarray, room: np.ndarray) -> int:
 
 
 def _rows(rooms: np.ndarray) -> BucketPlan:
-    """The planner of a corpus: rows of several sequences, in a staircase where that saves cells."""
+    """Plans a corpus: rows of several sequences, in a staircase where that saves cells."""
     return plan_rows(rooms, num_buckets=4, cost_model=CostModel(runs=_RUNS))
 
 
 def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
-    """The corpus, checked. [N], N >= 1."""
+    """Returns the checked lengths of a corpus, longest first: [N], N >= 1."""
     corpus = np.sort(concrete_lengths(lengths))[::-1]
     if not corpus.size:
         raise ValueError(_EMPTY)
@@ -247,7 +256,7 @@ def _longest_first(lengths: npt.ArrayLike) -> np.ndarray:
 
 
 def _rooms(corpus: np.ndarray, batch_size: int) -> np.ndarray:
-    """The corpus's own quantiles: the (n i)-th longest for slot i of n batches, at least 1. [B]."""
+    """Returns the corpus's own quantiles [B]: for slot i of n batches the (n i)-th longest, at least 1."""
     ranks = np.arange(batch_size) * -(-len(corpus) // batch_size)
     return np.maximum(1, np.where(ranks < len(corpus), corpus[np.minimum(ranks, len(corpus) - 1)], 1))
 
@@ -255,9 +264,9 @@ def _rooms(corpus: np.ndarray, batch_size: int) -> np.ndarray:
 def _largest_within(
     rooms: Callable[[int], list[np.ndarray]], planner: Planner, max_cells: int, corpora: list[np.ndarray]
 ) -> tuple[BucketPlan, ...]:
-    """The plans of the largest batch size that bisection finds to need at most max_cells; corpora longest first.
+    """Returns the plans of the largest batch size that needs at most max_cells, by bisection; corpora longest first.
 
-    No plan has fewer cells than its rooms have steps, which are counted faster than planned.
+    No plan has fewer cells than its rooms have steps, and counting these is faster than planning.
     """
     longest = sum(int(corpus[0]) for corpus in corpora)
     if longest > max_cells:
@@ -279,101 +288,8 @@ def _largest_within(
 
 
 def _largest_size(fits: Callable[[int], bool], least: int, most: int) -> int:
-    """The largest batch size between two, the lesser of which fits, that bisection finds to fit, to a part in 1,024."""
+    """Bisects for the largest batch size that fits, to one part in 1,024; the least must fit."""
     while most - least > least // 1024:
-        middle = min((least + most + 1) // 2, 4 * least)  # most batches are far smaller than one cell a sequence
+        middle = min((least + most + 1) // 2, 4 * least)  # most batches have far fewer sequences than cells
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
     return least
-
-
-def _random_rooms(corpus: np.ndarray, batch_size: int) -> Callable[[float], np.ndarray]:
-    """Makes rooms [B], each exceeded with the same probability, that random batches miss at most as often as asked."""
-    drawn = min(batch_size, len(corpus))
-    values, counts = np.unique(corpus, return_counts=True)
-    longer = len(corpus) - np.cumsum(counts)
-    every = -(-len(values) * drawn // _CHANCES)  # of too many lengths every so many, the longest among them
-    values, longer = values[::-1][::every][::-1], longer[::-1][::every][::-1]
-    tails = _tails(len(corpus), longer, drawn)
-
-    def rooms(quantile: float) -> np.ndarray:
-        """The least of these lengths which the i-th longest exceeds with at most this probability."""
-        places = np.array([np.searchsorted(tail, quantile, "right") - 1 for tail in tails])
-        found = np.maximum(1, values[::-1][places])
-        return np.concatenate([found, np.ones(batch_size - drawn, found.dtype)])
-
-    def missed_at_most(miss: float) -> np.ndarray:
-        low, high = 0.0, miss  # of the joint miss a single slot's can be no more
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _miss(corpus, rooms(middle)) <= miss else (low, middle)
-        return rooms(low)
-
-    return missed_at_most
-
-
-def _tails(size: int, longer: np.ndarray, drawn: int) -> np.ndarray:
-    """[drawn, U] how likely the i-th longest of a random batch exceeds each of U lengths, longest first.
-
-    Of a corpus of this size `longer` [U] sequences are longer than each length, shortest first.
-    """
-    counts = np.arange(drawn)[:, None]
-    chances = np.exp(_log_hypergeometric(size, longer[::-1], drawn, counts))  # [drawn, U]
-    return np.maximum.accumulate(1 - np.cumsum(chances, axis=0), axis=1)
-
-
-def _miss(corpus: np.ndarray, room: np.ndarray) -> float:
-    """The exact probability that a batch drawn without replacement does not fit.
-
-    For the distinct rooms, largest first: at most s sequences may be longer than a room that the (s+1)-th slot is the
-    first to have. Were each sequence drawn by itself, with probability drawn / size, the numbers drawn from those
-    between two rooms would be binomial and independent; given that `drawn` are drawn in all, they are as in a batch.
-    `chances[m]` is the probability that m are longer than the room reached and none was exceeded so far.
-    """
-    size, drawn = len(corpus), min(len(room), len(corpus))
-    rooms, first = np.unique(-room[:drawn], return_index=True)
-    longer = np.searchsorted(-corpus, rooms)  # how many of the corpus
-    share = drawn / size
-    low, chances, before = 0, np.ones(1), 0  # `chances` is of low, low + 1, ...
-    for most, now in zip(first, longer, strict=True):
-        more_low, more = _binomial(now - before, share, most - low)
-        chances = np.convolve(chances, more)[: most + 1 - low - more_low] if more.size else more
-        if not chances.any():
-            return 1.0
-        low, before = low + more_low, now
-        kept = np.flatnonzero(chances > _NOTHING * chances.max())
-        low, chances = low + kept[0], chances[kept[0] : kept[-1] + 1]
-    counts = low + np.arange(len(chances))
-    fits = (chances * np.exp(_log_binomial(size - before, share, drawn - counts))).sum()
-    return float(np.clip(1 - fits / np.exp(_log_binomial(size, share, np.array(drawn))), 0, 1))
-
-
-def _binomial(number: int, share: float, most: int) -> tuple[int, np.ndarray]:
-    """The least number of hits in so many draws that is not next to impossible, and the chances of it and of more.
-
-    Chances of more than `most` hits, which is not below 0, are left out; there may be no others.
-    """
-    mean = number * share
-    spread = _DEVIATIONS * (np.sqrt(mean) + _DEVIATIONS)
-    low, high = max(0, int(mean - spread)), min(number, most, int(mean + spread) + 1)
-    return low, np.exp(_log_binomial(number, share, np.arange(low, high + 1)))
-
-
-def _log_binomial(number: int, share: float, hits: np.ndarray) -> np.ndarray:
-    """log P(hits), of so many draws each with this chance; -inf where that cannot be."""
-    possible = (hits >= 0) & (hits <= number)
-    hits = np.where(possible, hits, 0)
-    log = _log_choose(number, hits) + xlogy(hits, share) + xlog1py(number - hits, -share)
-    return np.where(possible, log, -np.inf)
-
-
-def _log_hypergeometric(size: int, marked: np.ndarray, drawn: int, hits: np.ndarray) -> np.ndarray:
-    """log P(hits), if of `size` things, some `marked`, `drawn` are drawn; -inf where that cannot be."""
-    possible = (hits <= marked) & (hits <= drawn) & (drawn - hits <= size - marked)
-    hits = np.where(possible, hits, np.maximum(0, drawn - (size - marked)))
-    with np.errstate(invalid="ignore"):
-        log = _log_choose(marked, hits) + _log_choose(size - marked, drawn - hits) - _log_choose(size, drawn)
-    return np.where(possible, log, -np.inf)
-
-
-def _log_choose(n: np.ndarray | int, k: np.ndarray | int) -> np.ndarray:
-    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)

@@ -1,4 +1,4 @@
-"""Form: what the examples of a source share. Structure, time axes, features, and dtypes that hold all of them."""
+"""Form: the structure, time axes, features and dtypes that the examples of a source share."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from jaxpack._types import PyTree
 from jaxpack.data._axes import axes_of, axis_names, leaf_names, suggestions
 
 _LEAF = jax.tree.structure(0)
-_BLANK = np.zeros(0, np.float32)  # an empty list, which has no dtype and no features of its own
+_BLANK = np.zeros(0, np.float32)  # an empty list, which determines no dtype and no features
 _PLAIN = {int, float, bool, complex}
 
 
 class Form:
-    """What examples have in common, as far as it is known: an empty list tells nothing but its length.
+    """The common form of examples, learned from them one by one; an empty list determines only its length.
 
     Attributes:
-      names: of the time axes; none where there is one without a name.
-      structure: the tree structure of an example; None while all were empty lists.
+      names: the names of the time axes; none for a single axis without a name.
+      structure: the tree structure of an example; None while all examples were empty lists.
       axes: for each leaf the number of its time axis, None for a leaf of fixed size.
-      features: for each leaf its shape without the time axis, None while it is not known.
-      dtypes: for each leaf the dtype that it has in batches, one that JAX has; None while it is not known.
+      features: for each leaf its shape without the time axis, None while unknown.
+      dtypes: for each leaf its dtype in batches, which is one of JAX's; None while unknown.
 
     Args:
-      time_varying: a bool for each leaf, or the name of its time axis; or a prefix of the example's structure. None:
-        whatever has an axis varies in time.
-      way_out: what to do about leaves of different lengths, in place of advice about time_varying.
-      dtypes: what another form of these examples `described`, if there was one.
+      time_varying: a bool or the name of its time axis for each leaf, or for a prefix of the example's structure. None
+        means that every leaf with an axis varies in time.
+      way_out: the advice about leaves of different lengths, instead of advice about time_varying.
+      dtypes: the `described` of an earlier form of these examples, if there was one.
     """
 
     def __init__(self, time_varying: PyTree, *, way_out: str | None = None, dtypes: str = "") -> None:
@@ -42,34 +42,34 @@ class Form:
         self.dtypes: list[np.dtype | None] = []
         self._time_varying, self._way_out, self._said = time_varying, way_out, dtypes.split(",")
         self._seen: list[set[np.dtype]] = []
-        self._first: tuple[int, ...] = ()  # leaf of each axis
-        self._bare = False  # an example is an array that varies in time, which is read a million times
+        self._first: tuple[int, ...] = ()  # the first leaf of each axis
+        self._bare = False  # whether an example is one array that varies in time: read a million times, so fast
 
     @property
     def num_axes(self) -> int:
-        """How many time axes there are."""
+        """The number of time axes."""
         return max(1, len(self.names))
 
     @property
     def known(self) -> bool:
-        """Whether examples have told all there is to know."""
+        """Whether the form is fully known."""
         return self.structure is not None and None not in self.dtypes
 
     @property
     def described(self) -> str:
-        """The dtypes as a string, which can be written as JSON."""
+        """The dtypes as a string, serialisable as JSON."""
         return ",".join(self._said if self.structure is None else ["" if d is None else str(d) for d in self.dtypes])
 
     def learn(self, example: PyTree, index: int, *, promote: bool) -> list[np.ndarray]:
-        """Reads an example, and lets it say what dtypes there are.
+        """Reads an example, and updates the dtypes.
 
         Args:
           example: an array [L, *F], a list of numbers, or a pytree of them.
-          index: its number, for errors.
-          promote: whether its dtypes are promoted with those known, rather than told only where there is none yet.
+          index: the example's number, for errors.
+          promote: whether its dtypes are promoted with the known ones; otherwise they only fill in unknown ones.
 
         Returns:
-          Its leaves, as `leaves` does.
+          The example's leaves, as `leaves` does.
         """
         leaves = self.leaves(example, index)
         if self.structure is None or (self._bare and leaves[0].dtype in self._seen[0]):
@@ -86,16 +86,16 @@ class Form:
         return leaves
 
     def settle(self) -> None:
-        """Says that no example will tell more: what is not known has JAX's default, float32."""
+        """Ends learning: unknown dtypes become JAX's default, float32."""
         if self.structure is None:
             self._begin([_BLANK], _LEAF)
         self.dtypes = [np.dtype(np.float32) if dtype is None else dtype for dtype in self.dtypes]
         self.features = [() if features is None else features for features in self.features]
 
     def leaves(self, example: PyTree, index: int) -> list[np.ndarray]:
-        """Returns the arrays of an example, in memory of the source's. Raises ValueError unless they are as others."""
+        """Returns the arrays of an example, without copies. Raises ValueError unless they have the common form."""
         if self._bare and isinstance(example, np.ndarray) and example.ndim and example.shape[1:] == self.features[0]:
-            return [example]  # nothing more to look at, at a million a few seconds
+            return [example]  # nothing more to check; matters for a million examples
         leaves, structure = _flatten(example, index)
         if self.structure is None or structure != self.structure:
             if structure == _LEAF and leaves[0] is _BLANK:
@@ -107,7 +107,7 @@ class Form:
         return leaves
 
     def lengths(self, leaves: Sequence[np.ndarray]) -> tuple[int, ...]:
-        """Returns how many steps an example of these leaves has on each time axis."""
+        """Returns how many steps an example with these leaves has on each time axis."""
         if self._bare:
             return (len(leaves[0]),)
         if self.structure is None:
@@ -115,7 +115,7 @@ class Form:
         return tuple(len(leaves[k]) for k in self._first)
 
     def part(self, leaves: Sequence[np.ndarray], start: int, lengths: Sequence[int]) -> list[np.ndarray]:
-        """Returns some steps of an example, as many of each time axis as said; leaves of fixed size are whole."""
+        """Returns `lengths` steps of an example on each time axis, from `start`; leaves of fixed size are whole."""
         if self.structure is None:
             return list(leaves)
         return [
@@ -124,15 +124,15 @@ class Form:
         ]
 
     def own(self, leaves: Sequence[np.ndarray], index: int) -> list[np.ndarray]:
-        """Returns copies of an example's leaves, to be held after its source gave another, in the batches' dtypes."""
+        """Returns copies of an example's leaves in the batches' dtypes, since the source may reuse its memory."""
         return [self._owned(leaf, k, index) for k, leaf in enumerate(leaves)]
 
     def whole(self, leaves: Sequence[np.ndarray], index: int) -> Sequence[np.ndarray]:
-        """Returns a leaf for each of the structure, from those of an example that was read before that was known."""
+        """Returns a leaf for each one of the structure, for an example that was read before that was known."""
         return leaves if len(leaves) == len(self.axes) else self._blanks(index)
 
     def cast(self, leaf: np.ndarray, k: int, index: int) -> np.ndarray:
-        """Returns leaf k of an example in the dtype of batches; raises as `jaxpack.dtypes.cast`, naming the example."""
+        """Returns leaf k of an example in the dtype of batches; raises as `cast`, naming the example."""
         dtype = None if leaf is _BLANK else self.dtypes[k]
         return leaf if dtype is None or leaf.dtype == dtype else cast(leaf, dtype, self._name(k, index))
 
@@ -141,7 +141,7 @@ class Form:
         return np.array(leaf) if held is leaf and leaf is not _BLANK else held
 
     def _begin(self, leaves: Sequence[np.ndarray], structure: Any) -> None:
-        """Takes over the structure of an example."""
+        """Takes the structure from an example."""
         if not leaves:
             raise ValueError("an example holds no array: it must be an array, a list of numbers, or a pytree of them.")
         for leaf in leaves:
@@ -151,13 +151,13 @@ class Form:
             if axis is not None and not leaf.ndim:
                 raise ValueError(
                     "a leaf that varies in time must have a leading time axis, but in the first example it is the "
-                    f"number {leaf}. Say which leaves do with time_varying=."
+                    f"number {leaf}. Declare the leaves that vary with time_varying=."
                 )
         if set(range(self.num_axes)) - set(axes):
             missing = f" on the axis {self.names[0]!r}" if self.names else ""
             raise ValueError(
                 f"no leaf of an example varies in time{missing}: at least one must have a leading time axis. (Numbers "
-                f"in a list are one array, in a tuple a leaf each.)"
+                f"in a list are one array, in a tuple one leaf each.)"
             )
         self.structure, self.axes = structure, axes
         said = self._said if len(self._said) == len(leaves) else [""] * len(leaves)
@@ -167,7 +167,7 @@ class Form:
         self._bare = structure == _LEAF and axes[0] is not None
 
     def _check(self, leaves: Sequence[np.ndarray], index: int) -> None:
-        """Raises ValueError unless leaves have the features of the others, and those of an axis as many steps."""
+        """Raises ValueError unless leaves have the known features, and those of an axis the same number of steps."""
         steps: dict[int, int] = {}
         for k, (leaf, axis) in enumerate(zip(leaves, self.axes, strict=True)):
             known = self.features[k]
@@ -185,7 +185,7 @@ class Form:
                 raise ValueError(self._unequal(leaves, axis, index))
 
     def _unequal(self, leaves: Sequence[np.ndarray], axis: int, index: int) -> str:
-        """The error about leaves of one axis with different lengths."""
+        """Returns the error text about leaves of one axis with different lengths."""
         paths = leaf_names(self.structure)
         found = ", ".join(f"{paths[k]} {len(leaf)}" for k, leaf in enumerate(leaves) if self.axes[k] == axis)
         on = f" on the time axis {self.names[axis]!r}" if self.names else " that vary in time"
@@ -195,7 +195,7 @@ class Form:
         if self.axes[k] is not None or not leaves[k].ndim or self._way_out is not None:
             return ""
         lengths = [len(leaf) if i == k or self.axes[i] is not None else None for i, leaf in enumerate(leaves)]
-        return f" If its leading axis is time, say so: {suggestions(self.structure, lengths)[0]}."
+        return f" If its leading axis is time, declare it: {suggestions(self.structure, lengths)[0]}."
 
     def _ways_out(self, leaves: Sequence[np.ndarray]) -> str:
         if self._way_out is not None:
@@ -203,12 +203,12 @@ class Form:
         lengths = [None if axis is None else len(leaf) for leaf, axis in zip(leaves, self.axes, strict=True)]
         named, fixed = suggestions(self.structure, lengths)
         return (
-            f"If they have time axes of their own, such as source and target, name one for each leaf: {named}. If only "
-            f"one of them varies in time and others are of fixed size, say False of those: {fixed}."
+            f"If they have different time axes, such as source and target, name the axis of each leaf: {named}. If "
+            f"only one of them varies in time and the others have a fixed size, pass False for those: {fixed}."
         )
 
     def _blanks(self, index: int) -> list[np.ndarray]:
-        """The leaves of an empty list, which stands for an example without steps."""
+        """Returns the leaves of an empty list, which is an example without steps."""
         if None in self.axes:
             raise ValueError(
                 f"example {index} is an empty list, but examples have leaves of fixed size: the structure of the first "
@@ -223,7 +223,7 @@ class Form:
 
 
 def _flatten(example: PyTree, index: int) -> tuple[list[np.ndarray], Any]:
-    """NumPy leaves and the structure of an example, in which a list of numbers is one array."""
+    """Returns the NumPy leaves and the structure of an example, in which a list of numbers is one array."""
     if isinstance(example, np.ndarray):
         return [example], _LEAF
     if isinstance(example, tuple) and all(_is_number(entry) for entry in example):
@@ -242,7 +242,7 @@ def _as_array(leaf: Any, index: int) -> np.ndarray:
     except ValueError as error:
         raise ValueError(
             f"example {index} has a list whose rows have different lengths. A list of lists of numbers is one array: "
-            f"give several sequences in a tuple or a dict."
+            f"pass several sequences in a tuple or a dict."
         ) from error
     return array if array.size else _BLANK
 

@@ -1,8 +1,9 @@
-"""The adapters to Grain: its datasets in our batchers, and our batchers as its datasets."""
+"""Adapters to Grain: batchers as its datasets, and batches from its pipelines."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,8 +18,9 @@ from jaxpack._types import PyTree
 from jaxpack.data._axes import Plans, axis_names, plans_of
 from jaxpack.data._batch import Batch, lay_out
 from jaxpack.data._batcher import Batcher
+from jaxpack.data._buffer import Batches
 from jaxpack.data._form import Form
-from jaxpack.data._joint_buffer import slot_buffer
+from jaxpack.data._joint_buffer import make_buffer
 from jaxpack.data._slot_filling import BUFFERED_BATCHES
 from jaxpack.data._source import LOOKAHEAD, Length, Piece, too_long_message
 from jaxpack.data._trend import Trend
@@ -29,7 +31,7 @@ State = dict[str, Any]
 
 
 def pack_fn(plans: Plans | Sequence[Plans], *, time_varying: PyTree = None) -> Callable[[Sequence[PyTree]], Batch]:
-    """Grain's `batch_fn`: lays a list of examples out, under the plan of fewest cells that it fits.
+    """Returns a `batch_fn` for Grain, which packs a list of examples under the smallest plan that it fits.
 
     Examples:
       >>> words = grain.MapDataset.source([[1, 2, 3], [4], [5, 6]])
@@ -38,13 +40,13 @@ def pack_fn(plans: Plans | Sequence[Plans], *, time_varying: PyTree = None) -> C
       [[3, 1], [2, 0]]
 
     Args:
-      plans: one, or several to choose from. Where time axes have names each is a dict of a plan for every one.
-      time_varying: as in the batchers.
+      plans: one plan, or several to choose from. Where time axes have names, each is a dict with a plan for every axis.
+      time_varying: as in `jaxpack.data.Batcher`.
 
     Returns:
-      A function from a list of examples to a Batch, whose `indices` are places in the list. Rows that are left are
-      empty. Dtypes are promoted. It raises ValueError where there is no example, they fit no plan, or they differ in
-      structure or features.
+      A function from a list of examples to a Batch, whose `indices` are places in the list. The remaining rows are
+      empty. Dtypes are promoted. The function raises ValueError if the list is empty, the examples fit no plan, or they
+      differ in structure or features.
 
     Raises:
       ValueError: if there is no plan.
@@ -55,7 +57,7 @@ def pack_fn(plans: Plans | Sequence[Plans], *, time_varying: PyTree = None) -> C
     if not choice:
         raise ValueError("plans is empty: at least one is needed.")
 
-    x64 = jax.config.read("jax_enable_x64")  # of this thread; Grain packs in others
+    x64 = jax.config.read("jax_enable_x64")  # this thread's value; Grain packs in others
 
     def pack(examples: Sequence[PyTree]) -> Batch:
         with jax.enable_x64(x64):
@@ -78,7 +80,7 @@ def pack_fn(plans: Plans | Sequence[Plans], *, time_varying: PyTree = None) -> C
 
 
 def _check_fit(plans: Sequence[BucketPlan], lengths: np.ndarray, names: Sequence[str]) -> None:
-    """Raises ValueError, naming the time axis where there are several, unless lengths [n, A] fit their plans."""
+    """Raises ValueError unless lengths [n, A] fit their plans; with several time axes it names the axis."""
     for axis, plan in enumerate(plans):
         try:
             plan.check(lengths[:, axis])
@@ -89,10 +91,10 @@ def _check_fit(plans: Sequence[BucketPlan], lengths: np.ndarray, names: Sequence
 
 
 class BatcherIterDataset(grain.IterDataset):
-    """A batcher's batches, epoch after epoch, as a grain.IterDataset.
+    """The batches of a batcher, epoch after epoch, as a grain.IterDataset.
 
     An iterator's state is the batcher's. With `mp_prefetch` each of n worker processes lays out every n-th batch, so
-    batches and their order are the same as without; each reads all of a source that has no index.
+    batches and their order do not change; each process reads all of a source without an index.
 
     Examples:
       >>> from jaxpack.data import SlotFilling
@@ -101,12 +103,13 @@ class BatcherIterDataset(grain.IterDataset):
       4
 
     Args:
-      batcher: a SlotFilling, BucketByLength or SortedChunks. Every iterator starts where it stood when it was given.
-      num_epochs: how many, each with its own shuffle; None goes on without end. As in grain's `repeat`.
+      batcher: a SlotFilling, BucketByLength or SortedChunks. Every iterator starts from the batcher's state at
+        construction.
+      num_epochs: how many epochs, each with its own shuffle; None for endless ones, as in Grain's `repeat`.
 
     Raises:
-      TypeError: if batcher is no batcher, or num_epochs no int.
-      ValueError: if that is below 1.
+      TypeError: if batcher is not a batcher, or num_epochs is not an int.
+      ValueError: if num_epochs is below 1.
     """
 
     def __init__(self, batcher: Batcher, *, num_epochs: int | None = 1) -> None:
@@ -119,8 +122,8 @@ class BatcherIterDataset(grain.IterDataset):
         self._start, self._step = 0, 1
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Keeps to every n-th batch: what grain calls in each of its workers."""
-        del sequential_slice  # says where workers read; ours decide alike, so that order can be kept
+        """Restricts iteration to every n-th batch; Grain calls it in each of its workers."""
+        del sequential_slice  # where workers read does not matter: all decide alike, which keeps the order
         self._start, self._step = sl.start or 0, sl.step or 1
 
     def __iter__(self) -> grain.DatasetIterator:
@@ -148,7 +151,7 @@ class _BatcherDatasetIterator(grain.DatasetIterator):
                 batch = next(self._batches)
             except StopIteration:
                 state = self._batches.get_state()
-                if state["epoch"] == self._last or not state["batch"]:  # an epoch of nothing would never end
+                if state["epoch"] == self._last or not state["batch"]:  # empty epochs would repeat forever
                     raise
                 self._batches = iter(self._batcher)
             else:
@@ -167,17 +170,17 @@ class _BatcherDatasetIterator(grain.DatasetIterator):
 
 
 class SlotFillIterDataset(grain.IterDataset):
-    """Fills the slots of one plan from a stream of examples, by a shuffle buffer: every batch has one shape.
+    """Fills the slots of one plan from a stream of examples through a shuffle buffer: all batches have one shape.
 
-    As `SlotFilling` with a buffer, which says how examples are drawn; and where the stream ends those that are left
-    come in as few batches as they need, some rows of which may be empty. Every example comes once.
+    Examples are drawn as in `jaxpack.data.SlotFilling` with a buffer. At the end of the stream the remaining examples
+    come in as few batches as they need, in which some rows may be empty. Every example comes once.
 
-    No example is in an iterator's state, so it is small: the parent's state some examples back, and which of those
-    that followed still wait. To come back to it these are read again: in the steady state about eight times as many as
-    the buffer holds, since a few wait long.
+    An iterator's state is small, since it holds no example: it is the parent's state some examples back, and which of
+    the examples since then still wait. Resuming reads these again: in the steady state about eight times as many as the
+    buffer holds, since a few wait long.
 
-    Batches' `indices` count examples as the parent gives them. With `mp_prefetch` each worker has its own part of the
-    source, its own buffer and its own count.
+    The `indices` of a batch count the parent's examples. With `mp_prefetch` each worker has its own part of the source,
+    its own buffer and its own count.
 
     Examples:
       >>> words = grain.MapDataset.source([[1, 2, 3], [4], [5, 6], [7]]).to_iter_dataset()
@@ -186,19 +189,19 @@ class SlotFillIterDataset(grain.IterDataset):
       2
 
     Args:
-      parent: of examples, each an array [L, *F], a list of numbers or a pytree of them, all of one structure and
-        features, and of dtypes that the first one's hold.
-      plan: of every batch; where time axes have names, a dict of a plan for each.
-      buffer_size: how many examples are held. Default: 64 batches of them.
-      seed: of the draws; None takes the middle of each part.
-      time_varying: as in the batchers.
+      parent: a dataset of examples, each an array [L, *F], a list of numbers or a pytree of them. All have the same
+        structure and features, and dtypes that those of the first one hold.
+      plan: the plan of every batch; where time axes have names, a dict with a plan for each.
+      buffer_size: how many examples are held. Default: 64 batches.
+      seed: the seed of the draws; None takes the middle of each part.
+      time_varying: as in `jaxpack.data.Batcher`.
 
     Raises:
-      ValueError: if buffer_size is below 1; in iterating, naming the example, if one is longer than the plan has room
-        for, they differ in structure or features, or a value does not fit its dtype.
-      TypeError: in iterating, naming the example, if the dtype of the first cannot hold its.
+      ValueError: if buffer_size is below 1. Iteration raises it, with the example's number, if an example is longer
+        than the plan has room for, examples differ in structure or features, or a value does not fit its dtype.
+      TypeError: iteration raises it, with the example's number, if the first example's dtype cannot hold another's.
 
-    In iterating it warns if the stream is ordered by length, which a buffer cannot make up for.
+    Iteration warns if the stream is ordered by length, which a buffer cannot shuffle.
     """
 
     def __init__(
@@ -211,28 +214,49 @@ class SlotFillIterDataset(grain.IterDataset):
         time_varying: PyTree = None,
     ) -> None:
         super().__init__(parent.to_iter_dataset() if isinstance(parent, grain.MapDataset) else parent)
-        self._plans = plans_of(plan, axis_names(time_varying))
+        plans = plans_of(plan, axis_names(time_varying))
         if buffer_size is None:
-            buffer_size = BUFFERED_BATCHES * self._plans[0].num_sequences
-        at_least_one("buffer_size", buffer_size)
-        self._buffer_size, self._time_varying = buffer_size, time_varying
-        self._x64 = jax.config.read("jax_enable_x64")  # of this thread; Grain may iterate in another
-        self._seed = None if seed is None else as_int("seed", seed)
+            buffer_size = BUFFERED_BATCHES * plans[0].num_sequences
+        self._filling = _Filling(
+            plans,
+            at_least_one("buffer_size", buffer_size),
+            None if seed is None else as_int("seed", seed),
+            time_varying,
+            jax.config.read("jax_enable_x64"),
+        )
 
     def __iter__(self) -> grain.DatasetIterator:
-        examples = _Examples([plan.max_length for plan in self._plans], self._time_varying)
-        parent = iter(self._parent)
-        return _SlotFillDatasetIterator(parent, self._plans, self._buffer_size, self._seed, examples, self._x64)
+        return _SlotFillDatasetIterator(iter(self._parent), self._filling)
 
     def __str__(self) -> str:
-        return f"SlotFillIterDataset(num_sequences={self._plans[0].num_sequences}, buffer_size={self._buffer_size})"
+        return f"SlotFillIterDataset({self._filling})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filling:
+    """The arguments of a SlotFillIterDataset, checked.
+
+    Attributes:
+      plans: the plan of each time axis.
+      buffer_size, seed, time_varying: as in SlotFillIterDataset.
+      x64: jax_enable_x64 in the thread that made the dataset; Grain may iterate in another.
+    """
+
+    plans: tuple[BucketPlan, ...]
+    buffer_size: int
+    seed: int | None
+    time_varying: PyTree
+    x64: bool
+
+    def __str__(self) -> str:
+        return f"num_sequences={self.plans[0].num_sequences}, buffer_size={self.buffer_size}"
 
 
 class _Examples:
-    """Takes examples apart into leaves of its own, and raises unless all are alike and none is longer than the limit.
+    """The form of a stream's examples, with a check that they have it and that none is longer than the limits.
 
-    The first example that has a dtype says what batches have. What was said is part of an iterator's state: the first
-    that is read after a resume is another.
+    The first example with a dtype determines that of the batches. These dtypes are part of an iterator's state, since
+    the first example read after a resume is another one.
     """
 
     def __init__(self, limits: Sequence[int], time_varying: PyTree) -> None:
@@ -240,11 +264,11 @@ class _Examples:
         self.form = Form(time_varying)
 
     def resume(self, dtypes: str) -> None:
-        """Starts anew with the dtypes that were said before."""
+        """Starts again with the dtypes that an earlier form had."""
         self.form = Form(self._time_varying, dtypes=dtypes)
 
     def piece(self, example: PyTree, number: int) -> tuple[Piece, Length]:
-        """The example, ready to be laid out, and its length."""
+        """Returns the example, ready to be laid out, and its length."""
         leaves = self.form.learn(example, number, promote=False)
         lengths = self.form.lengths(leaves)
         if any(length > limit for length, limit in zip(lengths, self._limits, strict=True)):
@@ -254,45 +278,37 @@ class _Examples:
 
 
 class _SlotFillDatasetIterator(grain.DatasetIterator):
-    """Fills and draws from a SlotBuffer, in a way that can be found again.
+    """An iterator that fills a buffer and draws from it, and whose state finds the buffer's content again.
 
-    An *anchor* is the number of an example, and the parent's state before it. There is one every batch of examples;
-    those that lie behind the oldest waiting example are forgotten, so the first is the one to go back to.
+    An *anchor* is the number of an example, with the parent's state before it. There is one per batch of examples.
+    Anchors before the oldest waiting example are dropped, so the first is the one to return to.
     """
 
-    def __init__(
-        self,
-        parent: grain.DatasetIterator,
-        plans: tuple[BucketPlan, ...],
-        buffer_size: int,
-        seed: int | None,
-        examples: _Examples,
-        x64: bool,
-    ) -> None:
+    def __init__(self, parent: grain.DatasetIterator, filling: _Filling) -> None:
         super().__init__(parent)
-        self._x64 = x64
-        self._plans, self._buffer_size, self._examples = plans, buffer_size, examples
-        self._trend = Trend(buffer_size)
+        self._filling, seed = filling, filling.seed
+        self._examples = _Examples([plan.max_length for plan in filling.plans], filling.time_varying)
+        self._trend = Trend(filling.buffer_size)
         self._rng = None if seed is None else np.random.default_rng([abs(seed), int(seed < 0)])
         self._clear(0, parent.get_state())
 
     def _clear(self, number: int, parent: State) -> None:
-        """Holds nothing; the parent stands before this example, in this state."""
+        """Empties the buffer; the parent is before this example, in this state."""
         self._read, self._anchors = number, [(number, parent)]
-        self._buffer = slot_buffer(self._plans, self._buffer_size, 1, self._rng)
+        self._buffer = make_buffer(self._filling.plans, self._filling.buffer_size, 1, self._rng)
         self._held: dict[int, Piece] = {}
-        self._taken: list[PyTree] = []  # from the parent, until it was found to be right
+        self._taken: list[PyTree] = []  # the parent's next example, until it is checked
         self._drawn = _rng_state(self._rng)  # the generator's state after the last draw
-        self._rest: Iterator[Sequence[Any]] | None = None
-        self._dealt = 0  # batches of the rest
+        self._rest: Iterator[Batches] | None = None
+        self._dealt = 0  # how many batches of the rest were taken
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
-        An exception of the parent passes through, one about an example comes again when asked again; the state is that
-        before the batch, with more examples read.
+        An exception of the parent passes through; an error about an example is raised again by the next call. The state
+        is then that before the batch, with more examples read.
         """
-        with jax.enable_x64(self._x64):
+        with jax.enable_x64(self._filling.x64):
             return self._next()
 
     def _next(self) -> Batch:
@@ -309,12 +325,12 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
                 self._trend.end()
                 self._rest = itertools.islice(self._buffer.rest(), self._dealt, None)
             (drawn,) = next(self._rest)
-            pieces = [self._held[number] for number, _ in drawn]  # kept: dealing again starts from all of them
+            pieces = [self._held[number] for number, _ in drawn]  # not popped: a resume deals all of them again
             self._dealt += 1
-        return lay_out(self._examples.form, pieces, [length for _, length in drawn], self._plans)
+        return lay_out(self._examples.form, pieces, [length for _, length in drawn], self._filling.plans)
 
     def _fill(self) -> bool:
-        """Reads until it is time to draw, and known what a batch is like; False if the parent ended before."""
+        """Reads until the buffer is full and the form is known; returns False if the parent ends before."""
         form = self._examples.form
         while not (self._buffer.full and (form.known or self._read >= LOOKAHEAD)):
             try:
@@ -327,10 +343,10 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
         return True
 
     def _read_one(self, waiting: bool = True) -> Length:
-        """Reads the next example, holds it if it waits, and returns its length then."""
+        """Reads the next example; if it waits, holds it and returns its length."""
         length = None
         if not self._taken:
-            if self._read - self._anchors[-1][0] >= self._plans[0].num_sequences:
+            if self._read - self._anchors[-1][0] >= self._filling.plans[0].num_sequences:
                 self._anchors.append((self._read, self._parent.get_state()))
             self._taken.append(next(self._parent))
         if waiting:
@@ -341,7 +357,7 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
         return length
 
     def get_state(self) -> State:
-        """Where it is: numbers, and a string with a bit for each example since the anchor. Can be written as JSON."""
+        """Returns the position: numbers, and a string with a bit for each example since the anchor, as in JSON."""
         anchor, parent = self._anchors[0]
         waiting = np.zeros(self._read - anchor, bool)
         waiting[np.fromiter(self._held, int, len(self._held)) - anchor] = True
@@ -369,12 +385,12 @@ class _SlotFillDatasetIterator(grain.DatasetIterator):
                 self._read_one(bool(waiting))
             except StopIteration as error:
                 raise ValueError(
-                    f"the state was given after {state['read']} examples, but now there are {self._read}. Resume "
+                    f"the state was taken after {state['read']} examples, but now there are {self._read}. Resume "
                     f"with the examples that it was made with."
                 ) from error
 
     def __str__(self) -> str:
-        return f"SlotFillDatasetIterator(num_sequences={self._plans[0].num_sequences}, buffer_size={self._buffer_size})"
+        return f"SlotFillDatasetIterator({self._filling})"
 
 
 def _rng_state(rng: np.random.Generator | None) -> Any:

@@ -1,4 +1,4 @@
-"""Packing on the host: NumPy in, NumPy out, so that a batch is laid out without compiling or running any program."""
+"""Packing on the host, in NumPy, without compiling or running a program."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 from jaxpack.data._form import Form
 
-_ALONE = "Here all of them share the steps of the sequence: pack what has others on its own."
+_ALONE = "Here all of them share the steps of the sequence: pack leaves with other steps separately."
 
 
 def pack_on_host(sequences: Iterable[PyTree], plan: BucketPlan) -> PackedSequence:
-    """Packs sequences as `jaxpack.pack_sequence` does, in NumPy.
+    """Packs sequences in NumPy, as `jaxpack.pack_sequence` does in JAX.
 
     Examples:
       >>> pack_on_host([[1, 2, 3], [4]], jaxpack.plan_exact([3, 1])).data.tolist()
       [1, 4, 2, 3]
 
     Args:
-      sequences: at least one and at most plan.num_sequences arrays [L_i, *F], or pytrees of such arrays; rows that are
-        left are empty.
+      sequences: at least one and at most plan.num_sequences arrays [L_i, *F], or pytrees of such arrays. Rows of the
+        plan without a sequence are empty.
       plan: the static shape.
 
     Returns:
-      A PackedSequence whose leaves are NumPy arrays, data [plan.size, *F] in the dtype that JAX promotes all sequences'
-      to. An empty list is a sequence of whatever the others hold.
+      A PackedSequence whose leaves are NumPy arrays, with data [plan.size, *F] in the dtype to which JAX promotes those
+      of all sequences. An empty list takes the structure and features of the other sequences.
 
     Raises:
-      ValueError: if a sequence does not fit the plan, there is none, they differ in structure or features, or that
-        dtype does not hold a value (as int32 does not hold 2**40).
-      TypeError: if sequences is no list of arrays of numbers.
+      ValueError: if sequences is empty, a sequence does not fit the plan, sequences differ in structure or features, or
+        the dtype cannot hold a value (as int32 cannot hold 2**40).
+      TypeError: if sequences is not a list of arrays of numbers.
     """
     if isinstance(sequences, (str, bytes, Mapping, Set, PackedSequence)) or not isinstance(sequences, Iterable):
         raise TypeError(f"sequences must be a list of arrays, got {type(sequences).__name__}.")
     form = Form(True, way_out=_ALONE)
-    held = isinstance(sequences, (list, tuple))  # another may give the next one in the same memory
+    held = isinstance(sequences, (list, tuple))  # another iterable may reuse its memory
     leaves = []
     for i, sequence in enumerate(sequences):
         read = form.learn(sequence, i, promote=True)
@@ -57,12 +57,12 @@ def pack_on_host(sequences: Iterable[PyTree], plan: BucketPlan) -> PackedSequenc
 def fill(form: Form, rows: Sequence[Rows], examples: Iterable[tuple[int, Sequence[np.ndarray]]]) -> list[np.ndarray]:
     """Returns data for each leaf: [plan.size, *F] where it varies in time, [B, *F] where it does not.
 
-    Each example is taken over before the next is asked for, so that a source may give both in the same memory.
+    Each example is copied before the next is read, so a source may reuse its memory.
 
     Args:
-      form: the examples'.
-      rows: where they go, for each time axis.
-      examples: the number and the leaves of each row's, in order. Rows that are left are empty.
+      form: the form of the examples.
+      rows: the rows of each time axis.
+      examples: the number and the leaves of each row's example, in order. The remaining rows are empty.
     """
     types = [
         (() if features is None else features, np.dtype(np.float32) if dtype is None else dtype)

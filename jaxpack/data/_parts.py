@@ -1,4 +1,4 @@
-"""Parts of a corpus of several lengths, one for each slot of a batch, in which sequences are alike in all of them."""
+"""Parts of a corpus with several time axes, one for each slot of a batch, whose sequences are alike in all lengths."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 def cut_in_parts(lengths: np.ndarray, slots: int, size: int | None = None) -> list[np.ndarray]:
     """Returns the numbers of the sequences in each part.
 
-    Sequences are cut in two by one of their lengths, each time by the one that leaves the least room if all of a half
-    are padded to its longest. What is found follows from the lengths alone, not from the order that they come in.
+    Sequences are halved by one of their lengths, each time by the one that needs the least room if the sequences of
+    each half are padded to its longest. The parts depend on the lengths alone, not on the order of the sequences.
 
     Examples:
       >>> [part.tolist() for part in cut_in_parts(np.array([[9, 2], [1, 8], [9, 1], [1, 9]]), 2)]
@@ -17,15 +17,15 @@ def cut_in_parts(lengths: np.ndarray, slots: int, size: int | None = None) -> li
 
     Args:
       lengths: int [N, A].
-      slots: how many parts.
-      size: how many sequences a part holds, of which the last are left with fewer. Default: as equal as can be.
+      slots: how many parts to make.
+      size: how many sequences a part holds, the last parts fewer. Default: parts are as equal as possible.
     """
     order = np.lexsort(lengths.T[::-1])
     return _cut(lengths, order, slots, size)
 
 
 def joint_rooms(lengths: np.ndarray, slots: int) -> list[np.ndarray]:
-    """Returns the rooms [slots] on each axis that batches of one sequence a part need, at least 1, longest first.
+    """Returns the rooms [slots] on each axis that batches of one sequence per part need, at least 1, longest first.
 
     Examples:
       >>> [rooms.tolist() for rooms in joint_rooms(np.array([[9, 2], [1, 8], [9, 1], [1, 9]]), 2)]
@@ -52,5 +52,5 @@ def _cut(lengths: np.ndarray, held: np.ndarray, slots: int, size: int | None) ->
 
 
 def _room(lengths: np.ndarray, slots: int) -> int:
-    """How many cells these take on all axes, in so many slots of their longest."""
+    """Counts the cells on all axes of `slots` slots with room for the longest of these lengths."""
     return slots * int(lengths.max(axis=0, initial=1).sum())

@@ -1,4 +1,4 @@
-"""prefetch_to_device: batches are laid out and sent by a thread of their own while the device computes."""
+"""prefetch_to_device: a thread that lays batches out and sends them while the device computes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import numpy as np
 from jaxpack._checks import at_least_one
 from jaxpack.data._batcher import BatchIterator
 
-_POLL = 0.1  # seconds after which who waits for the thread looks whether it is alive
+_POLL = 0.1  # seconds between checks that the thread is alive, while a caller waits
 
 
 def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = None) -> PrefetchIterator:
-    """Takes items ahead of their use, in a thread, and puts them on a device.
+    """Takes items from an iterator ahead of their use, in a thread, and puts them on a device.
 
     Examples:
       >>> from jaxpack.data import SlotFilling
@@ -27,18 +27,19 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
       [True, True]
 
     Args:
-      iterator: of pytrees of arrays, such as a batcher or its iterator. It may give the next in the same memory.
+      iterator: an iterable of pytrees of arrays, such as a batcher or its iterator. It may reuse the memory of an item
+        for the next.
       size: how many items are kept ready.
-      device: where jax.device_put puts them: a device or a sharding. Default: JAX's default device.
+      device: the device or sharding for jax.device_put. Default: JAX's default device.
 
     Returns:
-      An iterator, from which several threads may take items: each goes to one of them. Its `get_state()` is the batch
-      iterator's after the item that it gave last, so a program that stops there goes on with the next. An exception of
-      the iterator, of whatever kind, is raised where its item would have come.
+      An iterator, from which several threads may take items: each item goes to one of them. Its `get_state()` is the
+      batch iterator's state after the last item taken, so a program that stops there can continue with the next item.
+      An exception of the iterator, of any kind, is raised in place of its item.
 
     Raises:
       TypeError: if size is no int.
-      ValueError: if it is below 1.
+      ValueError: if size is below 1.
     Source: mirrors flax.jax_utils.prefetch_to_device.
     """
     at_least_one("size", size)
@@ -46,7 +47,7 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
 
 
 class _Entry(NamedTuple):
-    """What the thread has ready: an item, or why there is none. And the iterator's state after it."""
+    """An item, or the exception in its place, with the iterator's state after it."""
 
     item: Any
     error: BaseException | None
@@ -54,13 +55,13 @@ class _Entry(NamedTuple):
 
 
 class PrefetchIterator:
-    """Made by `prefetch_to_device`. Nobody waits for a thread that has ended: there is an item, or an error.
+    """The iterator that `prefetch_to_device` returns. Every call returns or raises, even if the thread has died.
 
     Examples:
       >>> from jaxpack.data import SlotFilling, prefetch_to_device
       >>> epoch = prefetch_to_device(SlotFilling([[1, 2, 3], [4], [5, 6], [7]], batch_size=2))
       >>> batch = next(epoch)
-      >>> epoch.get_state()["batch"]  # the item given last, whatever was taken ahead
+      >>> epoch.get_state()["batch"]  # after the item taken last, not those ready
       1
       >>> epoch.close()
     """
@@ -75,15 +76,14 @@ class PrefetchIterator:
         return self
 
     def __next__(self) -> Any:
-        """The next item, on the device.
+        """Returns the next item, on the device.
 
         Raises:
-          RuntimeError: in a process that was forked from the one that made this, which has no such thread; or if the
-            thread has ended without a word.
+          RuntimeError: in a forked process, which has no such thread; or if the thread has died.
         """
         if os.getpid() != self._process:  # before any lock, which the thread may have held
             raise RuntimeError(
-                "this prefetch_to_device was made in another process, whose thread a fork does not have. Make one in "
+                "this prefetch_to_device was made in another process, and a fork does not have its thread. Call it in "
                 "the process that takes its items."
             )
         with self._shared.changed:
@@ -97,13 +97,13 @@ class PrefetchIterator:
         return entry.item
 
     def get_state(self) -> Any:
-        """The iterator's state after the item given last; raises AttributeError if it keeps none."""
+        """Returns the iterator's state after the item taken last; raises AttributeError if it has none."""
         if self._state is None:
             raise AttributeError(f"{type(self._shared.iterator).__name__} has no get_state().")
         return self._state
 
     def close(self) -> None:
-        """Ends the thread; there are no more items then, for whoever waits for one either."""
+        """Ends the thread and the iteration, also for callers that wait for an item."""
         if os.getpid() == self._process:
             self._shared.stop()
 
@@ -112,19 +112,19 @@ class PrefetchIterator:
             self.close()
 
     def _wait(self) -> _Entry:
-        """Waits for an entry and takes it. Starts the thread at first, and after an error, which may be got over."""
+        """Waits for an entry and takes it. Starts the thread first, and again after an error."""
         shared = self._shared
         while not (shared.ready or shared.ended):
             if self._thread is None or shared.left:
                 shared.left = False
-                self._thread = None  # should there be no more threads
+                self._thread = None  # in case no thread can be started
                 thread = threading.Thread(target=_fill, args=(shared,), daemon=True)
                 thread.start()
                 self._thread = thread
             elif not self._thread.is_alive():
                 self._thread = None
                 raise RuntimeError(
-                    "the thread of prefetch_to_device has ended without an item or an error. Asking again starts one."
+                    "the thread of prefetch_to_device has ended without an item or an error. The next call starts one."
                 )
             shared.changed.wait(_POLL)
         if not shared.ready:
@@ -137,31 +137,33 @@ class PrefetchIterator:
 
 
 class _Shared:
-    """What the thread knows: not the PrefetchIterator, so that one which is forgotten can go.
+    """The state that the thread shares with the PrefetchIterator, to which it holds no reference.
+
+    So an iterator that is no longer used can be collected.
 
     Attributes:
       changed: guards the others, and is notified whenever they change.
       ready: entries not taken yet.
-      ended: there is nothing more to come, since the iterator was exhausted or the prefetch closed.
-      left: the thread has said why, and gone.
+      ended: whether there are no more items, since the iterator was exhausted or the prefetch closed.
+      left: whether the thread has handed over an error and ended.
     """
 
     def __init__(self, iterator: Iterator[Any], size: int, device: Any) -> None:
         self.iterator, self.size, self.device = iterator, size, device
-        self.x64 = jax.config.read("jax_enable_x64")  # of this thread
+        self.x64 = jax.config.read("jax_enable_x64")  # this thread's value
         self.changed = threading.Condition()
         self.ready: collections.deque[_Entry] = collections.deque()
         self.ended = self.left = False
 
     def stop(self) -> None:
-        """Ends it, for who waits and for the thread."""
+        """Ends the iteration, for waiting callers and for the thread."""
         with self.changed:
             self.ended = True
             self.ready.clear()
             self.changed.notify_all()
 
     def put(self, entry: _Entry) -> bool:
-        """Hands an entry over; whether another is wanted, once there is room for it."""
+        """Hands an entry over, and waits for room; returns whether another is wanted."""
         with self.changed:
             if not self.ended:
                 self.ready.append(entry)
@@ -173,20 +175,20 @@ class _Shared:
 
 
 def _fill(shared: _Shared) -> None:
-    """The thread."""
+    """Takes items until no more are wanted, in the thread."""
     wanted = True
     while wanted:
         try:
             with jax.enable_x64(shared.x64):
                 item = jax.device_put(_own(shared.iterator, next(shared.iterator)), shared.device)
             entry = _Entry(item, None, _state(shared.iterator))
-        except BaseException as error:  # whoever asks for the item is told
+        except BaseException as error:  # raised where the item is taken
             entry = _Entry(None, error, _state(shared.iterator) if isinstance(error, StopIteration) else None)
         wanted = shared.put(entry)
 
 
 def _own(iterator: Iterator[Any], item: Any) -> Any:
-    """The item in memory that nobody else writes to: a device may share that of the host, or copy it later."""
+    """Copies an item whose memory may be reused, since a device may share it with the host or copy it later."""
     if isinstance(iterator, BatchIterator):
         return item
     return jax.tree.map(lambda leaf: np.array(leaf) if isinstance(leaf, np.ndarray) else leaf, item)

@@ -1,4 +1,4 @@
-"""Ranks, and their correlation."""
+"""Ranks and rank correlation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Returns the rank of each value, from 1; of equal ones the mean.
+    """Returns the rank of each value, from 1; equal values get the mean of their ranks.
 
     Examples:
       >>> ranks(np.array([5, 9, 5])).tolist()
@@ -17,7 +17,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns Spearman's rank correlation; 0 where all of one are tied.
+    """Returns Spearman's rank correlation; 0 if all values of x or of y are tied.
 
     Examples:
       >>> round(rank_correlation(np.array([1, 2, 3]), np.array([9, 4, 2])), 6)

@@ -1,7 +1,7 @@
-"""Sources: what batchers read examples from, cut where they are longer than a plan.
+"""Sources of examples for batchers, which cut those that are longer than a plan.
 
-A *piece* is what sits in a row of a batch: a whole example, or the part of one that `too_long` leaves of it. Batchers
-decide with pieces' numbers and lengths alone; the examples are read when a batch is laid out.
+A *piece* is the content of a row of a batch: a whole example, or the part of one that `too_long` keeps. Batchers decide
+with the numbers and lengths of pieces alone; examples are read when a batch is laid out.
 """
 
 from __future__ import annotations
@@ -20,19 +20,34 @@ from jaxpack.data._lengths import lengths_by_axis
 from jaxpack.data._trend import Trend
 
 TooLong = Literal["error", "truncate", "drop", "split"]
-Length = Any  # an int; a tuple of ints, one for each time axis, where there are several
+Length = Any  # an int; with several time axes, a tuple with an int for each
 
-LOOKAHEAD = 1000  # examples of a stream that are read to find one that is more than an empty list
+LOOKAHEAD = 1000  # how many examples of a stream are read to find one that is not an empty list
+
+
+class ByPosition(Protocol):
+    """Examples with a length, which are read by their position."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Any:
+        """The example at a position."""
+        ...
+
+
+Source = ByPosition | Iterable[PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Parts of examples, and how many examples were not left whole.
+    """The pieces of examples, and how many examples were cut.
 
     Attributes:
-      examples: int [P], the example in the source.
-      start: int [P], the first step of it.
-      lengths: int [P, A], how many steps of it on each time axis.
+      examples: int [P], the number of each piece's example in the source.
+      start: int [P], the piece's first step in the example.
+      lengths: int [P, A], how many steps the piece has on each time axis.
       cut: how many examples were truncated, dropped or split.
     """
 
@@ -43,7 +58,7 @@ class Pieces:
 
 
 class Piece(NamedTuple):
-    """A piece that is ready to be laid out: the number of its example, and its part of the example's leaves."""
+    """A piece ready to be laid out: the number of its example, and its part of the example's leaves."""
 
     example: int
     leaves: list[np.ndarray]
@@ -53,9 +68,9 @@ class Epoch(Protocol):
     """One reading of a source."""
 
     form: Form
-    """What examples have in common; of a streamed source known from its first."""
+    """The common form of the examples; a streamed source learns it from the first ones."""
     pieces: Iterator[tuple[int, Length]]
-    """Each piece's number and its length, in the order in which they are read."""
+    """The number and length of each piece, in the order of reading."""
 
     @property
     def cut(self) -> int:
@@ -63,16 +78,16 @@ class Epoch(Protocol):
         ...
 
     def read(self, pieces: Sequence[int]) -> Iterator[Piece]:
-        """The pieces of these numbers, each of which can be read once, and is to be taken over before the next is."""
+        """Yields the pieces with these numbers, once each; each must be copied before the next is read."""
         ...
 
     def drop(self, pieces: Sequence[int]) -> None:
-        """Forgets pieces that will not be read."""
+        """Releases pieces that will not be read."""
         ...
 
 
 def cut(lengths: np.ndarray, limits: Sequence[int], too_long: TooLong, names: Sequence[str] = ()) -> Pieces:
-    """Returns pieces of examples of these lengths, none longer than the limit.
+    """Cuts examples with these lengths into pieces, none longer than the limit.
 
     Examples:
       >>> cut(np.array([[2], [7]]), [3], "split").lengths[:, 0].tolist()
@@ -80,12 +95,12 @@ def cut(lengths: np.ndarray, limits: Sequence[int], too_long: TooLong, names: Se
 
     Args:
       lengths: int [N, A], on each time axis.
-      limits: for each axis.
-      too_long: what is done about those that are longer.
-      names: of the axes, for errors.
+      limits: the most steps of a piece on each axis.
+      too_long: how to treat longer examples.
+      names: the names of the axes, for errors.
 
     Raises:
-      ValueError: if one is longer and too_long is "error", or is none of the four.
+      ValueError: if an example is longer and too_long is "error", or too_long is none of the four.
     """
     _check_too_long(too_long, len(limits))
     over = lengths > limits
@@ -104,23 +119,22 @@ def cut(lengths: np.ndarray, limits: Sequence[int], too_long: TooLong, names: Se
 
 
 class Indexed:
-    """A source whose examples are read by number: a list, an array of arrays, a grain.MapDataset.
+    """A source whose examples are read by position: a list, an array of arrays, a grain.MapDataset.
 
-    Their dtypes are promoted where all examples are read to learn their lengths. Where those are given, the first
-    example with steps says what they are.
+    Where all examples are read to learn their lengths, their dtypes are promoted. With given lengths, the first example
+    with steps determines the dtypes.
 
     Args:
       examples: anything with a length that can be indexed by an int.
-      form: the examples', to be learned.
-      lengths: [N] whole numbers, or a mapping to them from the names of the time axes; without them every example is
-        read once now.
+      form: the form of the examples, which is learned here.
+      lengths: [N] whole numbers, or a mapping from the names of the time axes to such; None reads every example once.
     """
 
-    def __init__(self, examples: Sequence[PyTree], form: Form, lengths: Any) -> None:
+    def __init__(self, examples: ByPosition, form: Form, lengths: Any) -> None:
         if not len(examples):
             raise ValueError("the source is empty: at least one example is needed.")
         if len(examples) == sys.maxsize:
-            raise ValueError("the source has no end, as a repeated grain.MapDataset: batchers repeat it themselves.")
+            raise ValueError("the source is endless, as a repeated grain.MapDataset is: batchers repeat it themselves.")
         self._examples, self.form = examples, form
         if lengths is None:
             found = [form.lengths(form.learn(self.example(i), i, promote=True)) for i in range(len(examples))]
@@ -135,7 +149,7 @@ class Indexed:
         self.parts: Pieces  # set by `limit`, once plans are known
 
     def example(self, index: int) -> PyTree:
-        """The example of this number."""
+        """Returns the example at a position."""
         try:
             return self._examples[index]
         except KeyError as error:
@@ -147,15 +161,17 @@ class Indexed:
             ) from error
 
     def limit(self, limits: Sequence[int], too_long: TooLong) -> None:
-        """Cuts the examples to a length on each time axis."""
+        """Cuts the examples to these lengths on each time axis."""
         self.parts = cut(self.lengths, limits, too_long, self.form.names)
 
     def epoch(self, rng: np.random.Generator | None) -> Epoch:
-        """All pieces in random order, or in the source's without a generator."""
+        """Starts a reading of all pieces in random order, or in the source's order without a generator."""
         return _IndexedEpoch(self, rng)
 
 
 class _IndexedEpoch:
+    """One reading of an Indexed source."""
+
     def __init__(self, source: Indexed, rng: np.random.Generator | None) -> None:
         self._source, self.form = source, source.form
         order = np.arange(len(source.parts.examples))
@@ -184,22 +200,23 @@ class _IndexedEpoch:
 
 
 class Streamed:
-    """A source that is read once, in its own order, every epoch; what was read waits until its batch is laid out.
+    """A source that is read in its own order in each epoch; its pieces are held until their batch is laid out.
 
-    The first example that has a dtype says what batches have. What waits is copied: it is the source's until it gives
-    the next.
+    The first example with a dtype determines that of the batches. Held pieces are copies, since the source may reuse
+    its memory.
 
     Args:
       examples: an iterable.
-      time_varying: as in the batchers.
-      limits: no piece is longer, on each time axis.
-      too_long: what is done about examples that are.
-      buffer_size: how many pieces are held, in a trend of whose lengths there is something to warn of; None where not.
+      time_varying: as in `Batcher`.
+      limits: the most steps of a piece on each time axis.
+      too_long: how to treat longer examples.
+      buffer_size: how many pieces the batcher's buffer holds, to warn of streams ordered by length; None for no
+        warning.
     """
 
     def __init__(
         self,
-        examples: Iterable[PyTree],
+        examples: Source,
         time_varying: PyTree,
         limits: Sequence[int],
         too_long: TooLong,
@@ -211,18 +228,20 @@ class Streamed:
         self._spent = False
 
     def epoch(self, rng: np.random.Generator | None) -> Epoch:
-        """The source's pieces in its order."""
+        """Starts a reading of the pieces in the source's order."""
         once = iter(self.examples)
         if self._spent and once is self.examples:
             raise ValueError(
                 "the source is an iterator, which can be read once. For more epochs, or to resume, pass an object "
-                "whose iteration starts anew each time, such as a list or a data set."
+                "whose iteration starts from the beginning each time, such as a list or a data set."
             )
         self._spent = True
         return _StreamedEpoch(self, once)
 
 
 class _StreamedEpoch:
+    """One reading of a Streamed source."""
+
     def __init__(self, source: Streamed, examples: Iterator[PyTree]) -> None:
         self._source, self.form = source, Form(source.time_varying)
         self._held: dict[int, Piece] = {}
@@ -259,7 +278,7 @@ class _StreamedEpoch:
             trend.end()
 
     def _take(self, index: int, example: PyTree) -> tuple[int, list[tuple[tuple[int, ...], list[np.ndarray]]]]:
-        """An example's number, and of its pieces the lengths and copies of the leaves."""
+        """Returns an example's number, and the lengths and copied leaves of its pieces."""
         leaves = self.form.learn(example, index, promote=False)
         found = self.form.lengths(leaves)
         return index, [
@@ -281,7 +300,7 @@ class _StreamedEpoch:
 def shuffled(
     pieces: Iterable[tuple[int, Length]], buffer_size: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, Length]]:
-    """Each time one at random out of a buffer, as tf.data.Dataset.shuffle."""
+    """Yields pieces drawn at random from a buffer, as tf.data.Dataset.shuffle does."""
     buffer: list[tuple[int, Length]] = []
     for piece in pieces:
         buffer.append(piece)
@@ -293,8 +312,8 @@ def shuffled(
     yield from buffer
 
 
-def positional(source: Any) -> Sequence[PyTree] | None:
-    """Returns what gives the source's examples by their position, None if it can only be iterated over.
+def positional(source: Any) -> ByPosition | None:
+    """Returns the source if its examples can be read by position, None if it can only be iterated over.
 
     Examples:
       >>> positional([[1, 2], [3]])[1]
@@ -303,21 +322,21 @@ def positional(source: Any) -> Sequence[PyTree] | None:
       True
 
     Raises:
-      TypeError: if the source's examples have no order, or are not what it gives.
+      TypeError: if the source's examples have no order, or iterating over it does not give them.
     """
-    of_kind = type(source)  # asked for what a class has, and not a data set that has an attribute of that name
+    of_kind = type(source)  # the class is checked, since a data set may have an instance attribute of the same name
     kind = of_kind.__name__
     if isinstance(source, (str, bytes, bytearray)):
         raise TypeError(f"the source must hold examples, arrays of numbers, got a {kind}.")
     if isinstance(source, Set):
-        raise TypeError(f"the source is a {kind}, whose order is not the same again. Pass a list of its examples.")
+        raise TypeError(f"the source is a {kind}, whose order is not fixed. Pass a list of its examples.")
     if hasattr(of_kind, "columns") or (hasattr(source, "columns") and hasattr(source, "iloc")):  # a table or data frame
         raise TypeError(
             f"the source is a {kind}, which is read by column. Pass a list of its examples: of one column "
             f'(source["name"].tolist()), or of rows (pandas: source.to_dict("records")).'
         )
     if hasattr(source, "iloc"):  # a pandas Series, whose [] takes labels
-        return _ByPosition(source)
+        return _Series(source)
     if isinstance(source, Mapping) or hasattr(of_kind, "keys"):
         raise TypeError(
             f"the source is a {kind}, which is read by key, not by position. Pass a list of its examples, such as "
@@ -332,8 +351,8 @@ def positional(source: Any) -> Sequence[PyTree] | None:
     return None
 
 
-class _ByPosition(Sequence):
-    """A pandas Series read by position."""
+class _Series:
+    """The examples of a pandas Series by position."""
 
     def __init__(self, series: Any) -> None:
         self._series = series
@@ -353,7 +372,7 @@ def as_lengths(lengths: np.ndarray) -> list[Length]:
 def too_long_message(
     index: int, lengths: Sequence[int], limits: Sequence[int], names: Sequence[str], way_out: str, others: str = ""
 ) -> str:
-    """Returns what to say about an example with more steps than there is room for, on the first axis where it has."""
+    """Returns the error text about an example with more steps than its plan has room for, on the first such axis."""
     axis = next(a for a, limit in enumerate(limits) if lengths[a] > limit)
     on = f" on the time axis {names[axis]!r}" if len(limits) > 1 else ""
     return (
@@ -372,7 +391,7 @@ def _check_too_long(too_long: str, num_axes: int) -> None:
         raise ValueError(f'too_long must be "error", "truncate", "drop" or "split", got {too_long!r}.')
     if too_long == "split" and num_axes > 1:
         raise ValueError(
-            'too_long="split" is for examples of one time axis: which steps of the others would go with a part? Choose '
+            'too_long="split" is for examples of one time axis, since the steps of others do not split with it. Choose '
             '"error", "truncate" or "drop".'
         )
 

@@ -1,4 +1,4 @@
-"""Statistics: what a batcher's epoch was like. How full, how many programs, how random."""
+"""Statistics of a batcher's epoch: efficiency, programs and randomness."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxpack.data._source import Length
 
 @dataclasses.dataclass(frozen=True)
 class AxisStatistics:
-    """The part of `Statistics` that one of several time axes has.
+    """The part of `Statistics` for one of several time axes.
 
     Examples:
       >>> AxisStatistics(tokens=6, cells=8).efficiency
       0.75
 
     Attributes:
-      tokens: how many steps rows have on it.
-      cells: how many its plans have.
+      tokens: how many steps the rows have on this axis.
+      cells: how many cells its plans have.
     """
 
     tokens: int
@@ -38,24 +38,25 @@ class AxisStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What a batcher made of an epoch, or of a part of it. Notebooks show it as a table.
+    """Counts of a batcher's epoch, or of a part of it. Notebooks show them as a table.
 
     Examples:
       >>> print(jaxpack.data.SlotFilling([np.ones(length) for length in (4, 2, 4, 2)], batch_size=2).statistics())
       4 rows in 2 batches; 1 program; efficiency 75.0%; rank correlation +0.000
 
     Attributes:
-      batches: how many.
-      programs: how many different plans they came under.
+      batches: how many batches there were.
+      programs: how many different plans they had.
       rows: how many rows held an example, or a part of one.
-      tokens: how many steps those have.
-      cells: how many the plans have.
+      tokens: how many steps those rows have.
+      cells: how many cells the plans have.
       truncated: how many examples were cut at the longest room.
-      dropped: how many were left out.
-      split: how many became several rows.
-      rank_correlation: Spearman's, between how long a row's sequence is and in which batch it came: about 0 if the
-        order is random, 1 if it is sorted.
-      axes: for each named time axis, where there are several, its share of tokens and cells, which are sums over them.
+      dropped: how many examples were left out.
+      split: how many examples became several rows.
+      rank_correlation: Spearman's rank correlation of the length of a row's sequence and the number of its batch: about
+        0 in random order, 1 in sorted order.
+      axes: where there are several time axes, the tokens and cells of each by name; `tokens` and `cells` are their
+        sums.
     """
 
     batches: int
@@ -88,7 +89,7 @@ class Statistics:
         )
 
     def _repr_html_(self) -> str:
-        """A table of the counts and a bar of the efficiency, for notebooks."""
+        """Returns a table of the counts and a bar of the efficiency, for notebooks."""
         counts = [field.name for field in dataclasses.fields(self) if field.name not in ("rank_correlation", "axes")]
         texts = {name: f"{getattr(self, name):,}" for name in counts}
         texts |= {"efficiency": f"{self.efficiency:.1%}", "rank correlation": f"{self.rank_correlation:+.3f}"}
@@ -97,10 +98,10 @@ class Statistics:
 
 
 class Tally:
-    """Counts batches as they come.
+    """A counter of batches.
 
     Args:
-      names: of the time axes; none if there is one without a name.
+      names: the names of the time axes; none for a single axis without a name.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -109,12 +110,12 @@ class Tally:
         self._lengths: list[Sequence[Length]] = []
 
     def add(self, plans: tuple[BucketPlan, ...], lengths: Sequence[Length]) -> None:
-        """Counts a batch of sequences of these lengths, under a plan for each time axis."""
+        """Counts a batch of sequences with these lengths, under a plan for each time axis."""
         self._plans.append(plans)
         self._lengths.append(lengths)
 
     def statistics(self, too_long: str, cut: int) -> Statistics:
-        """What was counted; `cut` examples were too long, and that was done about them."""
+        """Returns the counts, of which `cut` examples were too long and were treated as `too_long` says."""
         num_axes = max(1, len(self._names))
         counts = [len(lengths) for lengths in self._lengths]
         lengths = np.array(list(itertools.chain.from_iterable(self._lengths)), int).reshape(-1, num_axes)

@@ -1,4 +1,4 @@
-"""Trend: a warning where the lengths of a stream follow its order, which no buffer of a part of it makes up for."""
+"""Trend: a warning about streams that are ordered by length, which a small buffer cannot shuffle."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy as np
 from jaxpack.data._ranks import ranks
 
 _BLOCKS = 8
-_SMALLEST = 512  # examples that are looked at together
-_EXPLAINED = 0.3  # share of the variance of the lengths' ranks that lies between blocks, above which it is a trend
-_CERTAIN = 60.0  # in random order that share times the examples is chi square with 7 degrees: 2e-10 of it lies above
+_SMALLEST = 512  # the fewest examples in a window
+_EXPLAINED = 0.3  # a trend explains more than this share of the variance of the lengths' ranks by their block
+_CERTAIN = 60.0  # in random order that share times the examples is chi square with 7 degrees: P(above) = 2e-10
 
 
 class Trend:
-    """Watches the lengths of a stream as they come, and warns once if they have a trend.
+    """A check of the lengths of a stream, which warns once if they have a trend.
 
-    As many examples as two buffers hold are looked at together, so that a stream whose order is local, within a buffer,
-    passes. They are cut into blocks: in random order these have like lengths.
+    A window holds as many examples as two buffers, so a stream whose order is local, within a buffer, passes. It is
+    cut into blocks, whose lengths are similar in random order.
 
     Args:
-      buffer_size: how many examples are drawn from.
+      buffer_size: how many examples the stream's buffer holds.
     """
 
     def __init__(self, buffer_size: int) -> None:
@@ -32,7 +32,7 @@ class Trend:
         self._count = 0
 
     def add(self, lengths: Sequence[int]) -> None:
-        """Counts an example with these lengths on its time axes."""
+        """Adds an example with these lengths on its time axes."""
         if self._buffer_size == np.inf:
             return
         self._lengths.append(lengths)
@@ -42,7 +42,7 @@ class Trend:
             del self._lengths[: self._window // 2]
 
     def end(self) -> None:
-        """Looks at those that were left. A stream that a buffer holds as a whole is in no order."""
+        """Checks the remaining examples, unless the buffer holds the whole stream."""
         if self._count > self._buffer_size:
             self._look()
 
@@ -53,19 +53,18 @@ class Trend:
         explained = max(_explained(column) for column in lengths.T)
         if explained < _EXPLAINED or explained * len(lengths) < _CERTAIN:
             return
-        self._buffer_size = np.inf  # enough is said
+        self._buffer_size = np.inf  # warns once
         warnings.warn(
-            f"the examples of the stream are ordered by length: where they come explains {explained:.0%} of the "
-            f"variance of the last {len(lengths):,} lengths (their ranks). Batches drawn from a buffer of part of them "
-            f"are far from full, or all of like lengths one after another. Shuffle the stream before, or give a "
-            f"larger buffer_size.",
+            f"the examples of the stream are ordered by length: their order explains {explained:.0%} of the variance "
+            f"of the last {len(lengths):,} lengths (their ranks). Batches drawn from a buffer of part of it are far "
+            f"from full, or their lengths follow that order. Shuffle the stream first, or pass a larger buffer_size.",
             UserWarning,
             stacklevel=2,
         )
 
 
 def _explained(lengths: np.ndarray) -> float:
-    """Eta squared: the share of the variance of ranks that lies between blocks of the order; 0 where all are tied."""
+    """Computes eta squared: the share of the variance of ranks between blocks of the order; 0 if all are tied."""
     ranked = ranks(lengths)
     total = np.sum((ranked - ranked.mean()) ** 2)
     between = sum(len(block) * (block.mean() - ranked.mean()) ** 2 for block in np.array_split(ranked, _BLOCKS))

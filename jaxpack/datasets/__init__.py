@@ -1,4 +1,4 @@
-"""The small data sets that ship with the package, one file each; their licences lie beside them."""
+"""Small data sets that ship with the package, with their licences beside the data."""
 
 from jaxpack._namespace import publish as _publish
 from jaxpack.datasets._pronunciations import Pronunciations, cmudict

@@ -10,14 +10,14 @@ import numpy as np
 
 
 class LabelledSequences(NamedTuple):
-    """Sequences of different lengths, with a class each.
+    """Sequences of different lengths, each with a class.
 
     Examples:
       >>> LabelledSequences([np.ones((3, 2)), np.ones((1, 2))], labels=np.array([0, 1])).lengths.tolist()
       [3, 1]
 
     Attributes:
-      sequences: arrays [L_i, F], one per sequence.
+      sequences: an array [L_i, F] for each sequence.
       labels: int32 [N], the class of each sequence.
     """
 
@@ -26,12 +26,12 @@ class LabelledSequences(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int32 [N]: how many steps each sequence has."""
+        """int32 [N]: the number of steps of each sequence."""
         return np.array([len(sequence) for sequence in self.sequences], np.int32)
 
 
 def japanese_vowels() -> tuple[LabelledSequences, LabelledSequences]:
-    """The UCI Japanese Vowels data: which of 9 men says the vowels /ae/?
+    """Loads the UCI Japanese Vowels data: the vowels /ae/, spoken by 9 men.
 
     Examples:
       >>> train, test = japanese_vowels()
@@ -39,10 +39,10 @@ def japanese_vowels() -> tuple[LabelledSequences, LabelledSequences]:
       ((20, 12), 0)
 
     Returns:
-      The data's own split, 270 utterances to train on and 370 to test on: each float32 [L_i, 12], 7 to 29 frames of
-      12 cepstrum coefficients, in arrays of the caller's own; labels 0 to 8 are the speakers.
-    Source: Kudo, Toyama and Shimbo, UCI Machine Learning Repository, doi 10.24432/C5NS47, CC BY 4.0; what was changed
-      is written in japanese_vowels.md, beside the data.
+      The data's own split, with 270 utterances to train on and 370 to test on. Each is float32 [L_i, 12]: 7 to 29
+      frames of 12 cepstrum coefficients. Labels 0 to 8 are the speakers. The arrays are new in each call.
+    Source: Kudo, Toyama and Shimbo, UCI Machine Learning Repository, doi 10.24432/C5NS47, CC BY 4.0;
+      japanese_vowels.md, beside the data, lists the changes.
     """
     file = importlib.resources.files("jaxpack.datasets") / "japanese_vowels.npz"
     with file.open("rb") as opened, np.load(opened) as arrays:
@@ -50,6 +50,6 @@ def japanese_vowels() -> tuple[LabelledSequences, LabelledSequences]:
 
 
 def _split(arrays: Mapping[str, np.ndarray], name: str) -> LabelledSequences:
-    """One half of the file, whose frames lie one utterance after the other."""
+    """Splits the frames of one half of the file, which are concatenated, into utterances."""
     starts = np.cumsum(arrays[f"{name}_lengths"])[:-1]
     return LabelledSequences(np.split(arrays[f"{name}_frames"], starts), arrays[f"{name}_labels"])

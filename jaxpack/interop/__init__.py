@@ -1,4 +1,4 @@
-"""Weights from and to other libraries: one file each. Of those libraries it imports Flax alone."""
+"""Weights from and to other libraries, one file each. Of these libraries only Flax is imported."""
 
 from jaxpack._namespace import publish as _publish
 from jaxpack.interop._flax import from_linen, from_nnx, to_linen, to_nnx

@@ -2,13 +2,14 @@
 
     LSTM        kernel, recurrent_kernel, bias with the gates i, f, c, o (PyTorch's g is Keras's c). unit_forget_bias
                 only says how the bias is drawn.
-    GRU         kernel, recurrent_kernel, bias [2, 3H] with the gates z, r, h. reset_after=True is PyTorch's equation;
-                with reset_after=False r multiplies h before the product, which no weights can undo.
+    GRU         kernel, recurrent_kernel, bias [2, 3H] with the gates z, r, h. reset_after=True is PyTorch's equation.
+                With reset_after=False r multiplies h before the product, which no weights can undo.
     SimpleRNN   kernel, recurrent_kernel, bias.
 
-A Bidirectional holds the forward layer's arrays, then the backward layer's; a StackedRNNCells those of one cell after
-the other. A cell has the weights of the layer of its name. What is done with outputs (merge_mode, return_sequences) and
-the order that a layer reads in (go_backwards) is in no weights; .docs/guide/weights.md says how to run either.
+A Bidirectional holds the forward layer's arrays, then the backward layer's. A StackedRNNCells holds those of one cell
+after the other. A cell has the weights of the layer of its name. Weights do not tell how outputs are returned
+(merge_mode, return_sequences) and in which order a layer reads (go_backwards): .docs/guide/weights.md says how to run
+either.
 """
 
 from __future__ import annotations
@@ -25,37 +26,39 @@ from jaxpack._cells.rnn import RNNCell
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
 from jaxpack.interop._weights import (
     Weights,
-    as_params,
-    as_weights,
-    check_cell,
+    check_convertible,
     check_count,
-    computes,
-    from_library,
+    group_directions,
+    is_nonlinearity,
     is_pair,
-    listed,
     merge_biases,
+    merged_error,
+    name_entries,
+    params_from_weights,
+    reversed_error,
+    to_exact_numpy,
+    weights_from_params,
 )
 
 _KINDS: dict[type[Cell], str] = {LSTMCell: "LSTM", GRUCell: "GRU", RNNCell: "SimpleRNN"}
 _GATES: dict[type[Cell], tuple[str, ...]] = {GRUCell: ("z", "r", "n")}  # where they differ from the cell's order
 _WAYS_OUT = {
     "units": "hidden_size must be Keras's units.",
-    "activation": "No weights make up for another function: rebuild the Keras layer, and train it again.",
-    "recurrent_activation": "No weights make up for another function: rebuild the Keras layer, and train it again.",
-    "reset_after": "There r multiplies h before the product, which no weights undo: rebuild the Keras layer with "
+    "activation": "Weights cannot make up for another function: rebuild the Keras layer, and train it again.",
+    "recurrent_activation": "Weights cannot make up for another function: rebuild the Keras layer, and train it again.",
+    "reset_after": "In it r multiplies h before the product, which no weights undo. Rebuild the Keras layer with "
     "reset_after=True (its default) and train it again, or run it as your own step in jaxpack.packed_scan.",
 }
-_APART = "Convert each Keras layer by itself, for a jaxpack layer with num_layers=1, and {} between them."
 
 
 def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> LayerParams:
-    """A layer's parameters from those of Keras layers. Exact.
+    """Returns a layer's parameters from those of Keras layers. Exact.
 
-    Weights do not depend on dropout (which is off in inference), return_sequences, return_state, stateful, masking,
-    and these two, which say how to run the layer:
+    Weights do not depend on dropout (which is off in inference), return_sequences, return_state, stateful and masking.
+    Nor do they depend on two options that say how to run the layer:
 
       merge_mode      The output has both directions side by side: add its halves for "sum", and so on.
-      go_backwards    Of the first Keras layer: run the layer on jaxpack.reverse_sequences(packed).
+      go_backwards    If the first Keras layer has it, run the layer on jaxpack.reverse_sequences(packed).
 
     Examples:
       >>> import keras
@@ -67,32 +70,34 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
 
     Args:
       layer: a jaxpack.RNN, LSTM or GRU.
-      keras_layers: one for each layer of the stack, from the input up, or that of a single layer: LSTM, GRU or
-        SimpleRNN, their cells (LSTMCell, ...), or a keras.layers.RNN of such a cell; a StackedRNNCells, or an RNN of
-        it, stands for as many layers as it has cells. For a bidirectional layer each is a Bidirectional, or a pair
-        (forward, backward) of the above.
+      keras_layers: a Keras layer for each layer of the stack, from the input up; a single one needs no list. It is an
+        LSTM, GRU or SimpleRNN, their cell (LSTMCell, ...), or a keras.layers.RNN of such a cell. A StackedRNNCells, or
+        an RNN of it, counts as one layer for each of its cells. For a bidirectional layer each is a Bidirectional, or
+        a pair (forward, backward) of the above.
 
     Raises:
-      ValueError: if a Keras layer computes another function than the layer, or has no weights yet; if merge_mode (not
-        of the last) or go_backwards (not of the first) changes what the next layer reads; if a shape is not the
-        layer's, a layer without biases is given some, or JAX would round a weight.
-      TypeError: if a Keras layer is of another kind.
+      ValueError: if a Keras layer computes another function than the layer, or has no weights yet; if merge_mode
+        (except the last one's) or go_backwards (except the first one's) changes what the next layer reads; if a shape
+        is not the layer's, a layer without biases is given some, or JAX would round a weight.
+      TypeError: if a Keras layer is of another class.
     """
-    check_cell(layer, "Keras")
-    entries = listed(keras_layers, "keras_layers", one_pair=layer.bidirectional and layer.num_layers == 1)
+    check_convertible(layer, "Keras")
+    entries = name_entries(keras_layers, "keras_layers", one_pair=layer.bidirectional and layer.num_layers == 1)
     found = [cell for where, entry in entries for cell in _cells(layer, entry, where)]
     check_count(len(found) // layer.num_directions, layer.num_layers, "keras_layers", "layer")
     _check_order(layer, entries)
-    return as_params(layer, [(where, _weights(layer.cell, each, where)) for where, each in found], _gates(layer.cell))
+    return params_from_weights(
+        layer, [(where, _weights(layer.cell, each, where)) for where, each in found], _gates(layer.cell)
+    )
 
 
 def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarray], ...]:
-    """A layer's parameters for Keras, for each layer of the stack what its `set_weights` takes.
+    """Returns a layer's parameters for Keras: for each layer of the stack the list that `set_weights` takes.
 
     The Keras layers are LSTM, GRU, and SimpleRNN with activation=nonlinearity, or an RNN of such a cell; with
-    use_bias=False if the layer has no biases. Of a bidirectional layer the list is for a Bidirectional: its first half
-    for the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of all layers, one
-    after the other. Of two biases LSTM and SimpleRNN hold the sum, which is what the layer computes with.
+    use_bias=False if the layer has no biases. A bidirectional layer's list is for a Bidirectional: its first half for
+    the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of all layers, one
+    after the other. LSTM and SimpleRNN hold the sum of the two biases, which computes the same.
 
     Examples:
       >>> gru = jaxpack.GRU(2, 4)
@@ -102,18 +107,16 @@ def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarra
 
     Raises:
       ValueError: if the layer has a projection, which no Keras layer has.
-      TypeError: if params are not the layer's, or traced.
+      TypeError: if params are not the layer's, or are traced.
     """
-    check_cell(layer, "Keras")
-    weights = as_weights(layer, params, _gates(layer.cell))
+    check_convertible(layer, "Keras")
+    weights = weights_from_params(layer, params, _gates(layer.cell))
     arrays = [_arrays(layer, each) for each in weights.values()]
-    if not layer.bidirectional:
-        return tuple(arrays)
-    return tuple(forward + backward for forward, backward in zip(arrays[::2], arrays[1::2], strict=True))
+    return tuple([array for part in parts for array in part] for parts in group_directions(layer, arrays))
 
 
 def _cells(layer: RecurrentLayer, entry: Any, where: str) -> list[tuple[str, Any]]:
-    """The Keras layers or cells that an entry holds, in the layer's order, and what to call them, checked."""
+    """Returns the Keras layers or cells in an entry, checked, in the layer's order, with their names in errors."""
     if not layer.bidirectional:
         found = _unwrapped(entry, where)
     else:
@@ -121,7 +124,7 @@ def _cells(layer: RecurrentLayer, entry: Any, where: str) -> list[tuple[str, Any
         if len(found) > 2:
             raise ValueError(
                 f"{where} takes each direction through {len(found) // 2} cells by itself, but in {layer} the layers "
-                f"above the first read both. Convert each direction, for a jaxpack layer that is not bidirectional."
+                f"above the first read both. Convert each direction for a jaxpack layer that is not bidirectional."
             )
     for part, each in found:
         _check_cell(layer, each, part)
@@ -129,7 +132,7 @@ def _cells(layer: RecurrentLayer, entry: Any, where: str) -> list[tuple[str, Any
 
 
 def _halves(layer: RecurrentLayer, entry: Any, where: str) -> list[tuple[str, Any]]:
-    """The forward and the backward part of an entry, and what to call them."""
+    """Returns the forward and the backward part of an entry, with their names in errors."""
     if is_pair(entry):
         return [(f"{where}[{i}]", each) for i, each in enumerate(entry)]
     if _kind(entry) != "Bidirectional":
@@ -141,7 +144,7 @@ def _halves(layer: RecurrentLayer, entry: Any, where: str) -> list[tuple[str, An
 
 
 def _unwrapped(entry: Any, where: str) -> list[tuple[str, Any]]:
-    """What an RNN or a StackedRNNCells holds, or the entry itself."""
+    """Returns the cells of an RNN or a StackedRNNCells, or the entry itself, with their names in errors."""
     if _kind(entry) == "RNN":
         entry, where = entry.cell, f"{where}.cell"
     if _kind(entry) == "StackedRNNCells":
@@ -150,27 +153,21 @@ def _unwrapped(entry: Any, where: str) -> list[tuple[str, Any]]:
 
 
 def _check_order(layer: RecurrentLayer, entries: list[tuple[str, Any]]) -> None:
-    """Raises ValueError if one Keras layer hands the next anything but its outputs, side by side and in order."""
+    """Raises ValueError unless each Keras layer passes on its outputs side by side and in order, as the layer does."""
     for i, (where, entry) in enumerate(entries):
         parts = [each for _, each in _halves(layer, entry, where)] if layer.bidirectional else [entry]
         backwards = [bool(getattr(part, "go_backwards", False)) for part in parts]
         if len(parts) == 2 and all(backwards):
-            raise ValueError(f"{where} has go_backwards=True in both directions. Only the backward one reads so.")
+            raise ValueError(f"{where} has go_backwards=True in both directions. Only the backward one may have it.")
         if i and backwards[0]:
-            raise ValueError(
-                f"{where} has go_backwards=True, but {layer} reads every layer in one order. "
-                f"{_APART.format('call jaxpack.reverse_sequences')}"
-            )
+            raise reversed_error(layer, f"{where} has go_backwards=True", "Keras layer")
         merge_mode = getattr(entry, "merge_mode", "concat")
         if i < len(entries) - 1 and merge_mode != "concat":
-            raise ValueError(
-                f"{where} has merge_mode={merge_mode!r}, but {layer} hands both directions side by side to the next "
-                f"layer. {_APART.format('merge the halves')}"
-            )
+            raise merged_error(layer, f"{where} has merge_mode={merge_mode!r}", "Keras layer")
 
 
 def _kind(entry: Any) -> str:
-    """The name of a Keras class; none for what has only the name of one."""
+    """Returns the name of a Keras class, "" for another library's class of that name."""
     return type(entry).__name__ if hasattr(entry, "get_config") else ""
 
 
@@ -196,31 +193,31 @@ def _check_cell(layer: RecurrentLayer, each: Any, where: str) -> None:
     config = each.get_config()
     for option, value in needed.items():
         given = config.get(option, value)
-        if given != value and not (option.endswith("activation") and _is_own(given, getattr(each, option), value)):
+        if given != value and not (option.endswith("activation") and _is_equal(given, getattr(each, option), value)):
             raise ValueError(
                 f"{where} has {option}={given!r}, but {layer} needs {option}={value!r}. {_WAYS_OUT[option]}"
             )
 
 
-def _is_own(given: Any, function: Any, expected: str) -> bool:
-    """Whether an activation is a function that Keras has no name for, such as jax.numpy.tanh, and computes the same."""
-    return not isinstance(given, str) and computes(function, expected)
+def _is_equal(given: Any, function: Any, expected: str) -> bool:
+    """Returns True if an activation without a name in Keras, such as jax.numpy.tanh, computes what is expected."""
+    return not isinstance(given, str) and is_nonlinearity(function, expected)
 
 
 def _weights(cell: Cell, keras_layer: Any, where: str) -> Weights:
-    """The weights of one direction, its gates in Keras's order."""
-    arrays = [from_library(array, f"{where}: weight {i}") for i, array in enumerate(keras_layer.get_weights())]
+    """Returns the weights of one direction, with the gates in Keras's order."""
+    arrays = [to_exact_numpy(array, f"{where}: weight {i}") for i, array in enumerate(keras_layer.get_weights())]
     if not arrays:
         raise ValueError(f"{where} has no weights yet: build it first, by calling it on inputs.")
     kernel, recurrent = arrays[:2]
-    none = np.zeros_like(kernel[0])
-    bias = arrays[2] if keras_layer.get_config()["use_bias"] else none
-    b_ih, b_hh = bias if isinstance(cell, GRUCell) and bias.ndim == 2 else (bias, none)
+    zeros = np.zeros_like(kernel[0])
+    bias = arrays[2] if keras_layer.get_config()["use_bias"] else zeros
+    b_ih, b_hh = bias if isinstance(cell, GRUCell) and bias.ndim == 2 else (bias, zeros)
     return {"weight_ih": kernel, "weight_hh": recurrent, "bias_ih": b_ih, "bias_hh": b_hh}
 
 
 def _arrays(layer: RecurrentLayer, weights: Weights) -> list[np.ndarray]:
-    """What one direction's `set_weights` takes."""
+    """Returns the arrays that one direction's `set_weights` takes."""
     kernels = [weights["weight_ih"], weights["weight_hh"]]
     if not layer.bias:
         return kernels

@@ -1,14 +1,17 @@
-"""What every conversion shares: a layer's weights as NumPy arrays, one dict a direction, and what is refused of them.
+"""Code that all conversions share: a layer's weights as NumPy arrays, and the checks of arguments.
 
-Between libraries a direction's weights always have both biases, zeros where a library has none:
+Between libraries, the weights of one layer and direction are a dict that always has both biases, zeros where a library
+has none:
 
     weight_ih [F, gates*H]   weight_hh [H, gates*H]   bias_ih [gates*H]   bias_hh [gates*H]
+
+`where` is the name of a value in errors, such as "trees[0]['cell']".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
 from jaxpack._layers.state_dict import exactly
 
 Weights = dict[str, np.ndarray]
+T = TypeVar("T")
 
 
 def check_layer(layer: object) -> None:
@@ -30,11 +34,11 @@ def check_layer(layer: object) -> None:
         raise TypeError(f"layer must be a jaxpack.RNN, LSTM or GRU, got {type(layer).__name__}.")
 
 
-def check_cell(layer: RecurrentLayer, library: str) -> None:
-    """The door of every conversion to and from a library's cells.
+def check_convertible(layer: RecurrentLayer, library: str) -> None:
+    """Validates a layer whose weights go to or come from a library's cells.
 
     Raises:
-      TypeError: if it is no layer spec.
+      TypeError: if it is not a layer spec.
       ValueError: if it projects h, which no cell of the library does.
     """
     check_layer(layer)
@@ -45,52 +49,76 @@ def check_cell(layer: RecurrentLayer, library: str) -> None:
         )
 
 
-def listed(entries: Any, name: str, one_pair: bool = False) -> list[tuple[str, Any]]:
-    """What the user gave, with what to call it in an error: a sequence, or one entry alone.
+def name_entries(entries: Any, name: str, one_pair: bool = False) -> list[tuple[str, Any]]:
+    """Returns the entries of an argument, each with its name in errors. An entry may be given without a list.
 
     Args:
       entries: as given.
-      name: of the argument.
-      one_pair: whether a list or tuple of two is one entry, the two directions of the only layer.
+      name: the name of the argument.
+      one_pair: True if a list or tuple of two is one entry, the two directions of the only layer.
     """
     if isinstance(entries, Mapping) or not isinstance(entries, Iterable) or (one_pair and is_pair(entries)):
         return [(name, entries)]
     return [(f"{name}[{i}]", entry) for i, entry in enumerate(entries)]
 
 
+def name_layer_entries(layer: RecurrentLayer, entries: Any, name: str) -> list[tuple[str, Any]]:
+    """Returns one entry for each layer of the stack, with its name in errors. Raises as `check_count`."""
+    named = name_entries(entries, name, one_pair=layer.bidirectional and layer.num_layers == 1)
+    check_count(len(named), layer.num_layers, name, "layer")
+    return named
+
+
 def is_pair(entry: object) -> bool:
-    """Whether an entry is a (forward, backward) list or tuple, the two directions of a bidirectional layer."""
+    """Returns True for a list or tuple (forward, backward), the two directions of a bidirectional layer."""
     return isinstance(entry, (list, tuple)) and len(entry) == 2
 
 
-def check_count(found: int, count: int, name: str, of_what: str) -> None:
-    """Raises ValueError if there are not as many entries as are due."""
-    if found != count:
-        raise ValueError(f"{name} must have an entry for each {of_what}, {count} in all, got {found}.")
+def check_count(found: int, expected: int, name: str, unit: str) -> None:
+    """Raises ValueError unless an argument has as many entries as expected, one for each unit."""
+    if found != expected:
+        raise ValueError(f"{name} must have an entry for each {unit}, {expected} in all, got {found}.")
 
 
-def one_each(layer: RecurrentLayer, entries: Any, name: str) -> list[tuple[str, Any]]:
-    """An entry for each layer of the stack, with what to call it in an error. Raises as `check_count`."""
-    found = listed(entries, name, one_pair=layer.bidirectional and layer.num_layers == 1)
-    check_count(len(found), layer.num_layers, name, "layer")
-    return found
+def reversed_error(layer: RecurrentLayer, found: str, unit: str) -> ValueError:
+    """Returns the error for a reversed module above the first one, since a layer does not reverse between layers.
+
+    Args:
+      found: the module and its option, such as "modules[1] has reverse=True".
+      unit: the library's word for a module.
+    """
+    return ValueError(
+        f"{found}, but {layer} reads every layer in one order. {_split(unit, 'call jaxpack.reverse_sequences')}"
+    )
 
 
-def computes(function: Any, expected: str) -> bool:
-    """Whether a function is tanh, sigmoid or relu, as seen on values: such functions are many, and have many names."""
+def merged_error(layer: RecurrentLayer, found: str, unit: str) -> ValueError:
+    """Returns the error for a module below the last one that merges its directions. Arguments as `reversed_error`."""
+    return ValueError(
+        f"{found}, but {layer} passes both directions side by side to the next layer. "
+        f"{_split(unit, 'merge the halves')}"
+    )
+
+
+def _split(unit: str, between: str) -> str:
+    return f"Convert each {unit} by itself, for a jaxpack layer with num_layers=1, and {between} between them."
+
+
+def is_nonlinearity(function: Any, name: str) -> bool:
+    """Returns True if a function computes tanh, sigmoid or relu, tested on values: each goes by many names."""
     points = np.concatenate([np.linspace(-20, 20, 81), [-1000, 1000]]).astype(np.float32)
-    known: dict[str, Callable[[Any], Any]] = {
+    nonlinearities: dict[str, Callable[[Any], Any]] = {
         "tanh": np.tanh,
         "sigmoid": lambda x: 0.5 + 0.5 * np.tanh(x / 2),
         "relu": lambda x: np.maximum(x, 0),
     }
-    with jax.ensure_compile_time_eval():  # so that traced weights are named by what reads them
+    with jax.ensure_compile_time_eval():  # so that under jit the error about traced weights is raised, which names them
         values = np.asarray(function(points))
-    return np.allclose(values, known[expected](points), atol=1e-6)
+    return np.allclose(values, nonlinearities[name](points), atol=1e-6)
 
 
 def to_numpy(value: Any, where: str) -> np.ndarray:
-    """An array's values.
+    """Returns an array's values.
 
     Raises:
       TypeError: if they are traced.
@@ -100,42 +128,47 @@ def to_numpy(value: Any, where: str) -> np.ndarray:
     return np.asarray(value)
 
 
-def from_library(value: Any, where: str) -> np.ndarray:
-    """An array's values, which JAX can hold as they are.
+def to_exact_numpy(value: Any, where: str) -> np.ndarray:
+    """Returns a library's array, whose values JAX can hold without rounding.
 
     Raises:
-      TypeError: if they are traced, or no floating numbers.
+      TypeError: if they are traced, or not floating.
       ValueError: if JAX would round them.
     """
     return exactly(to_numpy(value, where), where)
 
 
-def as_params(
-    layer: RecurrentLayer, found: Sequence[tuple[str, Weights]], gates: Sequence[str] | None = None
+def params_from_weights(
+    layer: RecurrentLayer, weights: Sequence[tuple[str, Weights]], gates: Sequence[str] | None = None
 ) -> LayerParams:
-    """A layer's parameters.
+    """Returns a layer's parameters.
 
     Args:
-      found: of each direction, in the layer's order, what to call it in an error, and its weights.
-      gates: the order of their gates. Default: the cell's.
+      weights: for each layer and direction, in the layer's order, the name in errors and the weights.
+      gates: the order of the gates in these weights. Default: the cell's.
 
     Raises:
       ValueError: if a shape is not the layer's, or a layer without biases would need one.
     """
     params: LayerParams = {}
-    for (group, shapes), (where, weights) in zip(layer.shapes.items(), found, strict=True):
+    for (group, shapes), (where, given) in zip(layer.shapes.items(), weights, strict=True):
         for name, shape in layer.cell.shapes(shapes["weight_ih"][0], bias=True).items():
-            if weights[name].shape != shape:
-                raise ValueError(f"{where}: {name} must have shape {shape} for {layer}, got {weights[name].shape}.")
-        weights = _reordered(weights, layer.cell.gates if gates is None else gates, layer.cell.gates)
+            if given[name].shape != shape:
+                raise ValueError(f"{where}: {name} must have shape {shape} for {layer}, got {given[name].shape}.")
+        ordered = _reorder_gates(given, layer.cell.gates if gates is None else gates, layer.cell.gates)
         if not layer.bias:
-            _check_no_bias(layer, weights, where)
-        params[group] = {name: jnp.asarray(weights[name]) for name in shapes}
+            _check_no_bias(layer, ordered, where)
+        params[group] = {name: jnp.asarray(ordered[name]) for name in shapes}
     return params
 
 
-def as_weights(layer: RecurrentLayer, params: LayerParams, gates: Sequence[str] | None = None) -> dict[str, Weights]:
-    """The weights of each direction, under the layer's names for them, gates in another order if that is given.
+def weights_from_params(
+    layer: RecurrentLayer, params: LayerParams, gates: Sequence[str] | None = None
+) -> dict[str, Weights]:
+    """Returns the weights of each layer and direction, under the layer's names for them (l0, l0_reverse, ...).
+
+    Args:
+      gates: the order of the gates in the result. Default: the cell's.
 
     Raises:
       TypeError: if the parameters have another structure than the layer's, or are traced.
@@ -145,14 +178,14 @@ def as_weights(layer: RecurrentLayer, params: LayerParams, gates: Sequence[str] 
     result = {}
     for group, entries in params.items():
         weights = {name: to_numpy(value, f"params[{group!r}][{name!r}]") for name, value in entries.items()}
-        none = np.zeros_like(weights["weight_ih"][0])
-        weights = {"bias_ih": none, "bias_hh": none, **weights}
-        result[group] = _reordered(weights, layer.cell.gates, layer.cell.gates if gates is None else gates)
+        zeros = np.zeros_like(weights["weight_ih"][0])
+        weights = {"bias_ih": zeros, "bias_hh": zeros, **weights}
+        result[group] = _reorder_gates(weights, layer.cell.gates, layer.cell.gates if gates is None else gates)
     return result
 
 
 def merge_biases(cell: Cell, weights: Weights) -> Weights:
-    """The same cell with one bias a gate, in bias_ih, as the cell itself adds them.
+    """Returns the weights of the same function with one bias for each gate, in bias_ih.
 
     A GRU's b_hn stays in bias_hh, since r multiplies it.
     """
@@ -163,8 +196,16 @@ def merge_biases(cell: Cell, weights: Weights) -> Weights:
     return weights | {"bias_ih": bias, "bias_hh": rest}
 
 
-def _reordered(weights: Weights, order: Sequence[str], wanted: Sequence[str]) -> Weights:
-    """Gates side by side in another order."""
+def group_directions(layer: RecurrentLayer, entries: Sequence[T]) -> list[tuple[T, ...]]:
+    """Groups entries for each layer and direction by layer: (entry,) or (forward, backward).
+
+    group_directions(bidirectional, [a, b, c, d]) = [(a, b), (c, d)]
+    """
+    size = layer.num_directions
+    return [tuple(entries[i : i + size]) for i in range(0, len(entries), size)]
+
+
+def _reorder_gates(weights: Weights, order: Sequence[str], wanted: Sequence[str]) -> Weights:
     result = {}
     for name, array in weights.items():
         parts = dict(zip(order, np.split(array, len(order), axis=-1), strict=True))
@@ -173,6 +214,7 @@ def _reordered(weights: Weights, order: Sequence[str], wanted: Sequence[str]) ->
 
 
 def _check_no_bias(layer: RecurrentLayer, weights: Weights, where: str) -> None:
+    """Raises ValueError if the biases, merged, are not zero."""
     merged = merge_biases(layer.cell, weights)
     biases = np.concatenate([merged["bias_ih"], merged["bias_hh"]]).astype(float)
     if biases.any():

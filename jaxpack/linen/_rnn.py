@@ -1,4 +1,4 @@
-"""RNN and Bidirectional of flax.linen, for ragged batches: the same modules under another import.
+"""RNN and Bidirectional of flax.linen for sequences of different lengths: the same modules under another import.
 
 from jaxpack.linen import RNN, Bidirectional
 """
@@ -9,8 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,39 +19,43 @@ from flax.core.scope import LazyRng, in_filter, intersect_filters, is_filter_emp
 from flax.linen import module
 from jax.typing import ArrayLike
 
-from jaxpack._cells.cell import Cell
-from jaxpack._cells.gru import GRUCell
-from jaxpack._cells.lstm import LSTMCell
-from jaxpack._cells.rnn import RNNCell
-from jaxpack._flax import run as dropin
-from jaxpack._flax.run import Direction, Layout
+from jaxpack._flax.call import (
+    Call,
+    Direction,
+    check_inputs,
+    check_pair,
+    delegate_to_flax,
+    merge,
+    resolve_options,
+)
+from jaxpack._flax.known import LINEN_CELLS, KnownCell, recognise
+from jaxpack._flax.layout import Layout
+from jaxpack._flax.run import run
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.scan import Body, Scan
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
-_KINDS: Mapping[type, type[Cell]] = MappingProxyType(
-    {nn.LSTMCell: LSTMCell, nn.OptimizedLSTMCell: LSTMCell, nn.GRUCell: GRUCell, nn.SimpleCell: RNNCell}
-)
-
 
 class RNN(nn.RNN):
-    """flax.linen.RNN that does the work of real steps only.
+    """flax.linen.RNN that computes only the steps that sequences have.
 
-    It takes Flax's arguments, holds Flax's variables, and returns what Flax returns, but that outputs are zero past a
-    length, a sequence of length 0 keeps its initial carry, and nothing in padding reaches a gradient. Cells of Flax's
-    own (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan;
-    under nn.intercept_methods all run as Flax runs them.
+    It takes Flax's arguments, holds Flax's variables, and returns what Flax returns, with three exceptions: outputs are
+    zero past a length, a sequence of length 0 keeps its initial carry, and padding reaches no gradient. Flax's own
+    cells (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan. Under
+    nn.intercept_methods all cells run as Flax runs them.
 
-    cell, time_major, return_carry, reverse, keep_order, unroll, variable_axes, variable_broadcast, variable_carry and
-    split_rngs are as of flax.linen.RNN. Collections that variable_axes gives a time axis make it run padded.
+    The attributes cell, time_major, return_carry, reverse, keep_order, unroll, variable_axes, variable_broadcast,
+    variable_carry and split_rngs are those of flax.linen.RNN. If variable_axes gives collections a time axis, the batch
+    runs padded.
 
-    A cell sees several sequences at once, and stand-ins in slack: its rows must be independent. A BatchNorm inside one
-    counts the stand-ins, so that its statistics depend on the plan. Normalise between RNNs, or over features.
+    A cell sees several sequences at once, and copies of real steps in slack, so its rows must be independent. A
+    BatchNorm inside a cell counts these copies, which makes its statistics depend on the plan. Normalise between RNNs,
+    or over features.
 
-    Padded inputs may have symbolic batch and time axes (jax.export.symbolic_shape), and no sequences or no steps: every
-    step of every row is then run, by Flax's scan. A plan and packed inputs need sizes that are numbers.
+    Padded inputs may have symbolic batch and time axes (jax.export.symbolic_shape), or an axis of size 0. Flax's scan
+    then runs every step of every row. A plan and packed inputs need sizes that are numbers.
 
     Examples:
       >>> from flax import linen as nn
@@ -64,7 +67,7 @@ class RNN(nn.RNN):
       ((2, 4), (2, 3, 4), False)
 
     Attributes:
-      plan: what padded inputs run under, a jaxpack.BucketPlan. Default: no plan, one program for all lengths.
+      plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
     Source: flax.linen.RNN.
     """
 
@@ -76,7 +79,7 @@ class RNN(nn.RNN):
         *,
         initial_carry: PyTree | None = None,
         init_key: jax.Array | None = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -86,99 +89,85 @@ class RNN(nn.RNN):
     ) -> Any:
         """Runs the cell over each sequence's own steps.
 
-        initial_carry, init_key, return_carry, time_major, reverse and keep_order are as of flax.linen.RNN.
+        The arguments initial_carry, init_key, return_carry, time_major, reverse and keep_order are those of
+        flax.linen.RNN.
 
         Args:
           inputs: [*batch, T, *features]; [T, *batch, *features] if time_major; or packed data [S, *features].
           seq_lengths: int [*batch], for padded inputs. They may be traced. Default: all T.
-          plan: in place of the module's own.
-          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of a known cell (see jaxpack.LSTM.apply).
+          plan: the plan of this call, instead of the module's.
+          forward_mode: Set True to differentiate this call in forward mode (see jaxpack.LSTM.apply).
 
         Returns:
-          The outputs, laid out as the inputs are; with return_carry, (carry, outputs).
+          The outputs in the layout of the inputs; with return_carry, (carry, outputs).
 
         Raises:
-          ValueError: if inputs have too few axes, lengths another shape than the batch, or concrete lengths do not fit
-            the inputs or the plan, or the plan is for another batch size or, where sizes are symbolic, for any.
+          ValueError: if inputs have too few axes; if lengths have another shape than the batch, or concrete ones do
+            not fit the inputs or the plan; or if the plan is for another batch size, or given for symbolic sizes.
           TypeError: if inputs are packed and seq_lengths or plan are given too.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
-        inputs = dropin.check_inputs(inputs, seq_lengths, plan)
-        layout = Layout.of(inputs, time_major, self.cell.num_feature_axes)
-        direction = self._direction(inputs, layout, initial_carry, init_key, plan, reverse, keep_order)
-        if dropin.flax_will_do(inputs, [direction], seq_lengths):
-            return super().__call__(
-                inputs,
-                initial_carry=direction.carry,
-                return_carry=return_carry,
-                time_major=time_major,
-                reverse=reverse,
-                keep_order=keep_order,
-            )
-        ((carry, outputs),) = dropin.run(inputs, layout, [direction], seq_lengths, forward_mode)
-        return (carry, outputs) if return_carry else outputs
+        options = resolve_options(
+            self, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )
+        inputs = check_inputs(inputs, seq_lengths, plan)
+        layout = Layout.of(inputs, options["time_major"], self.cell.num_feature_axes)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode)
+        direction = self._direction(call, initial_carry, init_key, options["reverse"], options["keep_order"])
+        if delegate_to_flax(call, [direction]):
+            return super().__call__(inputs, initial_carry=direction.carry, **options)
+        ((carry, outputs),) = run(call, [direction])
+        return (carry, outputs) if options["return_carry"] else outputs
 
     @nn.nowrap
     def _direction(
-        self,
-        inputs: PackedSequence | jax.Array,
-        layout: Layout,
-        carry: PyTree | None,
-        init_key: jax.Array | None,
-        plan: BucketPlan | None,
-        reverse: bool,
-        keep_order: bool,
+        self, call: Call, carry: PyTree | None, init_key: jax.Array | None, reverse: bool, keep_order: bool
     ) -> Direction:
-        """One direction of a call: the module itself."""
+        """Returns this module as one direction of a call."""
+        layout, dtype = call.layout, call.inputs.dtype
         if carry is None:
             key = jax.random.key(0) if init_key is None else init_key
             carry = self.cell.initialize_carry(key, layout.input_shape)
-        carry = vary_like(carry, (inputs, self.cell.variables))
-        plan = self.plan if plan is None else plan
+        carry = vary_like(carry, (call.inputs, self.cell.variables))
+        plan = self.plan if call.plan is None else call.plan
         if self.is_initializing():
             plan = None  # so that a module can be initialised with a batch of any size
-            self._create_variables((1, *layout.feature_shape), inputs.dtype)
-        known = None
-        if self._shares_params() and "params" in self.cell.variables and not _is_intercepted():
-            known = dropin.recognise(self.cell, _KINDS, _features, _params, inputs.dtype, carry)
+            self._create_variables((1, *layout.feature_shape), dtype)
+        known = _known(self.cell, dtype, carry) if self._shares_params() else None
         if known is not None and self.is_initializing() and layout.has_plans:
-            plan = layout.padded_plan  # one loop to compile, for outputs that few read
-        stacks = bool(self.variable_axes)
-        as_in_flax = known is None and (plan is None or stacks) and is_filter_empty(self._read_only())
-        return Direction(carry, known, self._scan(), plan, reverse, keep_order, stacks, as_in_flax)
+            plan = layout.padded_plan  # one loop to compile, for outputs that are rarely read
+        stacks_variables = bool(self.variable_axes)
+        works_in_flax = is_filter_empty(self._read_only())
+        return Direction(carry, known, self._scan(), plan, reverse, keep_order, stacks_variables, works_in_flax)
 
     @nn.nowrap
     def _collections(self) -> tuple[Any, Any]:
-        """What steps read, and what they hand on: of the collections to carry those that may change in this call."""
+        """Returns the collections that steps read, and those that they change and hand on."""
         carried = intersect_filters(self.variable_carry, self.cell.scope.mutable)
         return union_filters(self.variable_broadcast, self._read_only()), carried
 
     @nn.nowrap
     def _read_only(self) -> Any:
-        """The collections to carry that may not change in this call, on which Flax's own RNN fails."""
+        """Returns the carried collections that are immutable in this call, on which Flax's own RNN fails."""
         return subtract_filters(self.variable_carry, self.cell.scope.mutable)
 
     @nn.nowrap
     def _shares_params(self) -> bool:
-        """Whether each step reads the same parameters, and nothing else."""
+        """Returns True if each step reads the same parameters, and no variable has a time axis."""
         return not self.variable_axes and in_filter(self.variable_broadcast, "params")
 
     @nn.nowrap
     def _create_variables(self, input_shape: tuple[int, ...], dtype: Any) -> None:
-        """The cell's variables as Flax makes them, from one step; carried ones too, which Flax's RNN cannot make."""
+        """Creates the cell's variables from one step, as Flax does. Flax's RNN cannot create carried ones."""
         kept = union_filters(self.variable_broadcast, self.variable_carry)
         if not in_filter(kept, "params"):
-            return  # each step has its own, which are as many as the steps
+            return  # each step has its own parameters, so their number is that of the steps
         example = self.cell.initialize_carry(jax.random.key(0), input_shape), jnp.zeros((1, *input_shape), dtype)
         nn.scan(_step, variable_broadcast=kept, split_rngs=self.split_rngs)(self.cell, *example)
 
     @nn.nowrap
     def _scan(self) -> Scan:
-        """lax.scan of the cell, lifted: what it does with variables and keys is Flax's."""
-        keys = _Keys(self.split_rngs)
+        """Returns lax.scan of the cell. Flax lifts its variables and random keys."""
+        keys = _BucketKeys(self.split_rngs)
         broadcast, carried = self._collections()
 
         def scan(body: Body, carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
@@ -190,14 +179,21 @@ class RNN(nn.RNN):
                 variable_carry=carried,
                 split_rngs=self.split_rngs,
             )
-            with keys.of_next_bucket(self.cell.scope):
+            with keys.next_bucket(self.cell.scope):
                 return lifted(self.cell, carry, xs)
 
         return scan
 
 
+def _known(cell: Any, dtype: Any, carry: PyTree) -> KnownCell | None:
+    """Returns the cell as jaxpack runs it, or None if Flax's own step must run."""
+    if type(cell) not in LINEN_CELLS or "params" not in cell.variables or _is_intercepted():
+        return None
+    return recognise(cell, cell.features, nn.meta.unbox(cell.variables["params"]), dtype, carry)
+
+
 def _is_intercepted() -> bool:
-    """Whether nn.intercept_methods is on: cells then run by their own methods, whatever they compute."""
+    """Returns True inside nn.intercept_methods, where every cell must run by its own methods."""
     return bool(module._global_interceptor_stack)
 
 
@@ -205,10 +201,11 @@ def _step(cell: Any, carry: PyTree, x: PyTree) -> tuple[PyTree, PyTree]:
     return cell(carry, x)
 
 
-class _Keys:
-    """Random keys for bucket after bucket, for each of which nn.scan splits anew from the first step.
+class _BucketKeys:
+    """Random keys for one bucket after the other. For each of them nn.scan splits keys anew from its first step.
 
-    Streams whose keys are split over steps get other ones for each further bucket; the others the same in all.
+    From the second bucket on, streams whose keys are split over steps get new keys. Streams whose keys all steps
+    share get the same keys in every bucket.
     """
 
     def __init__(self, split_rngs: Mapping[Any, bool]) -> None:
@@ -217,13 +214,13 @@ class _Keys:
         self.counters: dict[Any, Any] = {}
 
     @contextlib.contextmanager
-    def of_next_bucket(self, scope: Any) -> Iterator[None]:
-        """For the time of one bucket's scan."""
+    def next_bucket(self, scope: Any) -> Iterator[None]:
+        """Sets the scope's keys during the scan of one bucket."""
         rngs = scope.rngs
         if self.bucket:
             scope.rng_counters.clear()
             scope.rng_counters.update(copy.deepcopy(self.counters))
-            scope.rngs = {name: self._of_bucket(name, key) for name, key in rngs.items()}
+            scope.rngs = {name: self._key(name, key) for name, key in rngs.items()}
         else:
             self.counters = copy.deepcopy(scope.rng_counters)
         self.bucket += 1
@@ -232,26 +229,18 @@ class _Keys:
         finally:
             scope.rngs = rngs
 
-    def _of_bucket(self, name: str, key: Any) -> Any:
+    def _key(self, name: str, key: Any) -> Any:
         splits = (split for streams, split in self.split_rngs.items() if in_filter(streams, name))
         return LazyRng.create(key, f"bucket {self.bucket}") if next(splits, False) else key
 
 
-def _features(cell: Any) -> int:
-    return cell.features
-
-
-def _params(cell: Any) -> Mapping[str, Any]:
-    return nn.meta.unbox(cell.variables["params"])
-
-
 class Bidirectional(nn.Bidirectional):
-    """flax.linen.Bidirectional, whose directions share the packed batch and, if their cells are known, each step.
+    """flax.linen.Bidirectional whose directions share the packed batch and, if their cells are known, each step.
 
-    Where others look on (init, a mutable collection "intermediates", nn.intercept_methods), each RNN is called by
-    itself, as in Flax.
+    Each RNN is called by itself, as in Flax, where calls of modules are observed: in init, under nn.intercept_methods,
+    and with a mutable collection "intermediates".
 
-    merge_fn, time_major and return_carry are as of flax.linen.Bidirectional.
+    The attributes merge_fn, time_major and return_carry are those of flax.linen.Bidirectional.
 
     Examples:
       >>> from flax import linen as nn
@@ -262,9 +251,9 @@ class Bidirectional(nn.Bidirectional):
       (2, 3, 8)
 
     Attributes:
-      forward_rnn: a jaxpack.linen.RNN; another runs as Flax runs it.
+      forward_rnn: a jaxpack.linen.RNN. Another module runs as Flax runs it.
       backward_rnn: likewise.
-      plan: what padded inputs run under, in place of the RNNs' own plans. Default: theirs.
+      plan: the jaxpack.BucketPlan for padded inputs, instead of the RNNs' own plans. Default: theirs.
     Source: flax.linen.Bidirectional.
     """
 
@@ -276,7 +265,7 @@ class Bidirectional(nn.Bidirectional):
         *,
         initial_carry: tuple[PyTree, PyTree] | None = None,
         init_key: jax.Array | None = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -286,47 +275,50 @@ class Bidirectional(nn.Bidirectional):
     ) -> Any:
         """Runs both directions over each sequence's own steps, and merges their outputs.
 
-        inputs, seq_lengths, plan, time_major, return_carry and forward_mode are as of RNN; reverse and keep_order are
-        not used, as in Flax.
+        The arguments inputs, seq_lengths, plan, time_major, return_carry and forward_mode are those of RNN. As in Flax,
+        reverse and keep_order are not used.
 
         Args:
-          initial_carry: a pair, of the forward and the backward direction.
-          init_key: as of flax.linen.Bidirectional.
+          initial_carry: a pair (forward, backward).
+          init_key: as in flax.linen.Bidirectional.
 
         Returns:
-          The merged outputs, laid out as the inputs are; with return_carry, ((forward, backward), outputs).
+          The merged outputs in the layout of the inputs; with return_carry, ((forward, backward), outputs).
 
         Raises:
           ValueError: as RNN does.
           TypeError: as RNN does.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        inputs = dropin.check_inputs(inputs, seq_lengths, plan)
+        options = resolve_options(self, return_carry=return_carry, time_major=time_major)
+        inputs = check_inputs(inputs, seq_lengths, plan)
         plan = self.plan if plan is None else plan
-        as_in_flax = functools.partial(
-            super().__call__, inputs, seq_lengths=seq_lengths, return_carry=return_carry, time_major=time_major
-        )
+        call_flax = functools.partial(super().__call__, inputs, seq_lengths=seq_lengths, **options)
         rnns = self.forward_rnn, self.backward_rnn
-        if not dropin.check_pair(*rnns, RNN, isinstance(inputs, PackedSequence) or plan is not None):
-            return as_in_flax(initial_carry=initial_carry, init_key=init_key)
+        if not check_pair(rnns, RNN, inputs, plan):
+            return call_flax(initial_carry=initial_carry, init_key=init_key)
         carries = (None, None) if initial_carry is None else initial_carry
         keys = (None, None) if init_key is None else jax.random.split(init_key)
+        each_direction = list(zip(rnns, carries, keys, (False, True), strict=True))
         if self.is_initializing() or self.is_mutable_collection("intermediates") or _is_intercepted():
-            options = {"seq_lengths": seq_lengths, "return_carry": True, "time_major": time_major, "plan": plan}
-            options["forward_mode"] = forward_mode
+            shared = {
+                **options,
+                "return_carry": True,
+                "seq_lengths": seq_lengths,
+                "plan": plan,
+                "forward_mode": forward_mode,
+            }
             results = [
-                rnn(inputs, initial_carry=carry, init_key=key, reverse=back, keep_order=back, **options)
-                for rnn, carry, key, back in zip(rnns, carries, keys, (False, True), strict=True)
+                rnn(inputs, initial_carry=carry, init_key=key, reverse=backward, keep_order=backward, **shared)
+                for rnn, carry, key, backward in each_direction
             ]
-            carry, outputs = dropin.merge(results, self.merge_fn)
-            return (carry, outputs) if return_carry else outputs
-        layout = Layout.of(inputs, time_major, self.forward_rnn.cell.num_feature_axes)
-        directions = [
-            rnn._direction(inputs, layout, carry, key, plan, backward, backward)
-            for rnn, carry, key, backward in zip(rnns, carries, keys, (False, True), strict=True)
-        ]
-        if dropin.flax_will_do(inputs, directions, seq_lengths):
-            return as_in_flax(initial_carry=tuple(each.carry for each in directions))
-        carry, outputs = dropin.merge(dropin.run(inputs, layout, directions, seq_lengths, forward_mode), self.merge_fn)
-        return (carry, outputs) if return_carry else outputs
+        else:
+            layout = Layout.of(inputs, options["time_major"], self.forward_rnn.cell.num_feature_axes)
+            call = Call(inputs, layout, seq_lengths, plan, forward_mode)
+            directions = [
+                rnn._direction(call, carry, key, backward, backward) for rnn, carry, key, backward in each_direction
+            ]
+            if delegate_to_flax(call, directions):
+                return call_flax(initial_carry=tuple(each.carry for each in directions))
+            results = run(call, directions)
+        carry, outputs = merge(results, self.merge_fn)
+        return (carry, outputs) if options["return_carry"] else outputs

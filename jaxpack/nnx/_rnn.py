@@ -1,4 +1,4 @@
-"""RNN and Bidirectional of flax.nnx, for ragged batches: the same modules under another import.
+"""RNN and Bidirectional of flax.nnx for sequences of different lengths: the same modules under another import.
 
 from jaxpack.nnx import RNN, Bidirectional
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,38 +15,41 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike
 
-from jaxpack._cells.cell import Cell
-from jaxpack._cells.gru import GRUCell
-from jaxpack._cells.lstm import LSTMCell
-from jaxpack._cells.rnn import RNNCell
-from jaxpack._flax import run as dropin
-from jaxpack._flax.run import Direction, Layout
+from jaxpack._flax.call import (
+    Call,
+    Direction,
+    check_inputs,
+    check_pair,
+    delegate_to_flax,
+    merge,
+    resolve_options,
+)
+from jaxpack._flax.known import NNX_CELLS, KnownCell, recognise
+from jaxpack._flax.layout import Layout
+from jaxpack._flax.run import run
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.scan import Body
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
-_KINDS: Mapping[type, type[Cell]] = MappingProxyType(
-    {nnx.LSTMCell: LSTMCell, nnx.OptimizedLSTMCell: LSTMCell, nnx.GRUCell: GRUCell, nnx.SimpleCell: RNNCell}
-)
-
 
 class RNN(nnx.RNN):
-    """flax.nnx.RNN that does the work of real steps only.
+    """flax.nnx.RNN that computes only the steps that sequences have.
 
-    It takes Flax's arguments, holds Flax's state, and returns what Flax returns, but that outputs are zero past a
-    length, a sequence of length 0 keeps its initial carry, and nothing in padding reaches a gradient. Cells of Flax's
-    own (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan.
+    It takes Flax's arguments, holds Flax's state, and returns what Flax returns, with three exceptions: outputs are
+    zero past a length, a sequence of length 0 keeps its initial carry, and padding reaches no gradient. Flax's own
+    cells (LSTMCell, OptimizedLSTMCell, GRUCell, SimpleCell) run in jaxpack's recurrence, others in packed_scan.
 
-    cell, time_major, return_carry, reverse, keep_order, unroll, state_axes, broadcast_rngs and rngs are as of
-    flax.nnx.RNN. State that state_axes gives a time axis makes it run padded.
+    The arguments cell, time_major, return_carry, reverse, keep_order, unroll, state_axes, broadcast_rngs and rngs are
+    those of flax.nnx.RNN. If state_axes gives state a time axis, the batch runs padded.
 
-    A cell sees several sequences at once, and stand-ins in slack: its rows must be independent. A BatchNorm inside one
-    counts the stand-ins, so that its statistics depend on the plan. Normalise between RNNs, or over features.
+    A cell sees several sequences at once, and copies of real steps in slack, so its rows must be independent. A
+    BatchNorm inside a cell counts these copies, which makes its statistics depend on the plan. Normalise between RNNs,
+    or over features.
 
-    Padded inputs may have symbolic batch and time axes (jax.export.symbolic_shape), and no sequences or no steps: every
-    step of every row is then run, by Flax's scan. A plan and packed inputs need sizes that are numbers.
+    Padded inputs may have symbolic batch and time axes (jax.export.symbolic_shape), or an axis of size 0. Flax's scan
+    then runs every step of every row. A plan and packed inputs need sizes that are numbers.
 
     Examples:
       >>> from flax import nnx
@@ -58,7 +60,7 @@ class RNN(nnx.RNN):
       ((2, 4), (2, 3, 4), False)
 
     Args:
-      plan: what padded inputs run under, a jaxpack.BucketPlan. Default: no plan, one program for all lengths.
+      plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
     Source: flax.nnx.RNN.
     """
 
@@ -94,7 +96,7 @@ class RNN(nnx.RNN):
         inputs: PackedSequence | ArrayLike,
         *,
         initial_carry: PyTree | None = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -105,111 +107,90 @@ class RNN(nnx.RNN):
     ) -> Any:
         """Runs the cell over each sequence's own steps.
 
-        initial_carry, return_carry, time_major, reverse, keep_order and rngs are as of flax.nnx.RNN.
+        The arguments initial_carry, return_carry, time_major, reverse, keep_order and rngs are those of flax.nnx.RNN.
 
         Args:
           inputs: [*batch, T, *features]; [T, *batch, *features] if time_major; or packed data [S, *features].
           seq_lengths: int [*batch], for padded inputs. They may be traced. Default: all T.
-          plan: in place of the module's own.
-          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of a known cell (see jaxpack.LSTM.apply).
+          plan: the plan of this call, instead of the module's.
+          forward_mode: Set True to differentiate this call in forward mode (see jaxpack.LSTM.apply).
 
         Returns:
-          The outputs, laid out as the inputs are; with return_carry, (carry, outputs).
+          The outputs in the layout of the inputs; with return_carry, (carry, outputs).
 
         Raises:
-          ValueError: if inputs have too few axes, lengths another shape than the batch, or concrete lengths do not fit
-            the inputs or the plan, or the plan is for another batch size or, where sizes are symbolic, for any.
+          ValueError: if inputs have too few axes; if lengths have another shape than the batch, or concrete ones do
+            not fit the inputs or the plan; or if the plan is for another batch size, or given for symbolic sizes.
           TypeError: if inputs are packed and seq_lengths or plan are given too.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
-        inputs = dropin.check_inputs(inputs, seq_lengths, plan)
-        layout = Layout.of(inputs, time_major, self.cell.num_feature_axes)
-        direction = self._direction(inputs, layout, initial_carry, rngs, plan, reverse, keep_order)
-        if dropin.flax_will_do(inputs, [direction], seq_lengths):
-            return super().__call__(
-                inputs,
-                initial_carry=direction.carry,
-                return_carry=return_carry,
-                time_major=time_major,
-                reverse=reverse,
-                keep_order=keep_order,
-            )
-        with self._keys_of_a_call():
-            ((carry, outputs),) = dropin.run(inputs, layout, [direction], seq_lengths, forward_mode)
-        return (carry, outputs) if return_carry else outputs
+        options = resolve_options(
+            self, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )
+        inputs = check_inputs(inputs, seq_lengths, plan)
+        layout = Layout.of(inputs, options["time_major"], self.cell.num_feature_axes)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode)
+        direction = self._direction(call, initial_carry, rngs, options["reverse"], options["keep_order"])
+        if delegate_to_flax(call, [direction]):
+            return super().__call__(inputs, initial_carry=direction.carry, **options)
+        with self._fresh_broadcast_keys():
+            ((carry, outputs),) = run(call, [direction])
+        return (carry, outputs) if options["return_carry"] else outputs
 
-    def _direction(
-        self,
-        inputs: PackedSequence | jax.Array,
-        layout: Layout,
-        carry: PyTree | None,
-        rngs: Any,
-        plan: BucketPlan | None,
-        reverse: bool,
-        keep_order: bool,
-    ) -> Direction:
-        """One direction of a call: the module itself."""
+    def _direction(self, call: Call, carry: PyTree | None, rngs: Any, reverse: bool, keep_order: bool) -> Direction:
+        """Returns this module as one direction of a call."""
         if carry is None:
             rngs = self.rngs if rngs is None else rngs
             rngs = rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs
-            carry = self.cell.initialize_carry(layout.input_shape, rngs)
-        carry = vary_like(carry, (inputs, nnx.state(self.cell, nnx.Param)))
-        stacks = any(isinstance(axis, int) for axis in self.state_axes.values())
-        known = None
-        if not stacks and _is_plain(self.cell):
-            known = dropin.recognise(self.cell, _KINDS, _hidden_features, _params, inputs.dtype, carry)
-        plan = self.plan if plan is None else plan
-        as_in_flax = known is None and (plan is None or stacks)
-        return Direction(carry, known, self._scan, plan, reverse, keep_order, stacks, as_in_flax)
+            carry = self.cell.initialize_carry(call.layout.input_shape, rngs)
+        carry = vary_like(carry, (call.inputs, nnx.state(self.cell, nnx.Param)))
+        stacks_variables = any(isinstance(axis, int) for axis in self.state_axes.values())
+        known = None if stacks_variables else _known(self.cell, call.inputs.dtype, carry)
+        plan = self.plan if call.plan is None else call.plan
+        return Direction(carry, known, self._scan, plan, reverse, keep_order, stacks_variables)
 
-    def _keys_of_a_call(self) -> Any:
-        """For the time of a call, keys of its own in streams whose keys all steps share."""
+    def _fresh_broadcast_keys(self) -> Any:
+        """Gives the streams whose keys all steps share new keys for one call."""
         if self.broadcast_rngs is None:
             return contextlib.nullcontext()
         return nnx.split_rngs(self.cell, splits=1, only=self.broadcast_rngs, squeeze=True)
 
     def _scan(self, body: Body, carry: PyTree, xs: PyTree) -> tuple[PyTree, PyTree]:
-        """lax.scan of the cell, lifted: what it does with state and keys is Flax's."""
+        """Runs lax.scan of the cell. Flax lifts its state and random keys."""
         shared = nnx.All(nnx.RngState, self.broadcast_rngs)
         state_axes = nnx.StateAxes({shared: None, **self.state_axes})
         lifted = nnx.compat.scan(body, in_axes=(state_axes, nnx.Carry, 0), out_axes=(nnx.Carry, 0), unroll=self.unroll)
         return lifted(self.cell, carry, xs)
 
 
-def _is_plain(cell: Any) -> bool:
-    """Whether the products in a cell are those that Flax put there, in its own arithmetic."""
-    return all(
+def _known(cell: Any, dtype: Any, carry: PyTree) -> KnownCell | None:
+    """Returns the cell as jaxpack runs it, or None if Flax's own step must run."""
+    if type(cell) not in NNX_CELLS:
+        return None
+    layers = {name: value for name, value in vars(cell).items() if isinstance(value, nnx.Module)}
+    if not all(map(_is_plain, layers.values())):
+        return None
+    tree = {
+        name: {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
+        for name, layer in layers.items()
+    }
+    return recognise(cell, cell.hidden_features, tree, dtype, carry)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Returns True if a layer in a cell is the one that Flax put there, with the default arithmetic."""
+    return (
         type(layer) is nnx.Linear
         and layer.dot_general is jax.lax.dot_general
         and layer.precision is None
         and layer.preferred_element_type is None
         and layer.promote_dtype is dtypes.promote_dtype
-        for layer in _layers(cell).values()
     )
 
 
-def _layers(cell: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(cell).items() if isinstance(value, nnx.Module)}
-
-
-def _params(cell: Any) -> Mapping[str, Any]:
-    return {
-        name: {"kernel": layer.kernel[...]} | ({} if layer.bias is None else {"bias": layer.bias[...]})
-        for name, layer in _layers(cell).items()
-    }
-
-
-def _hidden_features(cell: Any) -> int:
-    return cell.hidden_features
-
-
 class Bidirectional(nnx.Bidirectional):
-    """flax.nnx.Bidirectional, whose directions share the packed batch and, if their cells are known, each step.
+    """flax.nnx.Bidirectional whose directions share the packed batch and, if their cells are known, each step.
 
-    merge_fn, time_major, return_carry and rngs are as of flax.nnx.Bidirectional.
+    The arguments merge_fn, time_major, return_carry and rngs are those of flax.nnx.Bidirectional.
 
     Examples:
       >>> from flax import nnx
@@ -219,9 +200,9 @@ class Bidirectional(nnx.Bidirectional):
       (2, 3, 8)
 
     Args:
-      forward_rnn: a jaxpack.nnx.RNN; another runs as Flax runs it.
+      forward_rnn: a jaxpack.nnx.RNN. Another module runs as Flax runs it.
       backward_rnn: likewise.
-      plan: what padded inputs run under, in place of the RNNs' own plans. Default: theirs.
+      plan: the jaxpack.BucketPlan for padded inputs, instead of the RNNs' own plans. Default: theirs.
     Source: flax.nnx.Bidirectional.
     """
 
@@ -252,7 +233,7 @@ class Bidirectional(nnx.Bidirectional):
         *,
         initial_carry: tuple[PyTree, PyTree] | None = None,
         rngs: Any = None,
-        seq_lengths: ArrayLike | None = None,
+        seq_lengths: ArrayLike | Sequence[int] | None = None,
         return_carry: bool | None = None,
         time_major: bool | None = None,
         reverse: bool | None = None,
@@ -262,41 +243,39 @@ class Bidirectional(nnx.Bidirectional):
     ) -> Any:
         """Runs both directions over each sequence's own steps, and merges their outputs.
 
-        inputs, seq_lengths, plan, time_major, return_carry and forward_mode are as of RNN; reverse and keep_order are
-        not used, as in Flax.
+        The arguments inputs, seq_lengths, plan, time_major, return_carry and forward_mode are those of RNN. As in Flax,
+        reverse and keep_order are not used.
 
         Args:
-          initial_carry: a pair, of the forward and the backward direction.
-          rngs: as of flax.nnx.Bidirectional.
+          initial_carry: a pair (forward, backward).
+          rngs: as in flax.nnx.Bidirectional.
 
         Returns:
-          The merged outputs, laid out as the inputs are; with return_carry, ((forward, backward), outputs).
+          The merged outputs in the layout of the inputs; with return_carry, ((forward, backward), outputs).
 
         Raises:
           ValueError: as RNN does.
           TypeError: as RNN does.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        inputs = dropin.check_inputs(inputs, seq_lengths, plan)
+        options = resolve_options(self, return_carry=return_carry, time_major=time_major)
+        inputs = check_inputs(inputs, seq_lengths, plan)
         plan = self.plan if plan is None else plan
-        as_in_flax = functools.partial(
-            super().__call__, inputs, seq_lengths=seq_lengths, return_carry=return_carry, time_major=time_major
-        )
+        call_flax = functools.partial(super().__call__, inputs, seq_lengths=seq_lengths, **options)
         rnns = self.forward_rnn, self.backward_rnn
-        if not dropin.check_pair(*rnns, RNN, isinstance(inputs, PackedSequence) or plan is not None):
-            return as_in_flax(initial_carry=initial_carry, rngs=rngs)
-        layout = Layout.of(inputs, time_major, self.forward_rnn.cell.num_feature_axes)
+        if not check_pair(rnns, RNN, inputs, plan):
+            return call_flax(initial_carry=initial_carry, rngs=rngs)
+        layout = Layout.of(inputs, options["time_major"], self.forward_rnn.cell.num_feature_axes)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode)
         rngs = self.rngs if rngs is None else rngs
         rngs = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
         carries = (None, None) if initial_carry is None else initial_carry
         directions = [
-            rnn._direction(inputs, layout, carry, rngs, plan, backward, backward)
+            rnn._direction(call, carry, rngs, backward, backward)
             for rnn, carry, backward in zip(rnns, carries, (False, True), strict=True)
         ]
-        if dropin.flax_will_do(inputs, directions, seq_lengths):
-            return as_in_flax(initial_carry=tuple(each.carry for each in directions))
-        with self.forward_rnn._keys_of_a_call(), self.backward_rnn._keys_of_a_call():
-            results = dropin.run(inputs, layout, directions, seq_lengths, forward_mode)
-        carry, outputs = dropin.merge(results, self.merge_fn)
-        return (carry, outputs) if return_carry else outputs
+        if delegate_to_flax(call, directions):
+            return call_flax(initial_carry=tuple(each.carry for each in directions))
+        with self.forward_rnn._fresh_broadcast_keys(), self.backward_rnn._fresh_broadcast_keys():
+            results = run(call, directions)
+        carry, outputs = merge(results, self.merge_fn)
+        return (carry, outputs) if options["return_carry"] else outputs

@@ -1,12 +1,12 @@
-"""SimpleRNN, LSTM and GRU as flax.nnx modules: thin faces over jaxpack's layers, which hold every equation.
+"""SimpleRNN, LSTM and GRU as flax.nnx modules over jaxpack's layers, which hold every equation.
 
-Made with Flax's rngs, called with packed data or with a padded batch:
+A module is called with packed data or with a padded batch:
 
     lstm = jaxpack.nnx.LSTM(12, 64, bidirectional=True, rngs=nnx.Rngs(0))
     output, (h_n, c_n) = lstm(packed)
     output, (h_n, c_n) = lstm(x, seq_lengths=lengths)
 
-`lstm.layer` is the spec, jaxpack.LSTM(12, 64, bidirectional=True), and `lstm.params` its parameters as nnx.Param:
+`lstm.layer` is the spec, jaxpack.LSTM(12, 64, bidirectional=True). `lstm.params` are its parameters as nnx.Param:
 
     nnx.update(lstm.params, lstm.layer.from_torch(state_dict))
     lstm.layer.to_torch(nnx.to_pure_dict(nnx.state(lstm.params)))
@@ -33,17 +33,7 @@ __all__ = ["GRU", "LSTM", "SimpleRNN"]
 
 
 class Options(TypedDict, total=False):
-    """What all stacks take by keyword.
-
-    Attributes:
-      dtype: to compute in. Default: the result type of inputs and parameters.
-      param_dtype: the parameters' own. Default: JAX's float.
-      kernel_init, recurrent_kernel_init, bias_init: initialisers, or mappings from gates to some, as of
-        jaxpack.LSTM.init; nnx.with_partitioning may wrap them. Default: PyTorch's.
-      kernel_metadata, recurrent_kernel_metadata, bias_metadata: for the nnx.Param of the same parameters, such as
-        {"out_sharding": (None, "model")}.
-      deterministic: whether the module starts out as `eval()` would set it. Default: False.
-    """
+    """The keywords that all stacks take, as SimpleRNN documents them."""
 
     dtype: Any
     param_dtype: Any
@@ -56,8 +46,8 @@ class Options(TypedDict, total=False):
     deterministic: bool
 
 
-class _Recurrent(nnx.Module):
-    """A layer spec with its parameters as nnx.Param and its dropout stream as nnx.Rngs."""
+class _Stack(nnx.Module):
+    """Base of the stacks: a layer spec with its parameters as nnx.Param, and a stream of keys for dropout."""
 
     def __init__(
         self,
@@ -101,23 +91,23 @@ class _Recurrent(nnx.Module):
         forward_mode: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> tuple[Any, Any]:
-        """Runs the layer, as `jaxpack.LSTM.apply` does.
+        """Runs the layer as `jaxpack.LSTM.apply` does.
 
         Args:
           inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
-          plan: for padded inputs, the static shape to run under. Default: none, one program for all lengths.
-          deterministic: whether to leave dropout out. Default: as `train()` and `eval()` have set the module.
-          forward_mode: whether jax.jvp, jacfwd or linearize will be taken of this call.
-          rngs: where dropout's key comes from, or a key. Default: the module's own stream.
+          plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
+          deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
+          forward_mode: Set True to differentiate this call in forward mode.
+          rngs: the source of dropout's key, or a key. Default: the module's own stream.
 
         Returns:
-          The output, laid out as the inputs are, and the final state: h_n, for LSTM (h_n, c_n).
+          The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n).
 
         Raises:
-          ValueError: as `jaxpack.LSTM.apply`; or if the batch or time axis is symbolic (see RNN, which takes such).
-          TypeError: as `jaxpack.LSTM.apply`.
+          ValueError: as `jaxpack.LSTM.apply` does; or if the batch or time axis is symbolic, which RNN accepts.
+          TypeError: as `jaxpack.LSTM.apply` does.
         """
         deterministic = self.deterministic if deterministic is None else deterministic
         active = self.layer.has_dropout and not deterministic
@@ -135,34 +125,35 @@ class _Recurrent(nnx.Module):
 
     @property
     def params(self) -> nnx.Dict:
-        """The parameters: the module's own nnx.Param, by layer and direction (l0, l0_reverse, ...)."""
+        """The module's nnx.Param by layer and direction (l0, l0_reverse, ...)."""
         return nnx.Dict({group: nnx.Dict(self._variables(group)) for group in self.layer.shapes})
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What nnx.view calls.
+        """Sets the module's mode. nnx.view calls it.
 
         Args:
-          deterministic: whether to leave dropout out.
+          deterministic: True to leave out dropout between layers.
         """
         if deterministic is not None:
             self.deterministic = deterministic
 
     def _values(self) -> LayerParams:
-        """The parameters as the core takes them."""
+        """Returns the parameters as the layer takes them."""
         return {
             group: {name: param[...] for name, param in self._variables(group).items()} for group in self.layer.shapes
         }
 
     def _variables(self, group: str) -> dict[str, nnx.Param]:
-        """A group's parameters. Only those: nnx.capture and the like put more into a module."""
+        """Returns the parameters of one layer and direction, without what nnx.capture and others put into a module."""
         entries = getattr(self, group)
         return {name: entries[name] for name in self.layer.shapes[group]}
 
 
-class SimpleRNN(_Recurrent):
-    """A stack of simple (Elman) recurrent layers, called as `rnn(packed)`; returns (output, h_n).
+class SimpleRNN(_Stack):
+    """A stack of simple (Elman) recurrent layers. rnn(packed) returns (output, h_n).
 
-    input_size, hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are as of jaxpack.RNN.
+    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are those of
+    jaxpack.RNN.
 
     Examples:
       >>> from flax import nnx
@@ -172,8 +163,16 @@ class SimpleRNN(_Recurrent):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: draws the parameters from `params` and dropout from `dropout`.
-      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      dtype: the dtype to compute in. Default: the result type of inputs and parameters.
+      param_dtype: the dtype of the parameters. Default: JAX's float.
+      kernel_init: initialises kernels (see jaxpack.RNN.init). nnx.with_partitioning may wrap it. Default: PyTorch's.
+      recurrent_kernel_init: likewise for recurrent kernels.
+      bias_init: likewise for biases.
+      kernel_metadata: metadata of the kernels' nnx.Param, such as {"out_sharding": (None, "model")}.
+      recurrent_kernel_metadata: likewise for recurrent kernels.
+      bias_metadata: likewise for biases.
+      deterministic: True to start in the mode that `eval()` sets, without dropout. Default: False.
     """
 
     def __init__(
@@ -193,10 +192,11 @@ class SimpleRNN(_Recurrent):
         super().__init__(layer, rngs, **options)
 
 
-class LSTM(_Recurrent):
-    """A stack of long short-term memory layers, called as `lstm(packed)`; returns (output, (h_n, c_n)).
+class LSTM(_Stack):
+    """A stack of long short-term memory layers. lstm(packed) returns (output, (h_n, c_n)).
 
-    input_size, hidden_size, num_layers, bias, dropout, bidirectional and proj_size are as of jaxpack.LSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and proj_size are those of
+    jaxpack.LSTM.
 
     Examples:
       >>> from flax import nnx
@@ -206,8 +206,8 @@ class LSTM(_Recurrent):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: draws the parameters from `params` and dropout from `dropout`.
-      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
     def __init__(
@@ -227,10 +227,10 @@ class LSTM(_Recurrent):
         super().__init__(layer, rngs, **options)
 
 
-class GRU(_Recurrent):
-    """A stack of gated recurrent layers, called as `gru(packed)`; returns (output, h_n).
+class GRU(_Stack):
+    """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    input_size, hidden_size, num_layers, bias, dropout and bidirectional are as of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout and bidirectional are those of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -240,8 +240,8 @@ class GRU(_Recurrent):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: draws the parameters from `params` and dropout from `dropout`.
-      options: dtype, param_dtype, initialisers, metadata and deterministic: see `jaxpack.nnx.stacks.Options`.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
     def __init__(
@@ -262,22 +262,22 @@ class GRU(_Recurrent):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])
 @dataclasses.dataclass
 class _Boxed:
-    """An array with nnx.VariableMetadata around it, as a pytree, which that is not: gates are put side by side so."""
+    """nnx.VariableMetadata as a pytree, so that the layer can put the arrays of its gates side by side."""
 
     array: jax.Array
     metadata: Any
 
 
 def _boxing(initializer: InitializerByGate) -> InitializerByGate:
-    """An initialiser, or a mapping to some, whose results nnx.with_partitioning may have wrapped, as pytrees."""
+    """Returns an initialiser, or a mapping of them by gate, whose results are pytrees if nnx wraps them."""
     if isinstance(initializer, Mapping):
-        return {gate: _boxed(each) for gate, each in initializer.items()}
-    return None if initializer is None else _boxed(initializer)
+        return {gate: _boxing_one(each) for gate, each in initializer.items()}
+    return None if initializer is None else _boxing_one(initializer)
 
 
-def _boxed(initializer: Initializer) -> Initializer:
+def _boxing_one(initializer: Initializer) -> Initializer:
     if not callable(initializer):
-        return initializer  # for the layer to refuse
+        return initializer  # the layer refuses it
 
     def boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
         drawn = initializer(key, shape, dtype)
@@ -289,14 +289,14 @@ def _boxed(initializer: Initializer) -> Initializer:
 
 
 def _param(value: Any, metadata: Mapping[str, Any]) -> nnx.Param:
-    """The parameter, with its initialiser's metadata and the module's."""
+    """Returns the nnx.Param of a value, with its initialiser's metadata and the module's."""
     if isinstance(value, _Boxed):
         value = dataclasses.replace(value.metadata, raw_value=value.array)
     return nnx.Param(value, **metadata)
 
 
 def _key(rngs: nnx.Rngs | nnx.RngStream | jax.Array) -> jax.Array:
-    """A dropout key."""
+    """Returns a key for dropout."""
     if isinstance(rngs, nnx.Rngs):
         return rngs.dropout()
     return rngs() if isinstance(rngs, nnx.RngStream) else rngs

@@ -1,9 +1,9 @@
-"""Plots, drawn by matplotlib, which the extra `plot` brings: a plan, a corpus beside its plan, a benchmark.
+"""Plots of a plan, of a corpus beside its plan, and of a benchmark. The extra `plot` installs matplotlib.
 
     jaxpack.plot.plot_plan(plan, lengths).savefig("plan.svg")
 
-Figures are made without pyplot, so nothing global changes and no window opens; notebooks show them all the same.
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; they differ in lightness too, for print.
+Figures are made without pyplot, so no global state changes and no window opens; notebooks show them.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; they also differ in lightness, for print.
 """
 
 from jaxpack._namespace import publish as _publish

@@ -1,4 +1,4 @@
-"""The figures: a plan, a corpus beside its plan, a benchmark."""
+"""The figures of a plan, of a corpus beside its plan, and of a benchmark."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from jaxpack._extras import import_extra
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.data._cover import coverage, num_batches
 
-Figure = Any  # matplotlib.figure.Figure, which only the extra brings
+Figure = Any  # matplotlib.figure.Figure, which only the extra installs
 
 _REAL, _SLACK, _EDGE = "#0072B2", "#F0E442", "#333333"
 _BEST, _OURS, _OTHER = "#0072B2", "#56B4E9", "#BBBBBB"
-_PAGE_DPI = 96  # pixels to an inch of a page, by definition of CSS
-_BARS, _POINTS = 100, 2000  # at most, of a histogram and of a curve
+_PAGE_DPI = 96  # pixels per inch of a page, as CSS defines them
+_BARS, _POINTS = 100, 2000  # the most bars of a histogram and points of a curve
 _PASSES = {"forward": "Forward", "training": "Forward and backward"}
 
 
 def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
-    """The rows of a plan: time runs right, sequences run down, longest first; lines mark where slots start in a row.
+    """Plots the rows of a plan.
+
+    Time runs right, sequences run down, longest first. Lines mark the starts of further slots in a row.
 
     Examples:
       >>> figure = plot_plan(jaxpack.plan_padded(2, 3), [3, 1])
@@ -34,16 +36,16 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
       '1 bucket, 6 cells, 67% of them real'
 
     Args:
-      plan: what to draw.
-      lengths: [N], if given real cells are dark and slack is light.
+      plan: the plan.
+      lengths: [N] the lengths of a batch; with them, real cells are dark and slack is light.
 
     Returns:
       A matplotlib.figure.Figure; save it with `.savefig(path)`.
 
     Raises:
       ModuleNotFoundError: if matplotlib is not installed.
-      TypeError: if the lengths are no lengths.
-      ValueError: if they do not fit the plan.
+      TypeError: if the lengths are not a vector of numbers.
+      ValueError: if the lengths do not fit the plan.
     """
     cells = f"{plan.size:,} cells"
     if lengths is None:
@@ -75,7 +77,7 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
 
 
 def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
-    """A corpus beside the plan that its batches fill: how long sequences are, and how far they fill the slots.
+    """Plots a corpus beside the plan that its batches fill: a histogram of lengths, and the filling of the slots.
 
     Examples:
       >>> figure = plot_corpus([1, 2, 3, 4], jaxpack.plan_padded(2, 4))
@@ -83,8 +85,9 @@ def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
       ['4 sequences of 1 to 4 steps', '62.5% of cells real, 83.3% at best']
 
     Args:
-      lengths: [N] whole numbers >= 0: the corpus's.
-      plan: of every batch, such as jaxpack.data.plan_cover makes. Each slot takes the sequences between its two marks.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus.
+      plan: the plan of every batch, such as jaxpack.data.plan_cover makes. Each slot takes the sequences between its
+        two marks.
 
     Returns:
       A matplotlib.figure.Figure; save it with `.savefig(path)`.
@@ -120,10 +123,10 @@ def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
 
 
 def plot_bench(results: Mapping[str, Any]) -> Figure:
-    """How many times the matmul limit each library takes: bars to the median, lines from 25 to 75 %.
+    """Plots how many times the matmul limit each library takes: bars to the median, lines from 25 to 75 %.
 
     Args:
-      results: what `jaxpack bench --json FILE` wrote, loaded.
+      results: the content of the file that `jaxpack bench --json FILE` writes.
 
     Returns:
       A matplotlib.figure.Figure; save it with `.savefig(path)`.
@@ -157,7 +160,7 @@ def plot_bench(results: Mapping[str, Any]) -> Figure:
 
 
 def formats() -> tuple[str, ...]:
-    """The formats, as file names end in them, that a figure can be saved in.
+    """Returns the formats in which a figure can be saved, as the endings of file names.
 
     Examples:
       >>> "png" in formats() and "svg" in formats()
@@ -170,7 +173,7 @@ def formats() -> tuple[str, ...]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, which notebooks show."""
+    """Returns an empty figure with a size in inches, which notebooks show."""
     figure = import_extra("matplotlib.figure", "plot", "plots").Figure(
         figsize=(width, height), layout="constrained", dpi=150
     )
@@ -179,9 +182,9 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _png(figure: Figure) -> tuple[bytes, dict[str, int]]:
-    """A figure as IPython shows it: two pixels to each of the page's, and the size to show it at.
+    """Returns a figure for IPython: a PNG with two pixels for each of the page's, and the size to show it in.
 
-    IPython asks for it where pyplot has not registered its own way to show figures, which comes first.
+    IPython calls it unless pyplot has registered its own way to show figures, which comes first.
     """
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=2 * _PAGE_DPI)
@@ -190,7 +193,7 @@ def _png(figure: Figure) -> tuple[bytes, dict[str, int]]:
 
 
 def _draw_spans(axes: Any, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, color: str, label: str) -> None:
-    """Rectangles one row high, as one artist, without the seams that blurred edges would leave between rows."""
+    """Draws rectangles one row high, as one artist, since blurred edges of many would leave seams between rows."""
     collections = importlib.import_module("matplotlib.collections")
     corners = np.stack([[starts, ends, ends, starts], [rows, rows, rows + 1, rows + 1]])  # [2, 4, B]
     axes.add_collection(collections.PolyCollection(corners.T, facecolor=color, antialiased=False, label=label))

@@ -1,4 +1,4 @@
-"""Serving: programs compiled ahead of time, one a plan of a family; a queue for many threads; and its load test."""
+"""Serving: programs compiled ahead of time, one for each plan; a queue for many threads; and a load test."""
 
 from jaxpack._namespace import publish as _publish
 from jaxpack.serving._load import LoadReport, counted_compilations, measure_load

@@ -1,11 +1,11 @@
-"""A server on disk: a folder with an export per plan, the weights and a manifest. Nothing is ever unpickled.
+"""A server on disk: a folder with an export per plan, the weights and a manifest. Nothing is unpickled.
 
     manifest.json       the format, the server's settings, and the checksum of each other file
     weights.msgpack     the leaves of the parameters, as flax.serialization writes arrays
-    plan-000.jaxexport  the program of a plan, as jax.export writes it: it knows the plan and all shapes
+    plan-000.jaxexport  the program of a plan, as jax.export writes it, with the plan and all shapes
 
-The extra `serving` brings flatbuffers, with which jax.export writes and reads. The import of flax takes a while, so it
-is left to the functions that need it.
+The extra `serving` installs flatbuffers, which jax.export needs. Functions import flax themselves, since its import
+takes a while.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MANIFEST, _WEIGHTS = "manifest.json", "weights.msgpack"
 
 
 class Saved(NamedTuple):
-    """What the folder holds: a program per plan, the weights they take, and settings as JSON has them."""
+    """The content of the folder: a program per plan, the weights they take, and settings of JSON's types."""
 
     programs: Sequence[jax.export.Exported]
     weights: Sequence[np.ndarray]
@@ -37,11 +37,11 @@ class Saved(NamedTuple):
 
 
 class NoServerError(FileNotFoundError, ValueError):
-    """There is no server in a folder, or no folder."""
+    """The error for a folder without a server, or no folder."""
 
 
 def write_server(directory: str | os.PathLike[str], saved: Saved) -> None:
-    """Writes a server. The manifest goes last and an old one first, so that half of a server is never taken for one."""
+    """Writes a server. An old manifest is deleted first and the new one written last, so half a server never loads."""
     check_flatbuffers()
     from flax import serialization
 
@@ -60,11 +60,11 @@ def write_server(directory: str | os.PathLike[str], saved: Saved) -> None:
 
 
 def read_server(directory: str | os.PathLike[str]) -> Saved:
-    """Reads what `write_server` wrote.
+    """Reads a server that `write_server` wrote.
 
     Raises:
       NoServerError: if there is no manifest.
-      ValueError: naming the file that is damaged.
+      ValueError: if a file is damaged; the message names it.
     """
     check_flatbuffers()
     from flax import serialization
@@ -84,16 +84,16 @@ def read_server(directory: str | os.PathLike[str]) -> Saved:
 
 @contextlib.contextmanager
 def undamaged(directory: str | os.PathLike[str], name: str | int = _MANIFEST) -> Iterator[None]:
-    """Makes any exception a ValueError that names the folder and its file: a name, or a program's number."""
+    """Turns any exception into a ValueError that names the folder and its file, given by name or program number."""
     try:
         yield
     except Exception as error:
         path = pathlib.Path(directory) / (name if isinstance(name, str) else _program(name))
-        raise ValueError(f"{path} is damaged, or of another server ({error!r}). Save the server anew.") from error
+        raise ValueError(f"{path} is damaged, or from another server ({error!r}). Save the server again.") from error
 
 
 def check_flatbuffers() -> None:
-    """Raises ModuleNotFoundError, with the extra that brings it, if flatbuffers is not installed."""
+    """Raises ModuleNotFoundError, which names the extra to install, if flatbuffers is missing."""
     import_extra("flatbuffers", "serving", "servers on disk")
 
 
@@ -102,17 +102,17 @@ def _program(i: int) -> str:
 
 
 def _manifest(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings, and the checksums of the files."""
+    """Reads the settings, and the checksums of the files."""
     try:
         text = (folder / _MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        missing = f"has no {_MANIFEST}" if folder.is_dir() else "is no folder"
-        raise NoServerError(f"{folder} {missing}, so it is no server that Server.save wrote.") from error
+        missing = f"has no {_MANIFEST}" if folder.is_dir() else "is not a folder"
+        raise NoServerError(f"{folder} {missing}, so it is not a server that Server.save wrote.") from error
     with undamaged(folder):
         manifest = json.loads(text)
         found = manifest["format"]
     if found != _FORMAT:
-        raise ValueError(f"{folder} has format {found}, but this jaxpack reads {_FORMAT}. Save it anew.")
+        raise ValueError(f"{folder} has format {found}, but this jaxpack reads {_FORMAT}. Save the server again.")
     with undamaged(folder):
         settings, checksums = manifest["settings"], manifest["sha256"]
         names = [*map(_program, range(len(checksums) - 1)), _WEIGHTS]
@@ -124,11 +124,11 @@ def _manifest(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _checked(path: pathlib.Path, checksum: str) -> bytes:
-    """A file's content, unless it is not what was written."""
+    """Reads a file; raises ValueError unless it has the checksum."""
     try:
         data = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is missing, though {_MANIFEST} lists it. Save the server anew.") from error
+        raise ValueError(f"{path} is missing, though {_MANIFEST} lists it. Save the server again.") from error
     if hashlib.sha256(data).hexdigest() != checksum:
-        raise ValueError(f"{path} is not what {_MANIFEST} says was written: damaged, or of another save. Save it anew.")
+        raise ValueError(f"{path} does not have the checksum in {_MANIFEST}: it is damaged. Save the server again.")
     return data

@@ -1,4 +1,4 @@
-"""The load test: many threads send requests of mixed lengths in bursts, and every answer is checked and timed."""
+"""measure_load: a load test whose threads send requests in bursts, and check and time every answer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from jaxpack._types import PyTree
 
 Submit = Callable[[PyTree], "Future[PyTree]"]
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax.monitoring reports once a program
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # the event that jax.monitoring reports once per program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadReport:
-    """What a load test found.
+    """The results of a load test.
 
     Examples:
       >>> found = {"lost": 0, "reordered": 0, "misdelivered": 0, "wrong": 0, "compiled": 0}
@@ -33,13 +33,13 @@ class LoadReport:
       (True, 2.0)
 
     Attributes:
-      latencies: float [N], seconds from the submission of each request to its answer; NaN where there was none.
-      seconds: from the first submission to the last answer.
-      lost: requests that were refused, failed, or were not answered in time.
-      reordered: requests that got the answer of another one in the same burst.
-      misdelivered: requests that got the answer of one outside their burst.
-      wrong: requests whose answer is no request's.
-      compiled: programs that JAX compiled meanwhile, in any thread.
+      latencies: float [N], the seconds from the submission of each request to its answer; NaN without an answer.
+      seconds: the time from the first submission to the last answer.
+      lost: how many requests were refused, failed, or were not answered in time.
+      reordered: how many requests got the answer to another one in the same burst.
+      misdelivered: how many requests got the answer to one outside their burst.
+      wrong: how many requests got an answer that belongs to no request.
+      compiled: how many programs JAX compiled meanwhile, in any thread.
     """
 
     latencies: np.ndarray
@@ -56,14 +56,14 @@ class LoadReport:
         return not (self.lost or self.reordered or self.misdelivered or self.wrong or self.compiled)
 
     def percentile(self, percent: float) -> float:
-        """The latency in seconds that this share of the answered requests did not exceed; NaN if there were none."""
+        """Returns the latency in seconds that this share of answered requests did not exceed; NaN without answers."""
         answered = self.latencies[np.isfinite(self.latencies)]
         return float(np.percentile(answered, percent)) if answered.size else float("nan")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sent:
-    """A request of a client, and what became of it."""
+    """A request of a client, with its answer."""
 
     index: int
     burst: Sequence[int]
@@ -84,9 +84,9 @@ def measure_load(
     rtol: float = 1e-4,
     atol: float = 1e-5,
 ) -> LoadReport:
-    """Sends each request once and compares what comes back with what was expected.
+    """Sends each request once, and compares its answer with the expected one.
 
-    Threads share the requests out. Each sends a burst of them, waits until all are answered, pauses, and goes on.
+    The threads share the requests. Each sends a burst, waits until all of it is answered, pauses, and continues.
 
     Examples:
       >>> from jaxpack.serving import Queue, Server
@@ -99,24 +99,24 @@ def measure_load(
       True
 
     Args:
-      submit: takes a request and returns the future of its answer, as `Queue.submit`.
+      submit: takes a request and returns the future of its answer, as `Queue.submit` does.
       requests: N sequences.
-      expected: the answer that each should get, a pytree of arrays; no two alike, or an answer that went to the wrong
-        one would pass unnoticed: give each request a number in its data, and return it.
-      threads: how many clients there are.
-      burst: requests in a burst in the mean, geometrically distributed.
-      pause: seconds between bursts in the mean, exponentially distributed.
-      timeout: seconds after which an answer counts as lost.
-      seed: of bursts and pauses.
-      rtol: how far an answer may be from what was expected, as a share of it; batch-mates change its rounding.
-      atol: how far besides.
+      expected: the answer to each request, a pytree of arrays. No two may be equal, or an answer to the wrong request
+        would go unnoticed: put a number into the data of each request, and return it.
+      threads: the number of clients.
+      burst: the mean number of requests in a burst, geometrically distributed.
+      pause: the mean number of seconds between bursts, exponentially distributed.
+      timeout: the seconds after which an answer counts as lost.
+      seed: the seed of bursts and pauses.
+      rtol: the relative tolerance of answers; the other sequences of a batch change the rounding of an answer.
+      atol: the absolute tolerance of answers.
 
     Raises:
       ValueError: if requests and expected differ in number, or an option is out of range.
-      TypeError: if threads is no int.
+      TypeError: if threads is not an int.
     """
     if len(requests) != len(expected):
-        raise ValueError(f"there must be one expected answer a request, got {len(expected)} for {len(requests)}.")
+        raise ValueError(f"there must be one expected answer per request, got {len(expected)} for {len(requests)}.")
     if as_int("threads", threads) < 1 or burst < 1 or pause < 0:
         raise ValueError(f"threads and burst must be at least 1 and pause 0, got {threads}, {burst} and {pause}.")
     found: list[list[_Sent]] = [[] for _ in range(threads)]
@@ -143,7 +143,7 @@ def measure_load(
 
 @contextlib.contextmanager
 def counted_compilations() -> Iterator[list[float]]:
-    """A list that gets an entry, its seconds, for each program that JAX compiles in any thread until the context ends.
+    """Yields a list to which each compilation of JAX within the context, in any thread, appends its seconds.
 
     Examples:
       >>> double = jax.jit(lambda x: 2 * x)
@@ -168,7 +168,7 @@ def counted_compilations() -> Iterator[list[float]]:
 
 
 def _burst(submit: Submit, requests: Sequence[PyTree], indices: Sequence[int], timeout: float) -> list[_Sent]:
-    """Sends some requests at once and waits for their answers."""
+    """Sends requests at once, and waits for their answers."""
     done: queue.SimpleQueue[tuple[int, float, Future[PyTree]]] = queue.SimpleQueue()
     sent = {index: _Sent(index, indices) for index in indices}
     taken = 0
@@ -178,7 +178,7 @@ def _burst(submit: Submit, requests: Sequence[PyTree], indices: Sequence[int], t
         def arrive(future: Future[PyTree], index: int = index, start: float = start) -> None:
             done.put((index, time.perf_counter() - start, future))
 
-        with contextlib.suppress(BaseException):  # one that is not taken is lost, whatever ended the call
+        with contextlib.suppress(BaseException):  # a request whose call raises is lost
             submit(requests[index]).add_done_callback(arrive)
             taken += 1
     deadline = time.monotonic() + timeout
@@ -193,7 +193,7 @@ def _burst(submit: Submit, requests: Sequence[PyTree], indices: Sequence[int], t
 def _report(
     sent: Sequence[_Sent], expected: Sequence[PyTree], seconds: float, compiled: int, tolerances: tuple[float, float]
 ) -> LoadReport:
-    """Counts what became of the requests."""
+    """Counts the faults of the answers."""
     latencies = np.full(len(expected), np.nan)
     counts = dict.fromkeys(("lost", "reordered", "misdelivered", "wrong"), 0)
     for one in sent:
@@ -205,7 +205,7 @@ def _report(
 
 
 def _fault(sent: _Sent, expected: Sequence[PyTree], tolerances: tuple[float, float]) -> str | None:
-    """What is wrong with an answer, if anything is: a count of LoadReport."""
+    """Returns the fault of an answer, by the name of its count in LoadReport; None if it is right."""
     if np.isnan(sent.latency):
         return "lost"
     if _same(sent.answer, expected[sent.index], tolerances):
@@ -217,7 +217,7 @@ def _fault(sent: _Sent, expected: Sequence[PyTree], tolerances: tuple[float, flo
 
 
 def _same(answer: PyTree, expected: PyTree, tolerances: tuple[float, float]) -> bool:
-    """Whether two results agree in structure, shapes and, about, in values."""
+    """Whether two results agree in structure and shapes, and in values within tolerances."""
     structures: list[Any] = [jax.tree.structure(tree) for tree in (answer, expected)]
     return structures[0] == structures[1] and all(
         np.shape(a) == np.shape(b) and np.allclose(a, b, *tolerances, equal_nan=True)

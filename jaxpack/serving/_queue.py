@@ -1,4 +1,4 @@
-"""Queue: the front of a server for many threads, whose single requests it gathers into batches."""
+"""Queue: gathers the single requests of many threads into batches for a server."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from jaxpack.serving._answer import Answer
 from jaxpack.serving._schema import Request
 from jaxpack.serving._server import Server
 
-_EXIT = 1.0  # seconds that the interpreter waits at its exit for a batch that runs
+_EXIT = 1.0  # seconds that the exiting interpreter waits for a running batch
 
 
 class Tally(NamedTuple):
-    """What has run under a plan: how many batches, and the sequences and steps in them.
+    """The number of batches that ran under a plan, with their sequences and steps.
 
     Examples:
       >>> plans = [jaxpack.plan_padded(2, 3)]
@@ -43,6 +43,8 @@ class Tally(NamedTuple):
 
 
 class _Waiting(NamedTuple):
+    """A request in the queue, its future, and the time of its submission."""
+
     request: Request
     future: Answer
     since: float
@@ -51,15 +53,16 @@ class _Waiting(NamedTuple):
 class Queue:
     """Gathers the requests of many threads into batches, and answers each through its own future.
 
-    One thread runs the batches, first come, first served: it starts when the oldest request has waited for max_wait
-    seconds, when the server's largest batch is full, or when the queue is shut down; while it runs, requests gather. A
-    request that is refused fails alone; an exception in the model fails the batch that it ran in, not those beside it.
+    One thread runs the batches, first come, first served. It starts a batch when the oldest request has waited for
+    max_wait seconds, when the server's largest batch is full, or when the queue is shut down. Requests gather while a
+    batch runs. A refused request fails alone. An exception in the model fails the batch in which it occurs, and no
+    other.
 
-    Callbacks of futures run in that thread too, and should be short. One that raises or exits is logged; one that would
-    wait for the queue (`result()`, `submit` to a full queue, `shutdown()`) gets an error, for nobody could answer it.
-    If the thread itself should end, whatever waits gets a RuntimeError, as whatever comes later does. A forked child
-    has no such thread: there `submit` and `result()` raise RuntimeError. At the interpreter's exit requests that still
-    wait are cancelled: shut the queue down first if they must be answered.
+    Callbacks of futures run in the same thread, and should be short. A callback that raises or exits is logged. A
+    callback that would wait for the queue (`result()`, `submit` to a full queue, `shutdown()`) gets an error, since
+    the wait would be endless. If the thread ends unexpectedly, waiting and later requests get a RuntimeError. A forked
+    child has no such thread: there `submit` and `result()` raise RuntimeError. When the interpreter exits, waiting
+    requests are cancelled: shut the queue down first if they must be answered.
 
     Examples:
       >>> plans = [jaxpack.plan_padded(2, 3)]
@@ -72,11 +75,11 @@ class Queue:
 
     Args:
       server: a Server.
-      max_wait: seconds that a request waits for others, at most, while the server is idle.
-      max_size: how many requests may wait; `submit` blocks where there are more.
+      max_wait: the most seconds that a request waits for others while the server is idle.
+      max_size: how many requests may wait; then `submit` blocks.
 
     Raises:
-      TypeError: if server is no Server or max_size no int.
+      TypeError: if server is not a Server, or max_size is not an int.
       ValueError: if max_wait is negative, or max_size below 1.
     """
 
@@ -88,29 +91,30 @@ class Queue:
         at_least_one("max_size", max_size)
         self._server, self._max_wait, self._max_size = server, max_wait, max_size
         self._waiting: collections.deque[_Waiting] = collections.deque()
-        self._taken: list[_Waiting] = []  # what the thread works on
-        self._changed = threading.Condition()  # guards the deque and what is set below
-        self._closed = ""  # why no more requests are taken
+        self._taken: list[_Waiting] = []  # the requests that the thread works on
+        self._changed = threading.Condition()  # guards the deque and the attributes below
+        self._closed = ""  # the reason why no more requests are taken
         self._cancelled = False
         self._tallies = dict.fromkeys(server.plans, Tally())
         self._thread = threading.Thread(target=self._work, name="jaxpack.serving.Queue", daemon=True)
-        atexit.register(self._leave)  # after jax's, so it is called before jax takes its clients down
+        atexit.register(self._leave)  # registered after jax's, so it runs before jax closes its clients
         self._thread.start()
 
     def submit(self, sequence: PyTree, *, timeout: float | None = None) -> Future[PyTree]:
-        """Puts a sequence into the queue. Its arrays are copied: they may be written over at once.
+        """Puts a sequence into the queue. Its arrays are copied, so the caller may overwrite them at once.
 
         Args:
-          sequence: as a server takes it.
-          timeout: seconds to wait for a place if the queue is full; 0 not to wait. Default: as long as it takes.
+          sequence: a sequence as the server takes it.
+          timeout: the seconds to wait for a place if the queue is full; 0 does not wait. Default: no limit.
 
         Returns:
-          A future of its result, NumPy arrays as a server returns them; or of its error, ValueError or TypeError, if
-          it is not like the server's example or longer than every plan. It may be cancelled while it waits.
+          A future of its result, NumPy arrays as the server returns them; or of its error, a ValueError or TypeError,
+          if the sequence is not like the server's example or is longer than every plan. The future may be cancelled
+          while the request waits.
 
         Raises:
-          queue.Full: if there was no place for it in time; in a callback, if there is none.
-          RuntimeError: if the queue has been shut down, or its thread has ended; in a forked child.
+          queue.Full: if there is no place within the timeout; in a callback, if there is none at once.
+          RuntimeError: if the queue has been shut down, its thread has ended, or this is a forked child.
         """
         future = Answer(self._thread)
         try:
@@ -131,17 +135,17 @@ class Queue:
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Takes no more requests, and answers those that wait; as concurrent.futures.Executor.shutdown.
+        """Takes no more requests, and answers the waiting ones, as concurrent.futures.Executor.shutdown does.
 
         Args:
           wait: whether to return only when all have been answered.
-          cancel_futures: whether to cancel those that wait instead.
+          cancel_futures: whether to cancel the waiting requests instead.
 
         Raises:
-          RuntimeError: if a callback of a future waits: the thread that it would wait for is its own. The queue is shut
-            down all the same.
+          RuntimeError: if a callback waits, since it runs in the thread for which it would wait. The queue is shut down
+            even so.
         """
-        if not self._thread.is_alive():  # in a forked child too, where nobody will ever release the lock
+        if not self._thread.is_alive():  # also in a forked child, where the lock is never released
             return
         with self._changed:
             self._closed = self._closed or "the queue has been shut down"
@@ -158,7 +162,7 @@ class Queue:
 
     @property
     def tallies(self) -> dict[BucketPlan, Tally]:
-        """What has run under each plan so far, the cheapest plan first."""
+        """The tally of each plan so far, cheapest plan first."""
         return dict(self._tallies)
 
     def __enter__(self) -> Queue:
@@ -170,17 +174,17 @@ class Queue:
         self.shutdown()
 
     def _work(self) -> None:
-        """Takes and runs batches until there is nothing left and nothing to come."""
+        """Takes and runs batches until the queue is shut down and empty."""
         try:
             while self._take():
                 self._answer([waiting for waiting in self._taken if waiting.future.begin()])
-        except BaseException as error:  # whatever it is, someone waits
+        except BaseException as error:  # every waiting request needs an answer
             self._end(error)
         finally:
             atexit.unregister(self._leave)
 
     def _take(self) -> bool:
-        """Waits until it is time for the next requests, and takes them; False if there are none after the shutdown."""
+        """Waits for the next batch of requests and takes it; returns False if there is none after the shutdown."""
         most = self._server.batch_size
         with self._changed:
             self._taken = []
@@ -198,7 +202,7 @@ class Queue:
         return bool(self._taken)
 
     def _answer(self, batch: Sequence[_Waiting]) -> None:
-        """Runs requests under the plans that they fit together."""
+        """Runs requests in the batches of their route."""
         try:
             for plan, rows in self._server.route([waiting.request.length for waiting in batch]):
                 self._run(plan, [batch[row] for row in rows])
@@ -219,12 +223,12 @@ class Queue:
             waiting.future.settle(result)
 
     def _leave(self) -> None:
-        """Lets the interpreter exit: cancels what waits, and gives the batch that runs a second to end."""
+        """Lets the interpreter exit: cancels waiting requests, and gives a running batch a second to end."""
         self.shutdown(wait=False, cancel_futures=True)
         self._thread.join(_EXIT)
 
     def _end(self, error: BaseException) -> None:
-        """Fails whatever waits, once the thread ends before its time."""
+        """Fails all waiting requests when the thread ends unexpectedly."""
         with self._changed:
             self._closed = f"the queue's thread has ended with {error!r}"
             left = [*self._taken, *self._waiting]
@@ -234,8 +238,8 @@ class Queue:
 
 
 def _fail(batch: Sequence[_Waiting], error: BaseException) -> None:
-    """Answers with an error. What ends a thread would end the one that asks for the result, so it is wrapped."""
-    if not isinstance(error, Exception) or isinstance(error, StopIteration):  # which asyncio's futures refuse
+    """Answers with an error. An error that ends threads is wrapped, since it would end the caller's thread too."""
+    if not isinstance(error, Exception) or isinstance(error, StopIteration):  # asyncio's futures refuse StopIteration
         cause, error = error, RuntimeError(f"the batch of this request ended with {error!r}.")
         error.__cause__ = cause
     for waiting in batch:

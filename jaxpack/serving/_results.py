@@ -1,4 +1,4 @@
-"""What a served function returns: one result a sequence, checked once in shapes, then taken apart on the host."""
+"""Results of a served function: their form, checked once, and the split of a batch's results by sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpack._types import PyTree
 
 
 def form_of(output: PyTree, plan: BucketPlan) -> Any:
-    """The form of one sequence's result, which must be the same under each plan, from a batch's in shapes and dtypes.
+    """Returns the form of one sequence's result, from the shapes and dtypes of a batch's.
 
     Raises:
       ValueError: if the output holds no array, or one without a row for each sequence.
@@ -25,7 +25,7 @@ def form_of(output: PyTree, plan: BucketPlan) -> Any:
 
 
 def check_forms(forms: dict[BucketPlan, Any]) -> None:
-    """Raises ValueError, with two plans and their forms, unless a result has the same form under every plan."""
+    """Raises ValueError, with two plans and their forms, unless results have the same form under every plan."""
     (first, expected), *others = forms.items()
     for plan, form in others:
         if form != expected:
@@ -36,7 +36,7 @@ def check_forms(forms: dict[BucketPlan, Any]) -> None:
 
 
 def results_of(output: PyTree, count: int) -> list[PyTree]:
-    """The results of the first `count` sequences of a batch, each with memory of its own, from NumPy leaves."""
+    """Returns copies of the results of the first `count` sequences of a batch, from NumPy leaves."""
     leaves, structure = jax.tree.flatten(output, is_leaf=_is_packed)
     columns = [_sequences(leaf, count) if _is_packed(leaf) else [row.copy() for row in leaf[:count]] for leaf in leaves]
     return [jax.tree.unflatten(structure, row) for row in zip(*columns, strict=True)]
@@ -55,14 +55,14 @@ def _leaf_form(leaf: Any, batch_size: int) -> Any:
     if found != batch_size:
         raise ValueError(
             f"the function must return arrays with a row for each of the plan's {batch_size} sequences, or "
-            f"PackedSequences of as many, but one of its results is {leaf}. Of final states [num_layers, B, H] take "
-            f"one layer's (h_n[-1]) or bring B to the front (jnp.moveaxis(h_n, 1, 0))."
+            f"PackedSequences with as many, but one of its results is {leaf}. From final states [num_layers, B, H] "
+            f"take one layer's (h_n[-1]), or move B to the front (jnp.moveaxis(h_n, 1, 0))."
         )
     return kind, tuple((*map(str, part.shape[1:]), str(part.dtype)) for part in parts)
 
 
 def _sequences(packed: PackedSequence, count: int) -> list[PyTree]:
-    """The first sequences [L, *F] of a packed batch, in the caller's order."""
+    """Returns the first sequences [L, *F] of a packed batch, in the caller's order."""
     plan, slots = packed.plan, packed.unsorted_indices[:count]
     steps = [start + np.arange(n) for start, n in zip(plan.slot_starts[slots], packed.lengths[:count], strict=True)]
     cells = [plan.step_offsets[at] + row for at, row in zip(steps, plan.slot_rows[slots], strict=True)]

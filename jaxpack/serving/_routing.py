@@ -1,4 +1,4 @@
-"""Which plan a batch runs under: the cheapest that fits; and how a batch that fits none is split."""
+"""Routing: the cheapest plan that sequences fit together, and batches for sequences that fit no plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxpack._plans.cost import CostModel
 
 
 class Route(NamedTuple):
-    """Sequences that run together: the plan, and their places in the list that was routed, increasing.
+    """A batch: its plan, and the places of its sequences in the list that was routed, increasing.
 
     Examples:
       >>> plans = [jaxpack.plan_padded(2, 3)]
@@ -31,14 +31,14 @@ class Route(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Router:
-    """A family of plans and what a run under each costs, the cheapest first. Made by `Router.of`."""
+    """A family of plans, with the cost of a run under each, cheapest first. Made by `Router.of`."""
 
     plans: tuple[BucketPlan, ...]
     costs: tuple[float, ...]
 
     @classmethod
     def of(cls, plans: Sequence[BucketPlan], cost_model: CostModel) -> Router:
-        """Sorts plans by cost; equal ones count once."""
+        """Sorts plans by cost, without repeats."""
         cheapest_first = sorted(dict.fromkeys(plans), key=cost_model.run_time)
         return cls(tuple(cheapest_first), tuple(map(cost_model.run_time, cheapest_first)))
 
@@ -48,13 +48,13 @@ class Router:
         return max(plan.max_length for plan in self.plans)
 
     def route(self, lengths: npt.ArrayLike) -> list[Route]:
-        """Batches for sequences of these lengths, each of which must fit a plan alone.
+        """Returns batches for sequences with these lengths, each of which must fit a plan alone.
 
-        If all fit one plan together, they run under the cheapest that they fit. Else each batch begins with the longest
-        sequence that is left; every plan takes as many as it can, the longest that fit each of its slots; and the plan
-        that costs least for a step of them runs. Wherever what is left fits one plan the list could end, and it ends
-        where that costs least in all. (Against the cheapest split, found by integer programming in 6 ms: 2 % dearer in
-        the mean and at worst 30 % over 4 families of plans, in a tenth of the time.)
+        Sequences that fit one plan together run under the cheapest such plan. Otherwise each batch begins with the
+        longest remaining sequence. Every plan takes as many sequences as it can, in each slot the longest that fits,
+        and the plan with the least cost per step runs. The list may end wherever the remaining sequences fit one plan,
+        and it ends where the total cost is least. (Over 4 families of plans this costs 2 % more in the mean than the
+        cheapest split, and 30 % more at worst. Integer programming found that split in 6 ms, ten times as long.)
 
         Args:
           lengths: [N] whole numbers, at most max_length.
@@ -65,7 +65,7 @@ class Router:
         return [Route(self.plans[plan], tuple(sorted(order[places].tolist()))) for plan, places in pieces]
 
     def _pieces(self, lengths: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Plans, and the places of the lengths (longest first) that run under them."""
+        """Returns plans, and the places of the lengths (longest first) that run under each."""
         best: list[tuple[int, np.ndarray]] = []
         taken: list[tuple[int, np.ndarray]] = []
         least, spent = math.inf, 0.0
@@ -83,19 +83,19 @@ class Router:
         return best
 
     def _cheapest_for_all(self, lengths: np.ndarray) -> int | None:
-        """The cheapest plan that all lengths fit, if there is one."""
+        """Returns the cheapest plan that all lengths fit, None if there is none."""
         count = len(lengths)
         fits = (count <= plan.num_sequences and bool((lengths <= plan.room[:count]).all()) for plan in self.plans)
         return next((i for i, fit in enumerate(fits) if fit), None)
 
     def _best_value(self, lengths: np.ndarray) -> tuple[int, np.ndarray]:
-        """The plan that costs least for a step of what it takes of these lengths, and the places of those."""
+        """Returns the plan with the least cost per step that it takes of these lengths, and the places of those."""
         options = [(i, _takes(plan, lengths)) for i, plan in enumerate(self.plans) if plan.max_length >= lengths[0]]
         return min(options, key=lambda option: self.costs[option[0]] / np.maximum(lengths[option[1]], 1).sum())
 
 
 def _takes(plan: BucketPlan, lengths: np.ndarray) -> np.ndarray:
-    """The places of the lengths that a plan takes if each slot, the largest first, takes the longest left that fits it.
+    """Returns the places of the lengths that a plan takes if each slot, largest first, takes the longest that fits.
 
     Slot k may take place first[k] or a later one, and must take one after that of slot k - 1.
     """

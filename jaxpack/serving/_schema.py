@@ -1,4 +1,4 @@
-"""Schema: what the requests of a server have in common, and the entrance that each of them passes."""
+"""Schema: the common form of a server's requests, and the check of each against it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ARRAY = jax.tree.structure(0)
 
 
 class Request(NamedTuple):
-    """A sequence that was checked: NumPy arrays [L, *F] of the schema's structure and dtypes, and its length L."""
+    """A checked sequence: NumPy arrays [L, *F] with the schema's structure and dtypes, and its length L."""
 
     arrays: PyTree
     length: int
@@ -31,9 +31,9 @@ class Schema:
 
     Attributes:
       structure: the tree structure.
-      names: where each leaf stands, such as "['x']"; "" if a sequence is one array.
+      names: the path to each leaf, such as "['x']"; "" if a sequence is one array.
       features: the shape of each leaf without its time axis.
-      dtypes: the dtype of each leaf, as JAX keeps it.
+      dtypes: the dtype in which JAX holds each leaf.
     """
 
     structure: Any
@@ -43,11 +43,11 @@ class Schema:
 
     @classmethod
     def of(cls, example: PyTree) -> Schema:
-        """Reads it off a sequence: arrays [L, *F], or anything else with a shape and a dtype.
+        """Returns the schema of a sequence of arrays [L, *F], or of anything else with a shape and a dtype.
 
         Raises:
-          ValueError: if there is no leaf, or one has no time axis.
-          TypeError: if a leaf is no array.
+          ValueError: if there is no leaf, or a leaf has no time axis.
+          TypeError: if a leaf is not an array.
         """
         paths, structure = jax.tree_util.tree_flatten_with_path(jax.tree.map(without_torch, example))
         if not paths:
@@ -68,26 +68,26 @@ class Schema:
         )
 
     def read(self, sequence: PyTree, name: str) -> Request:
-        """A request from what a user passed; `name` is what errors call it.
+        """Returns a request from a user's sequence; errors call it `name`.
 
         Raises:
-          ValueError: if its structure, features or time axes are others than the example's, or the example's dtype
-            does not hold one of its values.
-          TypeError: if it holds no numbers, or numbers of a kind that the example's dtype does not hold.
+          ValueError: if its structure, features or time axes are not those of the example, or the example's dtype
+            cannot hold one of its values.
+          TypeError: if it does not hold numbers, or holds numbers of a kind that the example's dtype cannot hold.
         """
         leaves = [self._array(leaf, k, name) for k, leaf in enumerate(self._leaves(sequence, name))]
         steps = [len(leaf) for leaf in leaves]
         if min(steps) < max(steps):
-            raise ValueError(f"the arrays of {name} must have one number of steps, got {steps}.")
+            raise ValueError(f"the arrays of {name} must have the same number of steps, got {steps}.")
         return Request(jax.tree.unflatten(self.structure, leaves), steps[0])
 
     def empty(self) -> Request:
-        """A sequence of no steps."""
+        """Returns a sequence without steps."""
         leaves = [np.zeros((0, *shape), dtype) for shape, dtype in zip(self.features, self.dtypes, strict=True)]
         return Request(jax.tree.unflatten(self.structure, leaves), 0)
 
     def packed(self, plan: BucketPlan) -> PackedSequence:
-        """A batch under a plan, in shapes and dtypes."""
+        """Returns the shapes and dtypes of a batch under a plan."""
         leaves = [
             jax.ShapeDtypeStruct((plan.size, *shape), dtype)
             for shape, dtype in zip(self.features, self.dtypes, strict=True)
@@ -96,7 +96,7 @@ class Schema:
         return PackedSequence(jax.tree.unflatten(self.structure, leaves), indices, indices, indices, plan)
 
     def _leaves(self, sequence: PyTree, name: str) -> list[Any]:
-        """The leaves of a sequence; nested lists of numbers are an array where one is expected."""
+        """Returns the leaves of a sequence; nested lists of numbers are one array where an array is expected."""
         if self.structure == _ARRAY and isinstance(sequence, (list, tuple)):
             return [sequence]
         leaves, found = jax.tree.flatten(sequence)
@@ -110,7 +110,7 @@ class Schema:
             array = np.asarray(without_torch(leaf))
         except ValueError as error:
             raise ValueError(f"{name} is a nested list whose rows have different lengths: {error}") from error
-        if array.shape == (0,) and not hasattr(leaf, "dtype"):  # an empty list is one of whatever is expected
+        if array.shape == (0,) and not hasattr(leaf, "dtype"):  # an empty list takes the expected shape
             return np.zeros((0, *self.features[k]), dtype)
         if not array.ndim or array.shape[1:] != self.features[k]:
             wanted = ", ".join(map(str, ("L", *self.features[k])))
@@ -119,10 +119,10 @@ class Schema:
 
 
 def _held(array: np.ndarray, dtype: np.dtype, name: str, rounds: bool) -> np.ndarray:
-    """The array in the dtype that the programs were compiled for, which must hold its values.
+    """Returns the array in the dtype that the programs were compiled for, which must hold its values.
 
-    float64 is rounded to float32, as JAX does by default, and to any float if it `rounds`. Other floats are not: they
-    would be other values.
+    float64 is rounded to float32, as JAX does by default, and to any float if `rounds`. Other floats are not rounded,
+    since their values would change.
     """
     if array.dtype == dtype or not array.size:
         return array.astype(dtype, copy=False)
@@ -142,8 +142,9 @@ def _held(array: np.ndarray, dtype: np.dtype, name: str, rounds: bool) -> np.nda
     if wrong.any():
         place = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"{name} has dtype {array.dtype} and holds {array[place]} at {list(place)}, which {dtype} cannot hold, the "
-            f"dtype of the server's example. Send other values, or make the server with an example of a wider dtype."
+            f"{name} has dtype {array.dtype} and holds {array[place]} at {list(place)}, which {dtype} cannot hold. "
+            f"That is the dtype of the server's example: send other values, or make the server with an example of a "
+            f"wider dtype."
         )
     return held
 

@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from jaxpack._checks import unchecked
 from jaxpack._dtypes import canonical
+from jaxpack._packed.on_host import Rows
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._types import PyTree
-from jaxpack.data._packing import pack_on_host
 from jaxpack.serving._files import Saved, check_flatbuffers, read_server, undamaged, write_server
 from jaxpack.serving._results import check_forms, form_of, results_of
 from jaxpack.serving._routing import Route, Router
@@ -29,38 +29,37 @@ Program = Callable[[list[jax.Array], PackedSequence], PyTree]
 
 
 class Server:
-    """Answers sequences of any lengths with programs that are all compiled when it is made.
+    """Answers sequences of any lengths with programs that are compiled when the server is made.
 
-    Each call lays its sequences out on the host, runs them under the cheapest plan that they fit together, in several
-    batches if they fit none, and takes the results apart on the host again: nothing is left to compile. A server may be
-    called from several threads; for many small calls see `jaxpack.serving.Queue`.
+    Each call packs its sequences on the host, runs them under the cheapest plan that they fit together, in several
+    batches if they fit none, and splits the results on the host, so it compiles nothing. Several threads may call a
+    server; for many small calls see `jaxpack.serving.Queue`.
 
-    The example fixes the dtypes: whatever values they hold are taken, in any dtype, and others are an error. float64 is
-    rounded to float32, as JAX does by default; Python's floats to any float.
+    The example determines the dtypes. Values of any dtype are accepted if these can hold them; other values are an
+    error. float64 is rounded to float32, as JAX does by default, and Python's floats to any float.
 
     Examples:
       >>> plans = [jaxpack.plan_padded(2, 3)]
       >>> def weighted_sum(weight, packed):
       ...     return weight * jaxpack.segment_sum(packed)
       >>> server = Server(weighted_sum, 10, plans, example=np.zeros(1, int))
-      >>> [int(result) for result in server([[1, 2, 3], [4], [5, 6]])]  # NumPy, one result a sequence, in order
+      >>> [int(result) for result in server([[1, 2, 3], [4], [5, 6]])]  # NumPy, one result per sequence, in order
       [60, 40, 110]
 
     Args:
-      function: function(params, packed) -> results: a pytree of arrays [B, ...], a row a sequence in the order of the
-        batch (layer.final_output(state)), and of PackedSequences, for values per step. Jittable.
-      params: what it takes first, any pytree of arrays.
-      plans: at least one BucketPlan; the longest limits the length of a request. As batches that fit none are split,
-        none need be large enough for all: jaxpack.data.plan_cover(lengths, size, miss=0.1) for a few sizes, and
-        plan_padded(1, longest), do less work than a large padded plan, which every batch would fit.
-      example: what a sequence looks like: an array [L, *F], or a pytree of arrays, of any number of steps; or
-        jax.ShapeDtypeStructs.
-      cost_model: says which plan is cheapest, by its run_time. Default: CostModel().
+      function: a jittable function(params, packed) -> results. Results are a pytree of arrays [B, ...], with a row per
+        sequence in the order of the batch (layer.final_output(state)), and of PackedSequences, for values per step.
+      params: the function's first argument, any pytree of arrays.
+      plans: at least one BucketPlan; the longest limits the length of a request. No plan needs to hold all sequences,
+        since batches that fit none are split: jaxpack.data.plan_cover(lengths, size, miss=0.1) for a few sizes, and
+        plan_padded(1, longest), do less work than a large padded plan that every batch fits.
+      example: a sequence of any number of steps: an array [L, *F], or a pytree of arrays or jax.ShapeDtypeStructs.
+      cost_model: determines the cheapest plan by its run_time. Default: CostModel().
 
     Raises:
-      ValueError: if there is no plan, example is no sequence, params hold an integer that JAX does not, or the
+      ValueError: if there is no plan, example is not a sequence, params hold an integer that JAX cannot hold, or the
         function's results are not per sequence or have a form that depends on the plan.
-      TypeError: if plans holds something else, or example no arrays.
+      TypeError: if plans holds anything but BucketPlans, or example holds no arrays.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Server:
     ) -> None:
         """Compiles every program, and runs it once on an empty batch."""
         self._programs, self._weights, self._schema, self._cost_model = programs, weights, schema, cost_model
-        self._x64 = jax.config.read("jax_enable_x64")  # of this thread; the server's own in every other
+        self._x64 = jax.config.read("jax_enable_x64")  # this thread's value, which calls from all threads use
         self._process = os.getpid()
         self._router = Router.of(tuple(programs), cost_model)
         lowered = {plan: jax.jit(program).lower(weights, schema.packed(plan)) for plan, program in programs.items()}
@@ -101,12 +100,12 @@ class Server:
 
     @property
     def plans(self) -> tuple[BucketPlan, ...]:
-        """The plans, the cheapest first."""
+        """The plans, cheapest first."""
         return self._router.plans
 
     @property
     def max_length(self) -> int:
-        """The steps of the longest sequence that can be answered."""
+        """The most steps of a sequence."""
         return self._router.max_length
 
     @property
@@ -115,13 +114,15 @@ class Server:
         return max(plan.num_sequences for plan in self.plans)
 
     def __call__(self, sequences: Iterable[PyTree]) -> list[PyTree]:
-        """The result of each sequence, in order, as NumPy arrays: [...] for an array [B, ...], [L, ...] where packed.
+        """Returns the result of each sequence, in order, as NumPy arrays.
+
+        A result is [...] where the function returns an array [B, ...], and [L, ...] where it returns a PackedSequence.
 
         Raises:
-          ValueError: naming the first sequence that is longer than every plan, whose structure or features are not the
-            example's, or with a value that the example's dtype does not hold.
-          TypeError: naming the first that holds no numbers, or numbers of another kind (floats for integers); if
-            sequences is no list.
+          ValueError: if a sequence is longer than every plan, its structure or features are not the example's, or the
+            example's dtype cannot hold one of its values. The message names the first such sequence.
+          TypeError: if sequences is not a list, or a sequence does not hold numbers, or holds numbers of another kind
+            (floats for integers).
           RuntimeError: in a forked child of the process that made the server, where JAX would hang.
         """
         if isinstance(sequences, (str, Mapping, PackedSequence)) or not isinstance(sequences, Iterable):
@@ -134,7 +135,7 @@ class Server:
         return results
 
     def check(self, sequence: PyTree, name: str = "sequence") -> Request:
-        """The entrance of every sequence: what `run` takes. Raises as a call does, with the name in front."""
+        """Returns a checked sequence for `run`. Raises as a call does; errors call the sequence `name`."""
         self._check_process()
         request = self._schema.read(sequence, name)
         if request.length > self.max_length:
@@ -145,26 +146,31 @@ class Server:
         return request
 
     def route(self, lengths: npt.ArrayLike) -> list[Route]:
-        """The batches in which sequences of these lengths would run; `Router.route` says how they are chosen."""
+        """Returns the batches in which sequences with these lengths run; `Router.route` describes the choice."""
         return self._router.route(lengths)
 
     def run(self, plan: BucketPlan, requests: Sequence[Request]) -> list[PyTree]:
-        """The results of requests that fit a plan together, in order."""
+        """Runs requests that fit a plan together, and returns their results in order."""
+        lengths = np.array([request.length for request in requests])
+        plan.check(lengths)
+        rows = Rows.of(lengths, plan)
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(request.arrays for request in requests))
+        packed = rows.packed(jax.tree.map(rows.spread, joined))
         with jax.enable_x64(self._x64):
-            packed = pack_on_host([request.arrays for request in requests], plan)
             output = jax.device_get(self._compiled[plan](self._weights, packed))
         return results_of(output, len(requests))
 
     def save(self, directory: str | os.PathLike[str], *, platforms: Sequence[str] | None = None) -> None:
         """Writes the programs and weights to a folder, from which `Server.load` makes a server without this code.
 
-        Programs are written by jax.export, which promises that JAX reads them for six months at least. Pytree nodes in
+        Programs are written by jax.export, which promises that JAX reads them for at least six months. Pytree nodes in
         sequences and results other than tuples, lists, dicts and PackedSequence must be registered with
-        jax.export.register_pytree_node_serialization, those of params need not.
+        jax.export.register_pytree_node_serialization; those of params need not.
 
         Args:
-          directory: made if there is none. A server in it is replaced.
-          platforms: where it may be loaded, of "cpu", "cuda", "rocm" and "tpu". Default: the present one.
+          directory: the folder, which is created if it is missing. A server in it is replaced.
+          platforms: the platforms that can load the server, of "cpu", "cuda", "rocm" and "tpu". Default: the present
+            one.
 
         Raises:
           ModuleNotFoundError: if flatbuffers is not installed (extra `serving`).
@@ -184,17 +190,17 @@ class Server:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], *, cost_model: CostModel | None = None) -> Server:
-        """A server from a folder that `save` wrote. Compiles each program, once.
+        """Makes a server from a folder that `save` wrote. Compiles each program once.
 
         Args:
-          directory: the folder. Load only what you trust: programs run as they are.
+          directory: the folder. Load only folders that you trust, since their programs run.
           cost_model: as in the constructor, for another machine. Default: the saved server's.
 
         Raises:
           ModuleNotFoundError: if flatbuffers is not installed (extra `serving`).
-          FileNotFoundError: if there is no folder, or no server in it; it is a ValueError too.
-          ValueError: naming the file that is damaged or missing; if the server was saved for other platforms or by an
-            incompatible version.
+          FileNotFoundError: if there is no folder, or no server in it; it is also a ValueError.
+          ValueError: if a file is damaged or missing (the message names it), or the server was saved for other
+            platforms or by an incompatible version.
         """
         saved = read_server(directory)
         batches = []
@@ -221,8 +227,8 @@ class Server:
     def _check_process(self) -> None:
         if os.getpid() != self._process:
             raise RuntimeError(
-                "the server was made in another process, of which this is a fork, and JAX's threads do not live on in "
-                "a fork. Make or load a server in this process, which must be started before JAX computes, or by "
+                "the server was made in another process, and this is a fork of it, which does not have JAX's threads. "
+                "Make or load a server in this process, which must be started before JAX computes, or by "
                 "multiprocessing.get_context('spawn')."
             )
 
@@ -255,10 +261,10 @@ def _saveable(leaf: jax.Array) -> np.ndarray:
 
 
 def _batch_of(program: jax.export.Exported, weights: Sequence[np.ndarray]) -> PackedSequence:
-    """The batch that a saved program takes, in shapes and dtypes, after these weights."""
+    """Returns the shapes and dtypes of the batch that a saved program takes after these weights."""
     (taken, batch), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
     if not isinstance(batch, PackedSequence):
-        raise TypeError(f"it takes no packed batch, but a {type(batch).__name__}")
+        raise TypeError(f"it does not take a packed batch, but a {type(batch).__name__}")
     found, expected = ([(each.shape, each.dtype) for each in leaves] for leaves in (weights, taken))
     if found != expected:
         raise ValueError(f"it takes parameters of other shapes and dtypes than those saved: {expected}, not {found}")

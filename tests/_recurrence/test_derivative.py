@@ -8,9 +8,8 @@ import oracles
 import pytest
 
 from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact, plan_padded, plan_rows
-from jaxpack._recurrence import derivative as recurrence
-from jaxpack._recurrence import windows as stairs
-from jaxpack._recurrence.derivative import ACCELERATOR, CPU
+from jaxpack._layers.stack import Stack
+from jaxpack._recurrence.derivative import CPU, GPU, Schedules
 
 F, H, B = 3, 4, 4
 LENGTHS = [9, 4, 0, 6]
@@ -33,7 +32,7 @@ SCHEDULES = {
     "small chunks": CPU._replace(chunk_cells=7),
     "single steps": CPU._replace(chunk_cells=1),
     "cpu": CPU,
-    "accelerator": ACCELERATOR,
+    "accelerator": GPU,
 }
 
 
@@ -42,10 +41,8 @@ def on_schedule(monkeypatch):
     """Makes every platform run a schedule, and saves memories where its chunks start."""
 
     def use(schedule):
-        monkeypatch.setattr(recurrence, "CPU", schedule)
-        monkeypatch.setattr(recurrence, "ACCELERATOR", schedule)
-        if schedule.chunk_cells is not None:
-            monkeypatch.setattr(stairs, "CHUNK_CELLS", schedule.chunk_cells)
+        every = Schedules(schedule, schedule, schedule)
+        monkeypatch.setattr(Stack.__new__, "__defaults__", (*Stack.__new__.__defaults__[:-1], every))
         jax.clear_caches()
 
     yield use
@@ -116,7 +113,7 @@ def test_equals_autodiff_under_other_plans(name, plan, on_schedule):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("plan", ["rows", "none"])
 def test_equals_autodiff_under_other_plans_as_accelerators_run(plan, on_schedule):
-    on_schedule(ACCELERATOR)
+    on_schedule(GPU)
     case = problem(LAYERS["projected"], PLANS[plan])
     assert_close(pulled_back(*case), pulled_back(*case, forward_mode=True))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxpack import plan_padded
-from jaxpack._recurrence.windows import kept_rows, ladder_cells, ladder_ends, ladder_of, levels_of, stairs_of
+from jaxpack._recurrence.windows import checkpoint_rows, ladder_cells, ladder_ends, ladder_of, levels_of, stairs_of
 
 
 def own_cells(stairs):
@@ -23,7 +23,7 @@ def own_cells(stairs):
             for step in range(int(window.skip), stair.steps):
                 first = int(window.cell(step))
                 cells.update(range(first, first + stair.rows))
-            kept.append((int(stair.kept) + index * stair.stride, stair.rows))
+            kept.append((int(stair.checkpoint_row(index)), stair.rows))
     return cells, kept
 
 
@@ -39,7 +39,7 @@ def test_the_chunks_of_a_plan_hold_each_cell_once(plan, chunk_cells):
     cells, kept = own_cells(stairs_of(plan, chunk_cells))
     assert cells == collections.Counter(range(plan.size))
     if chunk_cells in (None, 512):  # memories are kept for chunks of at least 512 cells
-        check_kept(kept, kept_rows(plan, False))
+        check_kept(kept, checkpoint_rows(plan, 512, False))
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 5), st.sampled_from([2, 9, 40]))
@@ -60,7 +60,7 @@ def test_the_ladder_computes_at_most_a_third_more_than_real_cells(seed):
     ends = ladder_ends(plan, jnp.array(np.sort(lengths)[::-1]))
     cells, kept = own_cells(ladder_of(plan, ends, 512))
     assert ladder_cells(plan, lengths) == cells.total() <= 4 / 3 * lengths.sum() < plan.size
-    check_kept(kept, kept_rows(plan, True))
+    check_kept(kept, checkpoint_rows(plan, 512, True))
 
 
 def test_the_ladder_computes_no_slack_at_equal_lengths():

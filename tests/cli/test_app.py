@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 import typer
+from commands import message
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -50,9 +51,9 @@ class Run:
     """A run of the demo: its report, and how often XLA compiled each function, read from JAX's own log."""
 
     def __init__(self, *options):
-        self.compiled = collections.Counter()
+        self.compiled: collections.Counter[str] = collections.Counter()
         handler = logging.Handler()
-        handler.emit = self._count
+        handler.addFilter(self._count)
         logging.getLogger("jax").addHandler(handler)
         try:
             with jax.log_compiles():
@@ -68,6 +69,7 @@ class Run:
         found = re.match(r"Finished XLA compilation of jit\((\w+)\)", record.getMessage())
         if found:
             self.compiled[found[1]] += 1
+        return False
 
     def row(self, heading):
         """The numbers in a row of the report's table."""
@@ -126,7 +128,7 @@ def test_every_training_step_of_a_plan_runs_one_program(trained, request):
 
 def test_padded_training_learns_the_same(packed, padded):
     accuracy = re.compile(r"Test accuracy +([\d.]+)%, (\d+) of 370")
-    (share, correct), (_, correct_padded) = (accuracy.search(run.report).groups() for run in (packed, padded))
+    (share, correct), (_, correct_padded) = (accuracy.findall(run.report)[0] for run in (packed, padded))
     assert float(share) == pytest.approx(100 * int(correct) / 370, abs=0.05)
     assert abs(int(correct) - int(correct_padded)) <= 2  # rounding may turn an utterance on the edge
     assert int(correct) > 2 * 370 / 9  # it has learnt something
@@ -328,7 +330,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(output, tmp_path, no_
     assert "cannotbewritten" in refused(output, tmp_path / "file" / name)
     assert "cannotbewritten" in refused(output, tmp_path / ("long" * 100 + name))
     if "--checkpoint" in output:
-        assert "isnofolder" in refused(output, tmp_path / "file")
+        assert "isnotafolder" in refused(output, tmp_path / "file")
     else:
         assert "doesnotexist" in refused(output, tmp_path / "nowhere" / name)
         (tmp_path / f"link{name}").symlink_to(tmp_path / "nowhere" / name)
@@ -376,8 +378,7 @@ def test_a_device_that_is_full_at_the_end_is_one_line(output, tmp_path, monkeypa
     for module in (bench_file, serve_bench_file):
         for name in {"print_bench", "print_epoch", "print_serve_bench"} & vars(module).keys():
             monkeypatch.setattr(module, name, lambda *args: None)
-    figure = jaxpack.plot.plot_plan if "--plot" in output else None
-    monkeypatch.setattr(jaxpack.plot, "plot_bench", lambda result: figure(jaxpack.plan_padded(1, 1)))
+    monkeypatch.setattr(jaxpack.plot, "plot_bench", lambda result: jaxpack.plot.plot_plan(jaxpack.plan_padded(1, 1)))
     *command, option, name = OUTPUTS[output]
     path = tmp_path / name
     path.symlink_to("/dev/full")
@@ -427,4 +428,4 @@ def test_a_report_that_nobody_can_read_ends_without_a_traceback(device, said, ar
 def test_lengths_on_standard_input_cannot_be_measured_twice():
     result = invoke("bench", "--lengths", "-", "--huge-pages")
     assert result.exit_code == 2
-    assert "standard input" in plain(result.output) or "glibc" in plain(result.output)
+    assert "which standard input does not allow" in message(result)

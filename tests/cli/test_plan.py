@@ -60,7 +60,7 @@ def test_counts_are_those_of_the_planners(options, buckets):
     assert result.exit_code == 0, result.output
     plans, real, padded = columns(buckets), sum(LENGTHS), max(LENGTHS) * len(LENGTHS)
     cells = [sum(plan.batch_sizes) for plan in plans]
-    assert counts(result, "loops, one a bucket") == [len(plan.rows) for plan in plans]
+    assert counts(result, "loops, one per bucket") == [len(plan.rows) for plan in plans]
     assert counts(result, "cells") == cells
     assert counts(result, "cells / padded") == [round(count / padded, 2) for count in cells]
     assert counts(result, "slack") == [count - real for count in cells]
@@ -145,7 +145,7 @@ def test_report_of_many_long_sequences_fits_80_columns():
 
 def test_lengths_of_0_and_a_single_sequence_are_planned():
     assert counts(invoke("0,0"), "cells") == [2, 2, 2, 2]
-    assert counts(invoke("5"), "loops, one a bucket") == [1, 1, 1, 1]
+    assert counts(invoke("5"), "loops, one per bucket") == [1, 1, 1, 1]
 
 
 SAME = {
@@ -209,13 +209,13 @@ REFUSED = {
     "4\n" + "9" * 5000: "line 2: 9999999999999999999999999999999999999999... is longer than int32",
     "4,,6\n": "line 1: a number is missing beside a comma",
     ",0\n0,4\n1,6\n": "line 1: a number is missing beside a comma",
-    "0,4\n1,6\n2,5\n": "has 2 numbers on every line, like a table whose index or other columns are no lengths",
+    "0,4\n1,6\n2,5\n": "has 2 numbers on every line, like a table with an index or other columns that are not lengths",
     "17 4\n3 6\n": "has 2 numbers on every line",
     "4,17,1\n6,3,2\n5,9,3\n": "has 3 numbers on every line",
     "id,frames\n0,4\n": "line 1: 'id' is not a whole number. A first line that names columns must name one of",
     "utt1 400\nutt2 300\n": "line 1: 'utt1' is not a whole number. A first line that names columns",
     "length,lengths\n1,2\n": "the first line names 2 columns length. Leave one of them",
-    "id,length\n0,4\n1\n": "line 3: 1 columns, where the first line names 2",
+    "id,length\n0,4\n1\n": "line 3: 1 columns, but the first line names 2",
     "id,length\n0,\n": "line 2: '' is not a whole number",
 }
 
@@ -232,13 +232,16 @@ def test_a_bad_file_is_refused_by_line(tmp_path, text, expected):
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"\xff\xfe\x00", "is no text file in UTF-8, but in UTF-16. Save it as UTF-8"),
+        (b"\xff\xfe\x00", "is not a text file in UTF-8, but in UTF-16. Save it as UTF-8"),
         ("4\n6\n".encode("utf-16"), "but in UTF-16"),
         (codecs.BOM_UTF16_BE + "4".encode("utf-16-be"), "but in UTF-16"),
         ("4\n6\n".encode("utf-32"), "but in UTF-32"),
-        ("4\n6\n".encode("utf-16-le"), "is no text file"),
-        (b"\x93NUMPY\x01", "is no text file in UTF-8. It must hold whole numbers, such as one a line: numpy.savetxt"),
-        (b"4\xe9", "is no text file"),
+        ("4\n6\n".encode("utf-16-le"), "is not a text file"),
+        (
+            b"\x93NUMPY\x01",
+            "is not a text file in UTF-8. It must hold whole numbers, such as one per line: numpy.savetxt",
+        ),
+        (b"4\xe9", "is not a text file"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused_by_its_encoding(tmp_path, data, expected):
@@ -282,7 +285,7 @@ def test_more_lengths_than_a_batch_are_planned_as_a_corpus_too(tmp_path):
     assert float(shares[0]) == pytest.approx(100 * lengths.sum() / (469 * padded), abs=0.051)
     (code,) = re.findall(r"^  corpus_plan = (.*)$", corpus, re.MULTILINE)
     assert eval(code, {"jaxpack": jaxpack, "lengths": lengths}) == plan
-    assert f"drawn at random {expected.miss:.1%} would not fit" in " ".join(corpus.split())
+    assert f"{expected.miss:.1%} of batches drawn at random would not fit" in " ".join(corpus.split())
     assert max(len(line.rstrip()) for line in result.output.splitlines()) <= 80
 
 
@@ -297,7 +300,7 @@ def test_the_batch_size_of_a_corpus_can_be_chosen():
 def test_a_corpus_that_is_no_single_batch_is_planned_as_a_corpus(tmp_path):
     (tmp_path / "lengths").write_text("30000000\n" * 100)
     output = invoke(tmp_path / "lengths", "--batch-size", 10).output
-    assert "They would have more cells than int32 can index." in output
+    assert "One batch would have more cells than int32 can index." in output
     assert re.search(r"^cells that are real +100.0% +100.0%$", output, re.MULTILINE)
     assert "reference layer" in output  # what * says
 

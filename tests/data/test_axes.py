@@ -179,6 +179,7 @@ def test_leaves_lie_on_the_axis_of_their_name():
     ]
     flags = {"words": "in", "tags": "in", "phonemes": "out", "label": None}
     batcher = SlotFilling(examples, batch_size=2, time_varying=flags)
+    assert isinstance(batcher.plan, dict)
     assert list(batcher.plan) == ["out", "in"]  # in the order of the leaves
     (batch,) = batcher
     order = batch.indices.tolist()
@@ -295,14 +296,26 @@ BOTH = {"source": plan_padded(2, 3), "target": plan_padded(2, 2)}
             'a plan for each, {"source": plan',
         ),
         (lambda: SlotFilling(PAIRS, BOTH), ValueError, r"names none.*time_varying=\('source', 'target'\)"),
-        (lambda: SlotFilling(PAIRS, {**BOTH, "x": 1}, time_varying=NAMES), ValueError, "'x', but time_varying names"),
-        (lambda: SlotFilling(PAIRS, {**BOTH, "source": 1}, time_varying=NAMES), TypeError, r"plan\['source'\] must be"),
+        (
+            lambda: SlotFilling(PAIRS, {**BOTH, "x": plan_padded(2, 1)}, time_varying=NAMES),
+            ValueError,
+            "'x', but time_varying names",
+        ),
+        (
+            lambda: SlotFilling(PAIRS, {**BOTH, "source": 1}, time_varying=NAMES),  # type: ignore[dict-item]
+            TypeError,
+            r"plan\['source'\] must be",
+        ),
         (
             lambda: SlotFilling(PAIRS, {**BOTH, "target": plan_padded(3, 2)}, time_varying=NAMES),
             ValueError,
-            "for as many sequences, got {'source': 2, 'target': 3}",
+            "for the same number of sequences, got {'source': 2, 'target': 3}",
         ),
-        (lambda: SlotFilling([[1]], 7), TypeError, "plan must be a jaxpack.BucketPlan, or a dict"),
+        (
+            lambda: SlotFilling([[1]], 7),  # type: ignore[arg-type]
+            TypeError,
+            "plan must be a jaxpack.BucketPlan, or a dict",
+        ),
         (lambda: SlotFilling(PAIRS, BOTH, time_varying=NAMES, too_long="split"), ValueError, '"split" is for examples'),
         (
             lambda: SlotFilling(pairs_of([(1, 2), (3, 5)]), BOTH, time_varying=NAMES),
@@ -322,12 +335,12 @@ BOTH = {"source": plan_padded(2, 3), "target": plan_padded(2, 2)}
         (
             lambda: SlotFilling(PAIRS, BOTH, time_varying=NAMES, lengths={"source": [1, 3], "target": [2]}),
             ValueError,
-            "of as many examples on each time axis, got {'source': 2, 'target': 1}",
+            "of the same number of examples on each time axis, got {'source': 2, 'target': 1}",
         ),
         (
             lambda: SlotFilling(PAIRS, BOTH, time_varying=NAMES, lengths={"source": [1, 3]}),
             ValueError,
-            r"those of \['source'\], but the time axes are \['source', 'target'\]",
+            r"the time axes \['source'\], but examples have \['source', 'target'\]",
         ),
         (
             lambda: list(SlotFilling(PAIRS, BOTH, time_varying=NAMES, lengths={"source": [1, 3], "target": [2, 2]})),

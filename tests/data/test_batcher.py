@@ -216,7 +216,8 @@ def test_a_source_that_raises_loses_nothing():
     for wrap in (lambda source: source, Stream):
         source = Flaky(examples_of([3, 1, 2, 2, 3, 1, 1, 3]))
         expected = [contents(batch) for batch in SlotFilling(wrap(source), plan_padded(2, 3), buffer_size=2)]
-        iterator, given = iter(SlotFilling(wrap(source), plan_padded(2, 3), buffer_size=2)), []
+        iterator = iter(SlotFilling(wrap(source), plan_padded(2, 3), buffer_size=2))
+        given: list[list] = []
         source.broken = True
         with pytest.raises(OSError, match="disk"):
             given.extend(contents(batch) for batch in iterator)
@@ -247,22 +248,49 @@ def test_a_state_of_another_batcher_is_refused():
     ("call", "error", "message"),
     [
         (lambda: SlotFilling([], plan_padded(1, 1)), ValueError, "the source is empty"),
-        (lambda: SlotFilling(range(sys.maxsize), plan_padded(1, 1)), ValueError, "the source has no end"),
+        (lambda: SlotFilling(range(sys.maxsize), plan_padded(1, 1)), ValueError, "the source is endless"),
         (lambda: list(SlotFilling(Stream([]), plan_padded(1, 1))), ValueError, "the source is empty"),
         (lambda: SlotFilling(examples_of([1, 5, 6]), plan_padded(1, 4)), ValueError, "example 1 has 5 steps.*1 more"),
         (lambda: list(SlotFilling(Stream(examples_of([5])), plan_padded(1, 4))), ValueError, "example 0 has 5 steps"),
-        (lambda: SlotFilling([[1]], plan_padded(1, 1), too_long="cut"), ValueError, 'too_long must be "error"'),
-        (lambda: SlotFilling(Stream([[1]]), plan_padded(1, 1), too_long="cut"), ValueError, 'too_long must be "error"'),
+        (
+            lambda: SlotFilling([[1]], plan_padded(1, 1), too_long="cut"),  # type: ignore[arg-type]
+            ValueError,
+            'too_long must be "error"',
+        ),
+        (
+            lambda: SlotFilling(Stream([[1]]), plan_padded(1, 1), too_long="cut"),  # type: ignore[arg-type]
+            ValueError,
+            'too_long must be "error"',
+        ),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), lengths=[np.nan]), ValueError, "whole numbers"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), lengths=[-1]), ValueError, "is negative"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), lengths=[1, 1]), ValueError, "2 entries, but the source 1"),
         (lambda: list(SlotFilling([[1]], plan_padded(1, 2), lengths=[2])), ValueError, "has 1 steps, but .* as 2"),
         (lambda: SlotFilling(Stream([[1]]), plan_padded(1, 1), lengths=[1]), ValueError, "this one has no index"),
         (lambda: SlotFilling([np.ones((1, 2)), np.ones((1, 3))], batch_size=2), ValueError, "example 1 has features"),
-        (lambda: SlotFilling([[1]], plan_padded(1, 1), shard_index=1), ValueError, "shard_index must lie in"),
+        (lambda: SlotFilling([[1]], plan_padded(1, 1), shard_index=1), ValueError, "shard_index must be in"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), buffer_size=0), ValueError, "buffer_size must be at least 1"),
-        (lambda: SlotFilling([[1]], plan_padded(1, 1), seed=0.5), TypeError, "seed must be an int"),
-        (lambda: len(SlotFilling(Stream([[1]]), plan_padded(1, 1))), TypeError, "not known before it was read"),
+        (
+            lambda: SlotFilling([[1]], plan_padded(1, 1), seed=0.5),  # type: ignore[arg-type]
+            TypeError,
+            "seed must be an int",
+        ),
+        (
+            lambda: SlotFilling([[1]], plan_padded(1, 1), shuffle=True),  # type: ignore[call-arg]
+            TypeError,
+            "unexpected keyword argument 'shuffle'",
+        ),
+        (
+            lambda: BucketByLength([[1]], batch_size=1, shuffle=True),  # type: ignore[call-arg]
+            TypeError,
+            "unexpected keyword argument 'shuffle'",
+        ),
+        (
+            lambda: SortedChunks([[1]], batch_size=1, shuffle=True),  # type: ignore[call-arg]
+            TypeError,
+            "unexpected keyword argument 'shuffle'",
+        ),
+        (lambda: len(SlotFilling(Stream([[1]]), plan_padded(1, 1))), TypeError, "not known before it is read"),
     ],
 )
 def test_bad_sources_and_options_are_named(call, error, message):

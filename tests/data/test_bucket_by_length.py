@@ -55,12 +55,12 @@ def test_boundaries_take_the_fewest_cells_by_brute_force():
     [
         (lambda: BucketByLength([[1]], ()), "boundaries must increase"),
         (lambda: BucketByLength([[1]], (4, 2), batch_size=1), "boundaries must increase"),
-        (lambda: BucketByLength([[1]]), "give batch_size, max_cells or both"),
+        (lambda: BucketByLength([[1]]), "pass batch_size, max_cells or both"),
         (lambda: BucketByLength([[1, 2, 3]], max_cells=2), "max_cells = 2 does not hold one sequence of 3"),
         (lambda: BucketByLength([[1]], batch_size=0), "batch_size must be at least 1"),
         (lambda: BucketByLength([[1, 2]], (1,), batch_size=1), "example 0 has 2 steps"),
         (lambda: BucketByLength(iter([[1]]), batch_size=1), "no lengths to make boundaries from"),
-        (lambda: padded_plans((4,), None, None), "give batch_size"),
+        (lambda: padded_plans((4,), None, None), "pass batch_size"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -96,7 +96,12 @@ def test_orbax_saves_and_restores_an_iterator(tmp_path):
 
 def test_an_endless_stream_reads_little_again():
     reads = []
-    parent = grain.MapDataset.source(corpus()).repeat().map(lambda x: (reads.append(1), x)[1])
+
+    def counted(example):
+        reads.append(1)
+        return example
+
+    parent = grain.MapDataset.source(corpus()).repeat().map(counted)
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = SlotFillIterDataset(parent.to_iter_dataset(options), PLAN, buffer_size=16)
     iterator, resumed = iter(dataset), iter(dataset)
@@ -231,7 +236,7 @@ def test_a_state_of_more_examples_is_refused():
     iterator = iter(SlotFillIterDataset(stream(), PLAN, buffer_size=12))
     next(iterator)
     fewer = iter(SlotFillIterDataset(stream(LENGTHS[:5]), PLAN, buffer_size=12))
-    with pytest.raises(ValueError, match="given after 12 examples, but now there are 5"):
+    with pytest.raises(ValueError, match="taken after 12 examples, but now there are 5"):
         fewer.set_state(iterator.get_state())
 
 

@@ -71,7 +71,11 @@ def test_examples_of_lists_scalars_and_fixed_leaves_have_a_form():
         ),
         (lambda: pack_on_host({"a": [1]}, plan_padded(2, 1)), TypeError, "must be a list of arrays, got dict"),
         (lambda: pack_on_host({1, 2}, plan_padded(2, 1)), TypeError, "must be a list of arrays, got set"),
-        (lambda: pack_on_host(7, plan_padded(2, 1)), TypeError, "must be a list of arrays, got int"),
+        (
+            lambda: pack_on_host(7, plan_padded(2, 1)),  # type: ignore[arg-type]
+            TypeError,
+            "must be a list of arrays, got int",
+        ),
         (
             lambda: pack_on_host([([1, 2], [3])], plan_padded(2, 2)),
             ValueError,
@@ -83,7 +87,7 @@ def test_examples_of_lists_scalars_and_fixed_leaves_have_a_form():
         (lambda: pack_on_host(["ab"], plan_padded(1, 2)), TypeError, "must hold numbers.*got dtype <U2"),
         (lambda: form_of({}, None), ValueError, "holds no array"),
         (lambda: form_of({"a": 1}, None), ValueError, "no leaf of an example varies in time"),
-        (lambda: form_of(((1, 2), (3, 4)), None), ValueError, "no leaf of an example varies.*in a tuple a leaf each"),
+        (lambda: form_of(((1, 2), (3, 4)), None), ValueError, "no leaf of an example varies.*in a tuple one leaf each"),
         (lambda: form_of({"a": np.zeros(1)}, {"b": True}), ValueError, "time_varying must be a bool or the name"),
         (lambda: form_of({"a": np.zeros(1)}, {"a": 5}), TypeError, "time_varying must hold bools, or names"),
         (lambda: form_of((np.zeros(1),) * 2, ("a", True)), ValueError, "True beside .*'a'.*Write a name in place"),

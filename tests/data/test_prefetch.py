@@ -40,7 +40,12 @@ def test_the_state_is_that_of_the_batch_given_last():
 
 def test_packing_runs_ahead_while_nobody_asks():
     laid_out = []
-    iterator = prefetch_to_device((laid_out.append(i) or np.float32(i) for i in range(10)), 2)
+
+    def lay_out(i):
+        laid_out.append(i)
+        return np.float32(i)
+
+    iterator = prefetch_to_device(map(lay_out, range(10)), 2)
     assert next(iterator) == 0
     for _ in range(100):
         if len(laid_out) >= 4:  # the one given, two that are ready, one that waits to be put
@@ -202,6 +207,7 @@ def test_a_thread_that_ends_without_a_word_is_named_and_another_is_started():
     before = set(threading.enumerate())
     next(iterator)
     (worker,) = set(threading.enumerate()) - before
+    assert worker.ident is not None
     assert source.asked.wait(SECONDS)
     source.go.set()
     while not iterator._shared.ready:  # it waits for room now

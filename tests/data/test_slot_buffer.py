@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from jaxpack._plans.planners import plan_buckets
 from jaxpack.data import plan_cover
-from jaxpack.data._slot_buffer import SlotBuffer, rounds
+from jaxpack.data._buffer import rounds
+from jaxpack.data._slot_buffer import SlotBuffer
 
 
 @given(

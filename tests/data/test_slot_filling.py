@@ -67,8 +67,8 @@ def test_a_real_epoch_compiles_one_program():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: SlotFilling([[1]]), "give batch_size or max_cells"),
-        (lambda: SlotFilling([[1]], plan_padded(1, 1), batch_size=1), "give a plan, or batch_size"),
+        (lambda: SlotFilling([[1]]), "pass either batch_size or max_cells"),
+        (lambda: SlotFilling([[1]], plan_padded(1, 1), batch_size=1), "pass a plan, or batch_size"),
         (lambda: SlotFilling(iter([[1]]), batch_size=1), "no lengths to make a plan from"),
     ],
 )

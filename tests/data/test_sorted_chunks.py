@@ -34,7 +34,7 @@ def test_batches_of_a_window_have_like_lengths():
     ("call", "message"),
     [
         (lambda: SortedChunks([[1]], []), "plans is empty"),
-        (lambda: SortedChunks([[1]], [plan_padded(1, 1)], batch_size=1), "give plans, or batch_size"),
+        (lambda: SortedChunks([[1]], [plan_padded(1, 1)], batch_size=1), "pass plans, or batch_size"),
         (lambda: SortedChunks([[1]], batch_size=1, window=0), "window must be at least 1"),
         (lambda: SortedChunks(iter([[1]]), batch_size=1), "no lengths to make plans from"),
         (lambda: SortedChunks([[1, 2]], [plan_padded(1, 1)]), "example 0 has 2 steps"),

@@ -1,7 +1,10 @@
 """Sources and lengths are read by position, or refused by name."""
 
 import collections
+import functools
 import types
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,7 +130,7 @@ class Locating(Labelled):
 REFUSED = {
     "dict": ({0: [1], 1: [2]}, TypeError, r"read by key, not by position.*list\(source.values\(\)\)"),
     "mapping": (types.MappingProxyType({"a": [1]}), TypeError, "read by key, not by position"),
-    "set": ({(1, 2), (3,)}, TypeError, "a set, whose order is not the same again"),
+    "set": ({(1, 2), (3,)}, TypeError, "a set, whose order is not fixed"),
     "frozenset": (frozenset({(1, 2)}), TypeError, "a frozenset, whose order"),
     "string": ("abc", TypeError, "must hold examples, arrays of numbers, got a str"),
     "bytes": (b"abc", TypeError, "got a bytes"),
@@ -163,7 +166,7 @@ def test_attributes_of_a_data_set_do_not_make_it_a_table_or_a_mapping(make):
 def test_a_key_error_of_the_source_itself_passes_through():
     class Source(Labelled):
         def __getitem__(self, index):
-            return {}["words"]
+            return dict[str, list]()["words"]
 
     with pytest.raises(KeyError, match="words"):
         SlotFilling(Source(), PLAN)
@@ -182,8 +185,14 @@ WRONG = {
     "set": (lambda: set(LENGTHS), "got a set"),
     "string": (lambda: "123456", "got a str"),
 }
-TAKERS = {
-    **{name: lambda lengths, make=make: make(EXAMPLES, lengths=lengths) for name, make in BATCHERS.items()},
+
+
+def taking(make, lengths):
+    return make(EXAMPLES, lengths=lengths)
+
+
+TAKERS: dict[str, Callable[[Any], Any]] = {
+    **{name: functools.partial(taking, make) for name, make in BATCHERS.items()},
     "plan_cover": lambda lengths: plan_cover(lengths, 3),
     "plan_family": lambda lengths: plan_family(lengths, 3),
     "coverage": lambda lengths: coverage(lengths, PLAN),

@@ -1,6 +1,8 @@
 """A stream that is ordered by length is warned of, once; one in random order never is."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ def grain_slots(stream):
     return SlotFillIterDataset(source, PLAN)
 
 
-DOORS = {
+DOORS: dict[str, Callable[..., Any]] = {
     "slots": lambda stream, **options: SlotFilling(stream, PLAN, **options),
     "buckets": lambda stream, **options: BucketByLength(stream, (8, 29), batch_size=8, buffer_size=500, **options),
     "chunks": lambda stream, **options: SortedChunks(stream, [plan_padded(8, 29)], window=8, **options),
@@ -61,7 +63,7 @@ def test_an_ordered_stream_is_warned_of_once_an_epoch(door, order):
         (warning,) = caught(lambda: list(batches))
         assert "ordered by length" in str(warning.message)
         assert "%" in str(warning.message)
-        assert "Shuffle the stream before, or give a larger buffer_size" in str(warning.message)
+        assert "Shuffle the stream first, or pass a larger buffer_size" in str(warning.message)
 
 
 DISTRIBUTIONS = {

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +232,8 @@ def test_pack_on_host_is_pack_sequence_leaf_for_leaf(sequences):
         pytest.skip("JAX takes no other byte order")
     plan = plan_padded(len(sequences), 4)
     packed, expected = pack_on_host(sequences, plan), jaxpack.pack_sequence(sequences, plan=plan)
-    assert jax.tree.structure(packed) == jax.tree.structure(expected)
+    structure: Any = jax.tree.structure(packed)
+    assert structure == jax.tree.structure(expected)
     for leaf, other in zip(jax.tree.leaves(packed), jax.tree.leaves(expected), strict=True):
         assert isinstance(leaf, np.ndarray)
         assert leaf.dtype == other.dtype
@@ -263,7 +266,7 @@ class Loader:
         return self.reader[index]
 
 
-REUSED = {f"{name}, {how}": door for name, make in BATCHERS.items() for how, door in (
+REUSED: dict[str, Callable[..., Any]] = {f"{name}, {how}": door for name, make in BATCHERS.items() for how, door in (
     ("index", make),
     ("lengths", lambda source, make=make: make(source, lengths=[1 + i % 6 for i in range(12)])),
     ("stream", lambda source, make=make: make(Stream(source))),

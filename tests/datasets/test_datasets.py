@@ -122,7 +122,7 @@ def test_dictionary_has_all_words_once_and_nearly_all_lines(pronunciations):
 
 def test_pronunciations_are_those_of_the_text_file(pronunciations):
     lines = [line.partition(" #")[0].split() for line in PRONOUNCED.strip().splitlines()]
-    expected = {}
+    expected: dict[str, list[tuple[str, ...]]] = {}
     for entry, *phonemes in lines:
         ways = expected.setdefault(entry.split("(")[0], [])
         if tuple(phonemes) not in ways:

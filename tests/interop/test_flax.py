@@ -1,3 +1,5 @@
+"""Weights from and to Flax: values against Flax's own modules, round trips, refusals."""
+
 import functools
 import re
 import subprocess
@@ -13,13 +15,13 @@ from flax import nnx
 
 import jaxpack
 from jaxpack import GRU, LSTM, RNN, BucketPlan
+from jaxpack._flax.known import from_cell
 from jaxpack.interop import from_linen, from_nnx, to_linen, to_nnx
-from jaxpack.interop._flax import from_cell
 
 F, H, T = 3, 4, 5
 LENGTHS = [5, 3]
 
-# What runs a layer's weights: the layer, linen's cell, nnx's cell.
+# By kind: the layer, and the cells of linen and nnx that run its weights.
 KINDS = {
     "lstm": (LSTM(F, H), nn.OptimizedLSTMCell, nnx.OptimizedLSTMCell),
     "lstm by gates": (LSTM(F, H), None, nnx.LSTMCell),
@@ -31,7 +33,7 @@ KINDS = {
 }
 QUICK = {"kernel_init": nnx.initializers.zeros_init(), "recurrent_kernel_init": nnx.initializers.zeros_init()}
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_kind_run = pytest.mark.parametrize("kind", ["lstm", "tanh", "relu", "stack"])  # the others have nothing new to run
+each_kind_run = pytest.mark.parametrize("kind", ["lstm", "tanh", "relu", "stack"])  # the others run the same equations
 each_kind_of_linen = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "lstm by gates"])
 
 
@@ -61,7 +63,7 @@ def nnx_modules(kind):
 
 
 def nnx_params(layer, dtype=float):
-    """Without the bias b_hn of a GRU, which nnx.GRUCell lacks."""
+    """Returns random parameters, without the bias b_hn of a GRU, which nnx.GRUCell lacks."""
     params = oracles.random_params(layer, dtype)
     if isinstance(layer, GRU):
         params = {
@@ -71,7 +73,7 @@ def nnx_params(layer, dtype=float):
 
 
 def trees_like(layer, trees):
-    """Random trees of these shapes; biases are zero only if the layer has none."""
+    """Returns random trees of these shapes. Biases are zero only if the layer has none."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
@@ -82,7 +84,7 @@ def trees_like(layer, trees):
 
 
 def flax_state(carries):
-    """Flax's carries, of each layer and direction, as our final state: h, or from (c, h) the pair (h, c)."""
+    """Returns Flax's carries of all layers and directions as jaxpack's final state: h, or (h, c) from (c, h)."""
     if isinstance(carries[0], tuple):
         return tuple(np.stack([carry[i] for carry in carries]) for i in (1, 0))
     return np.stack(carries)
@@ -94,7 +96,7 @@ def jitted(layer):
 
 
 def check_outputs(layer, params, calls):
-    """Our output and final state against those of a stack of Flax's modules, each (inputs) -> (carry, outputs)."""
+    """Compares output and final state with those of a stack of Flax's modules, each (inputs) -> (carry, outputs)."""
     x = oracles.random_batch(LENGTHS, F)
     output, state = jitted(layer)(params, x)
     carries, y = [], jnp.asarray(x)
@@ -107,10 +109,9 @@ def check_outputs(layer, params, calls):
 
 
 def same(a, b):
-    """Bit for bit; one may be NumPy's and the other JAX's."""
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    """Asserts equal structure, dtypes and bits. One may be NumPy's and the other JAX's."""
     assert jax.tree.map(lambda leaf: leaf.dtype, a) == jax.tree.map(lambda leaf: leaf.dtype, b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @each_kind_run
@@ -128,7 +129,7 @@ def test_nnx_computes_what_the_layer_computes(kind, x64):
     layer, params = KINDS[kind][0], nnx_params(KINDS[kind][0])
     modules = nnx_modules(kind)
     for module, tree in zip(modules, to_nnx(layer, params), strict=True):
-        assert jax.tree.structure(tree) == jax.tree.structure(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+        assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(module, nnx.Param)))
         nnx.update(module, tree)
     run = nnx.jit(lambda module, x: module(x, seq_lengths=jnp.array(LENGTHS), return_carry=True))
     check_outputs(layer, params, [functools.partial(run, module) for module in modules])
@@ -220,7 +221,7 @@ MERGES = {"sum": lambda a, b: a + b, "swapped": lambda a, b: jnp.concatenate([b,
 
 
 @pytest.mark.parametrize("merge", MERGES)
-def test_what_merges_the_last_outputs_is_in_no_weights(merge):
+def test_any_merge_fn_of_the_last_module_is_applied_to_the_halves(merge):
     layer = GRU(F, H, bidirectional=True)
     rnns = [nnx.RNN(nnx.GRUCell(F, H, rngs=nnx.Rngs(seed))) for seed in (0, 1)]
     theirs = nnx.Bidirectional(*rnns, merge_fn=MERGES[merge])
@@ -293,7 +294,7 @@ def test_nnx_has_no_place_for_a_grus_recurrent_candidate_bias():
     )
 
 
-def test_projections_and_what_is_no_layer_are_refused():
+def test_projections_and_other_objects_are_refused():
     layer = LSTM(F, H, proj_size=2)
     for function in (to_linen, to_nnx, from_linen, from_nnx):
         refused(
@@ -337,7 +338,9 @@ def test_traced_weights_are_refused():
 def test_trees_of_other_cells_and_counts_are_refused():
     layer = GRU(F, H)
     lstm = to_linen(LSTM(F, H), oracles.random_params(LSTM(F, H)))
-    missing = re.escape("trees[0] is no tree of such a Flax cell: it lacks ['ir', 'iz', 'in'], and holds ['hf', 'hg'")
+    missing = re.escape(
+        "trees[0] is not the tree of such a Flax cell: it lacks ['ir', 'iz', 'in'], and has ['hf', 'hg'"
+    )
     refused(from_linen, layer, lstm, error=KeyError, match=missing)
     tree = to_linen(layer, oracles.random_params(layer))
     refused(from_linen, GRU(F, H, num_layers=2), tree, match="trees must have an entry for each layer, 2 in all, got 1")

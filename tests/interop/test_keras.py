@@ -1,5 +1,8 @@
+"""Weights from and to Keras: values against Keras's own layers, round trips, refusals."""
+
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +39,7 @@ each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
 def keras_layers(layer, dtype="float32", **options):
-    """Built Keras layers, from the input up."""
+    """Returns built Keras layers, from the input up."""
     kind = getattr(keras.layers, "SimpleRNN" if isinstance(layer, RNN) else type(layer).__name__)
     options = {"activation": getattr(layer, "nonlinearity", "tanh"), "use_bias": layer.bias} | QUICK | options
     result = []
@@ -48,14 +51,15 @@ def keras_layers(layer, dtype="float32", **options):
 
 
 def check_outputs(layer, lengths):
-    """Our output and final state against those of a stack of Keras's layers, with a mask if lengths differ."""
+    """Compares output and final state with those of a stack of Keras layers, with a mask if lengths differ."""
     params = oracles.random_params(layer, np.float32)
     x = oracles.random_batch(lengths, F, dtype=np.float32)  # Keras's tanh has no float64
     plan = BucketPlan((T,), (len(lengths),))
     output, state = jax.jit(functools.partial(layer.apply, lengths=lengths, plan=plan))(params, x)
     real = np.arange(T) < np.array(lengths)[:, None]
     mask = None if real.all() else real
-    y, states = jnp.nan_to_num(x), []
+    y: Any = jnp.nan_to_num(x)
+    states: Any = []
     for each, arrays in zip(keras_layers(layer), to_keras(layer, params), strict=True):
         each.set_weights(arrays)
         y, *carries = jax.jit(functools.partial(each, mask=mask))(y)
@@ -145,7 +149,7 @@ def test_other_kinds_sizes_and_counts_are_refused():
     with pytest.raises(TypeError, match=r"keras_layers must be a keras.layers.LSTM for LSTM.*, got a keras.*GRU"):
         from_keras(LSTM(F, H), gru)
     with pytest.raises(TypeError, match=r"keras_layers must be a keras.layers.LSTM for .*, got a .*test.*LSTM"):
-        from_keras(LSTM(F, H), type("LSTM", (), {})())  # as PyTorch's is named too
+        from_keras(LSTM(F, H), type("LSTM", (), {})())  # PyTorch's class has this name too
     with pytest.raises(TypeError, match=r"must be a keras.layers.Bidirectional for .*, got a keras.*LSTM"):
         from_keras(LSTM(F, H, bidirectional=True), lstm)
     with pytest.raises(
@@ -175,7 +179,7 @@ MASK = np.arange(T) < np.array(LENGTHS)[:, None]
 
 
 def keras_bidirectional(kind=None, merge_mode="concat", **options):
-    """A built Bidirectional with drawn weights, by default of an LSTM."""
+    """Returns a built Bidirectional with random weights, by default of an LSTM."""
     kind = keras.layers.LSTM if kind is None else kind
     theirs = keras.layers.Bidirectional(kind(H, **options), merge_mode=merge_mode)
     theirs.build((3, T, F))
@@ -258,13 +262,13 @@ def test_recurrent_dropout_is_a_mask_in_the_carry():
 
 
 def in_order(packed_output):
-    """A padded output in the order of the inputs, as a layer that reads backwards makes it."""
+    """Returns the padded output of a layer that reads backwards, in the order of the inputs."""
     return pad_packed_sequence(reverse_sequences(packed_output), batch_first=True)[0]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_layer_that_goes_backwards_runs_on_reversed_sequences(bidirectional):
-    # Keras's own output is in the order it read in, behind the padding that it read first.
+    # Keras returns outputs in the order in which it read, after the padding, which it read first.
     layer = GRU(F, H, bidirectional=bidirectional)
     theirs = keras.layers.GRU(H, go_backwards=True, return_sequences=True, return_state=True, zero_output_for_mask=True)
     if bidirectional:
@@ -303,7 +307,7 @@ def test_an_rnn_of_cells_converts_both_ways_and_computes_the_same(name):
     jax.tree.map(np.testing.assert_array_equal, arrays, theirs.get_weights())
 
 
-def test_what_holds_the_same_weights_gives_the_same_parameters():
+def test_every_wrapping_of_the_same_weights_gives_the_same_parameters():
     layer = LSTM(F, H, bidirectional=True)
     both = keras_bidirectional()
     pair = [both.forward_layer, both.backward_layer]
@@ -327,7 +331,7 @@ def test_activations_are_known_by_their_values():
         from_keras(GRU(F, H), theirs)
 
 
-def test_what_changes_the_next_layers_inputs_is_refused():
+def test_options_that_change_the_next_layers_inputs_are_refused():
     deep = GRU(F, H, num_layers=2)
     _, above = keras_layers(deep, go_backwards=True)
     below, _ = keras_layers(deep)
@@ -363,7 +367,7 @@ def test_narrow_weights_are_kept_exact(dtype):
 
 def test_biases_need_a_layer_with_biases():
     (theirs,) = keras_layers(RNN(F, H))
-    from_keras(RNN(F, H, bias=False), theirs)  # they are zeros yet
+    from_keras(RNN(F, H, bias=False), theirs)  # they are still zeros
     theirs.set_weights([np.ones_like(w) for w in theirs.get_weights()])
     with pytest.raises(ValueError, match=r"keras_layers has biases up to 1, and RNN.* has none. Use bias=True"):
         from_keras(RNN(F, H, bias=False), theirs)

@@ -1,4 +1,6 @@
-"""The differences from PyTorch that the page on coming from it lists, with PyTorch side by side."""
+"""The differences from PyTorch that .docs/coming-from.md lists, tested beside PyTorch."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +28,7 @@ def ours(name, *args, **options):
     return getattr(jaxpack, name)(*args, **options)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], Any]] = {
     "not sorted": (("pack_padded_sequence", X, [2, 3]), SORTED, RuntimeError),
     "a length of 0": (("pack_padded_sequence", X, [3, 0]), SORTED, RuntimeError),
     "fewer lengths than rows": (("pack_padded_sequence", X, [3]), SORTED, RuntimeError),
@@ -38,7 +40,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_torch_refuses_in_several_ways_is_a_value_error(case):
+def test_inputs_that_torch_refuses_in_several_ways_are_value_errors(case):
     call, options, error = REFUSED[case]
     with pytest.raises(error):
         theirs(*call, **options)
@@ -51,7 +53,7 @@ def test_what_torch_refuses_in_several_ways_is_a_value_error(case):
     [([4, 2], [2, 2, 1, 1]), ([3], [1, 1, 1]), (np.array([2.7, 2.0]), [2, 2]), (np.array([True, True]), [2])],
     ids=["above T", "fewer than rows", "fractions", "booleans"],
 )
-def test_lengths_that_torch_takes_for_others_are_refused(lengths, taken):
+def test_lengths_that_torch_reinterprets_are_refused(lengths, taken):
     assert theirs("pack_padded_sequence", X, lengths, **UNSORTED).batch_sizes.tolist() == taken
     with pytest.raises((ValueError, TypeError), match="length"):
         ours("pack_padded_sequence", X, lengths, **UNSORTED)

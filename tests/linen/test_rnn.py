@@ -269,7 +269,7 @@ def test_the_same_rnn_twice_is_said():
 
 def test_version_of_the_core_is_the_same_layer():
     layer = jaxpack.GRU(F, H)
-    from jaxpack.interop._flax import from_cell
+    from jaxpack._flax.known import from_cell
 
     rnn = RNN(nn.GRUCell(H), return_carry=True)
     variables = start(rnn, jax.random.key(0), batch(nan=False))

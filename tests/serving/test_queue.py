@@ -41,20 +41,26 @@ def server(served, monkeypatch):
     return served
 
 
+class Gate(threading.Event):
+    """Holds every run up until it is set; `entered` is set when a run has come."""
+
+    def __init__(self):
+        super().__init__()
+        self.entered = threading.Event()
+
+
 @pytest.fixture
 def gate(server):
-    """Holds up every run until it is set; `gate.entered` is set when one has come."""
-    event, run = threading.Event(), server.run
-    event.entered = threading.Event()
+    gate, run = Gate(), server.run
 
     def held(*args):
-        event.entered.set()
-        assert event.wait(60)
+        gate.entered.set()
+        assert gate.wait(60)
         return run(*args)
 
     server.run = held
-    yield event
-    event.set()
+    yield gate
+    gate.set()
 
 
 def check(sequence, result):
@@ -133,7 +139,7 @@ def test_a_callback_that_exits_holds_up_neither_the_other_callbacks_nor_the_queu
     def leave(future):
         raise error
 
-    called = queue.SimpleQueue()
+    called: queue.SimpleQueue = queue.SimpleQueue()
     with Queue(server, max_wait=FOREVER) as requests:
         futures = [requests.submit([i]) for i in range(3)]
         for future in futures:
@@ -243,8 +249,9 @@ WAITS = {
 
 
 @pytest.mark.parametrize("wait", WAITS)
-def test_a_callback_that_would_wait_for_its_own_queue_is_told(server, wait):
-    told, submitted = queue.SimpleQueue(), []
+def test_a_callback_that_would_wait_for_its_own_queue_is_told(server, wait, monkeypatch):
+    told: queue.SimpleQueue = queue.SimpleQueue()
+    submitted = []
     requests = Queue(server, max_wait=0.05, max_size=2)
 
     def callback(future):
@@ -254,7 +261,12 @@ def test_a_callback_that_would_wait_for_its_own_queue_is_told(server, wait):
             told.put(error)
 
     submit = requests.submit
-    requests.submit = lambda *arguments: submitted.append(submit(*arguments)) or submitted[-1]
+
+    def recorded(sequence):
+        submitted.append(submit(sequence))
+        return submitted[-1]
+
+    monkeypatch.setattr(requests, "submit", recorded)
     requests.submit([5]).add_done_callback(callback)
     error = told.get(timeout=SOON)
     if wait == "a full queue":
@@ -270,7 +282,8 @@ def test_a_callback_that_would_wait_for_its_own_queue_is_told(server, wait):
 
 @pytest.mark.parametrize("cancel", [False, True])
 def test_whichever_thread_shuts_down_nothing_is_unsettled_when_it_has_waited(server, cancel):
-    unsettled, settled = queue.SimpleQueue(), queue.SimpleQueue()
+    unsettled: queue.SimpleQueue = queue.SimpleQueue()
+    settled: queue.SimpleQueue = queue.SimpleQueue()
     requests = Queue(server, max_wait=0.001, max_size=8)
     futures, start = [], threading.Barrier(6)
 
@@ -510,19 +523,19 @@ def test_measuring_the_load_of_a_queue_finds_nothing_wrong(server):
 
 
 def answered(value):
-    future = Future()
+    future: Future = Future()
     future.set_result(value)
     return future
 
 
 def failed(_):
-    future = Future()
-    future.set_exception(RuntimeError)
+    future: Future = Future()
+    future.set_exception(RuntimeError())
     return future
 
 
 def cancelled(_):
-    future = Future()
+    future: Future = Future()
     future.cancel()
     return future
 

@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.export
@@ -203,7 +205,11 @@ REFUSED = {
         "sequences[0]['number'] must have shape [L] for its L steps, got",
     ),
     "dtype": ([np.zeros((2, F), complex)], TypeError, "sequences[0]['x'] has dtype complex128"),
-    "steps": ([{"x": np.zeros((2, F)), "number": np.zeros(3, int)}], ValueError, "one number of steps, got [3, 2]"),
+    "steps": (
+        [{"x": np.zeros((2, F)), "number": np.zeros(3, int)}],
+        ValueError,
+        "the same number of steps, got [3, 2]",
+    ),
     "structure": ([{"x": np.zeros((2, F))}], ValueError, "sequences[0] has the structure PyTreeDef({'x': *})"),
     "no list": ({"x": np.zeros((2, F))}, TypeError, "a server takes a list of sequences, got dict"),
 }
@@ -246,7 +252,7 @@ def test_results_may_be_of_fewer_steps_than_the_request():
     assert [result.tolist() for result in results] == [[1, 3], [1], []]
 
 
-WRONG = {
+WRONG: dict[str, tuple[Callable, Any, Any, type[Exception], str]] = {
     "no plan": (answer, [], EXAMPLE, ValueError, "plans is empty"),
     "one plan": (answer, LONG, EXAMPLE, TypeError, "plans must be a sequence of BucketPlans, got BucketPlan"),
     "no plans": (answer, [LONG, 3], EXAMPLE, TypeError, "plans must hold BucketPlans, got int as plans[1]"),
@@ -384,7 +390,7 @@ DAMAGES = {
     "another's manifest": (PROGRAM, lambda folder, other: shutil.copy(other / MANIFEST, folder)),
     "truncated manifest": (MANIFEST, lambda folder, other: truncated(folder / MANIFEST)),
     **{
-        f"manifest {data}": (MANIFEST, manifest_of(data))
+        f"manifest {data!r}": (MANIFEST, manifest_of(data))
         for data in (b"", b"\xff\xfe", b"[]", b"null", b"{}", b"server")
     },
     **{f"no {key}": (MANIFEST, edited(**{key: None})) for key in ("format", "jax", "settings", "sha256")},
@@ -419,7 +425,7 @@ def test_a_damaged_folder_is_refused_by_the_name_of_the_file(folders, tmp_path, 
 def test_a_program_that_is_not_what_was_saved_and_another_format_are_told_apart(folders, tmp_path):
     folder = shutil.copytree(folders[0], tmp_path / "server")
     truncated(folder / PROGRAM)
-    with pytest.raises(ValueError, match=r"plan-000\.jaxexport is not what manifest\.json says was written"):
+    with pytest.raises(ValueError, match=r"plan-000\.jaxexport does not have the checksum in manifest\.json"):
         Server.load(folder)
     edited(format=7)(folder, None)
     with pytest.raises(ValueError, match=f"{re.escape(str(folder))} has format 7, but this jaxpack reads 1"):
@@ -434,7 +440,7 @@ def test_where_there_is_no_server_the_error_names_the_folder(folders, tmp_path, 
     elif case == "a file":
         shutil.copy(folders[0] / MANIFEST, folder)
     for kind in (FileNotFoundError, ValueError):
-        with pytest.raises(kind, match=f"{re.escape(str(folder))} .* no server that Server\\.save wrote"):
+        with pytest.raises(kind, match=f"{re.escape(str(folder))} .* not a server that Server\\.save wrote"):
             Server.load(folder)
 
 

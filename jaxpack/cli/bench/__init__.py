@@ -1,1 +1,1 @@
-"""`jaxpack bench`."""
+"""The command `jaxpack bench`."""

@@ -1,4 +1,4 @@
-"""What `jaxpack bench` times of a library: calls of a forward pass and of its gradients, and what they cost to make."""
+"""Calls that `jaxpack bench` times: a library's forward pass and its gradients, with their compile costs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 PASSES = ("forward", "training")
 
 
-class Missing(Exception):  # noqa: N818 - it is no error
-    """Why a library is not measured."""
+class Missing(Exception):  # noqa: N818 - not an error
+    """The reason why a library is not measured."""
 
 
 class Calls(NamedTuple):
-    """What is timed.
+    """The calls that are timed, and their costs.
 
     Attributes:
       forward: computes the outputs.
       training: computes the loss and its gradients with respect to weights and inputs.
       cells: the steps of rows that are computed, in each direction of each layer.
-      compile_seconds: by pass, what it took to trace, lower and compile; None if nothing is compiled.
-      temp_bytes: by pass, the peak of temporary memory as the compiler planned it; None if nothing is compiled.
-      same_weights: whether the weights are the workload's own, so that the loss must be jaxpack's.
+      compile_seconds: by pass, the seconds to trace, lower and compile; None if nothing is compiled.
+      temp_bytes: by pass, the peak of temporary memory that the compiler planned; None if nothing is compiled.
+      same_weights: whether the weights are the workload's, so that the loss must equal jaxpack's.
     """
 
     forward: Callable[[], Any]
@@ -39,7 +39,7 @@ class Calls(NamedTuple):
 
 
 def num_threads() -> int:
-    """The CPUs that this process may use, which is what XLA uses; torch is given as many threads."""
+    """Counts the CPUs that this process may use. XLA uses all of them, and torch is given as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -53,14 +53,14 @@ def jax_calls(
     *,
     same_weights: bool = False,
 ) -> Calls:
-    """Calls of a function of JAX, compiled ahead of time.
+    """Compiles the calls of a JAX function ahead of time.
 
     Args:
-      apply: from parameters, inputs and the rest to the outputs.
-      params, inputs: what gradients are taken with respect to.
+      apply: maps parameters, inputs and the rest to the outputs.
+      params, inputs: the arrays with respect to which gradients are taken.
       rest: other arrays that are not known at compile time, such as lengths.
-      cotangent: laid out as the outputs are.
-      cells, same_weights: as of Calls.
+      cotangent: the factor of the outputs in the loss, in their layout.
+      cells, same_weights: as in Calls.
     """
 
     def loss(params: Any, inputs: Any, rest: Any, cotangent: Any) -> jax.Array:
@@ -81,8 +81,8 @@ def jax_calls(
 
 
 def _compile(function: Callable[..., Any], *arguments: Any) -> tuple[jax.stages.Compiled, float]:
-    """The compiled function, and the seconds from its first trace on."""
-    jax.clear_caches()  # what another function of the same library left traced
+    """Returns the compiled function, and the seconds from its first trace."""
+    jax.clear_caches()  # drops traces of other functions of the same library
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*arguments).compile()
     return compiled, time.perf_counter() - start

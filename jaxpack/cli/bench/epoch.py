@@ -1,17 +1,17 @@
-"""`jaxpack bench epoch`: training through a whole corpus, in batches that are padded, bucketed and slot-filled.
+"""The workload `jaxpack bench epoch`: training on a whole corpus, in padded, bucketed and slot-filled batches.
 
-All have the same layer, loss, optimiser and batch size, and use every sequence once an epoch. What differs is which
-sequences come together, and under what plans; the time is that of the epoch with all that the host does for it. The
-result is a dict as `--json` writes it:
+All ways to make batches have the same layer, loss, optimiser and batch size, and use every sequence once per epoch.
+They differ in the sequences and the plan of each batch. The time of an epoch includes the host's work. The result is a
+dict, which `--json` writes:
 
-    workload        as in `jaxpack.cli.bench_measure`, of the corpus, but that batch_size is how many sequences each
-                    batch has; and sequences, how many the corpus has
-    plan            boundaries, rows and starts of the plan that is slot-filled
+    workload        as in `jaxpack.cli.bench.measure`, for the corpus; batch_size is the number of sequences in each
+                    batch, and sequences that in the corpus
+    plan            boundaries, rows and starts of the slot-filled plan
     machine         as there
-    repeats         how many turns: an epoch of each in every turn
-    peers           for each way to make batches: name, programs, compile_seconds, which trace, lower and compile all of
-                    them, epochs, and in the median of these batches, cells, efficiency, tokens_per_second and
-                    packing_share; seconds as {median, low, high}, and so times_padded, turn by turn, or null
+    repeats         the number of turns: an epoch of each in every turn
+    peers           for each way to make batches: name; programs; compile_seconds, to trace, lower and compile all of
+                    them; epochs; batches, cells, efficiency, tokens_per_second and packing_share, the medians over
+                    epochs; seconds {median, low, high}; and times_padded, turn by turn, in the same form, or null
       epochs        each {seconds, packing_seconds, loss, tokens, rows, batches, cells, rank_correlation};
                     packing_seconds are those in which the host decides on batches and lays them out
 """
@@ -39,8 +39,8 @@ from jaxpack.cli.bench.workloads import Workload
 from jaxpack.data import Batch, Batcher, BatchIterator, BucketByLength, SlotFilling, SortedChunks, plan_cover
 
 BATCH_SIZE = 64
-_PROGRAMS = 6  # of bucketed and sorted, at most
-_PARTS = 8  # of the longest, to which padded-batch rounds up; powers of two would make 200 of all above 128
+_PROGRAMS = 6  # the most programs of bucketed and of sorted
+_PARTS = 8  # padded-batch rounds up to multiples of longest / 8; a power of two would pad all above 128 steps to 200
 _PACKAGES = ("jaxpack", "jax", "jaxlib", "numpy", "optax")
 
 Source = Sequence[np.ndarray]  # sequences [L, F]
@@ -52,9 +52,9 @@ class Training(NamedTuple):
     """One way to make batches, ready to be timed.
 
     Attributes:
-      batches: makes them.
-      programs: the compiled step under each plan that they come under.
-      compile_seconds: what it took to trace, lower and compile all.
+      batches: the batcher.
+      programs: the compiled step under each plan of its batches.
+      compile_seconds: the seconds to trace, lower and compile all programs.
     """
 
     batches: Batcher
@@ -63,13 +63,13 @@ class Training(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What one epoch took, and what was in it.
+    """The time of one epoch, and its content.
 
     Attributes:
-      seconds: from the first batch asked for to the last step done.
-      packing_seconds: those of them that went by until batches were there.
+      seconds: from the request for the first batch to the end of the last step.
+      packing_seconds: the part of `seconds` spent waiting for batches.
       loss: the mean over tokens.
-      tokens, rows, batches, cells, rank_correlation: of its batches, as in `jaxpack.data.Statistics`.
+      tokens, rows, batches, cells, rank_correlation: as in `jaxpack.data.Statistics`.
     """
 
     seconds: float
@@ -83,24 +83,24 @@ class Epoch(NamedTuple):
 
 
 def _padded(workload: Workload, source: Source) -> Batcher:
-    """Random batches, padded to the longest of the corpus: one program."""
+    """Makes random batches, padded to the longest sequence of the corpus: one program."""
     return _random_batches(workload, source, [workload.longest])
 
 
 def _padded_batch(workload: Workload, source: Source) -> Batcher:
-    """Random batches, padded to their own longest, rounded up so that there are few programs."""
+    """Makes random batches, padded to their own longest sequence, rounded up so that there are few programs."""
     rounded = {math.ceil(workload.longest * part / _PARTS) for part in range(1, _PARTS + 1)}
     return _random_batches(workload, source, sorted(rounded))
 
 
 def _random_batches(workload: Workload, source: Source, boundaries: Sequence[int]) -> Batcher:
-    """Random batches, each under the smallest padded plan that it fits. Only inside of a batch are they sorted."""
+    """Makes random batches, each under the smallest padded plan that it fits."""
     plans = [plan_padded(BATCH_SIZE, boundary) for boundary in boundaries]
     return SortedChunks(source, plans, window=1, seed=workload.seed, lengths=workload.lengths)
 
 
 def _bucketed(workload: Workload, source: Source) -> Batcher:
-    """Batches of sequences of one bucket of length, padded to its boundary."""
+    """Makes batches of sequences of one bucket of lengths, padded to its boundary."""
     return BucketByLength(
         source,
         num_buckets=_PROGRAMS,
@@ -112,14 +112,14 @@ def _bucketed(workload: Workload, source: Source) -> Batcher:
 
 
 def _sorted(workload: Workload, source: Source) -> Batcher:
-    """Sorted by length within windows of several batches, and padded."""
+    """Makes batches sorted by length within windows of several batches, and padded."""
     return SortedChunks(
         source, num_plans=_PROGRAMS, batch_size=BATCH_SIZE, seed=workload.seed, lengths=workload.lengths
     )
 
 
 def _slot_filled(workload: Workload, source: Source) -> Batcher:
-    """Batches that fill the slots of one plan: one program."""
+    """Makes batches that fill the slots of one plan: one program."""
     return SlotFilling(source, _cover(workload), seed=workload.seed, lengths=workload.lengths)
 
 
@@ -139,16 +139,16 @@ BATCHERS: Mapping[str, Callable[[Workload, Source], Batcher]] = MappingProxyType
 
 
 def measure_epoch(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) -> dict[str, Any]:
-    """Measures epochs of a corpus in batches of these kinds.
+    """Measures epochs of a corpus in several kinds of batches.
 
     Args:
       workload: the corpus and the layer.
       names: keys of BATCHERS.
-      repeats: turns to time.
-      tell: called on the way.
+      repeats: how many turns are timed.
+      tell: is called with the progress.
 
     Raises:
-      RuntimeError: if an epoch does not use every sequence once, or has a loss that is not finite.
+      RuntimeError: if an epoch does not use every sequence once, or its loss is not finite.
     """
     load_before, source = load(), _sequences(workload)
     optimizer = optax.adam(1e-3)
@@ -173,18 +173,18 @@ def measure_epoch(workload: Workload, names: Sequence[str], repeats: int, tell: 
 
 
 def _sequences(workload: Workload) -> Source:
-    """A corpus of normal inputs."""
+    """Draws the corpus's inputs, which are normal."""
     generator = np.random.default_rng([workload.seed, 1])
     tokens = generator.standard_normal((workload.tokens, workload.features), np.float32)
     return np.split(tokens, np.cumsum(workload.lengths)[:-1])
 
 
 def _train_step(layer: RecurrentLayer, optimizer: optax.GradientTransformation) -> Step:
-    """A step that teaches the layer to make the mean of its outputs the first feature of its inputs."""
+    """Returns a step that trains the layer's mean output to be the first feature of its input."""
 
     def mean_loss(params: Any, batch: Batch) -> jax.Array:
         output, _ = layer.apply(params, batch.inputs)
-        error = jnp.mean(output.data, axis=-1) - batch.inputs.data[:, 0]  # 0 where nothing is
+        error = jnp.mean(output.data, axis=-1) - batch.inputs.data[:, 0]  # 0 in slack
         return jnp.sum(error**2) / jnp.maximum(jnp.sum(batch.inputs.lengths), 1)
 
     def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
@@ -197,10 +197,10 @@ def _train_step(layer: RecurrentLayer, optimizer: optax.GradientTransformation) 
 
 
 def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int) -> Training:
-    """Compiles the step under each plan that will be met, which a first batcher finds out, and runs each once."""
+    """Compiles the step under each plan that the turns need, which a rehearsal finds, and runs each program once."""
     rehearsal = make()
     examples = {batch.inputs.plan: batch for _ in range(repeats) for batch in rehearsal}
-    jax.clear_caches()  # what others left traced
+    jax.clear_caches()  # drops the traces of other steps
     start = time.perf_counter()
     programs = {plan: jax.jit(step).lower(state, batch).compile() for plan, batch in examples.items()}
     compile_seconds = time.perf_counter() - start
@@ -210,7 +210,7 @@ def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int
 
 
 def _in_turns(trainings: Mapping[str, Training], state: State, repeats: int, tell: Tell) -> dict[str, list[Epoch]]:
-    """An epoch of each in every turn. All start from the same state, and go on from their own."""
+    """Times an epoch of each in every turn. All start from the same state, and continue from their own."""
     states = dict.fromkeys(trainings, state)
     epochs: dict[str, list[Epoch]] = {name: [] for name in trainings}
     for turn in range(repeats):
@@ -223,7 +223,7 @@ def _in_turns(trainings: Mapping[str, Training], state: State, repeats: int, tel
 
 
 def _train(programs: Mapping[BucketPlan, Step], state: State, batches: BatchIterator) -> tuple[State, Epoch]:
-    """One epoch. Each step is waited for, so that the host's time and the device's can be told apart."""
+    """Trains one epoch. It waits for each step, so that the host's time and the device's are separate."""
     packing, loss, tokens = 0.0, 0.0, 0
     start = asked = time.perf_counter()
     for batch in batches:
@@ -240,7 +240,7 @@ def _train(programs: Mapping[BucketPlan, Step], state: State, batches: BatchIter
 
 
 def _check(name: str, epochs: Iterable[Epoch], workload: Workload) -> None:
-    """Raises RuntimeError unless each epoch was one, and was learnt from."""
+    """Raises RuntimeError unless each epoch uses all sequences and has a finite loss."""
     for epoch in epochs:
         if (epoch.rows, epoch.tokens) != (workload.batch_size, workload.tokens):
             raise RuntimeError(
@@ -252,7 +252,7 @@ def _check(name: str, epochs: Iterable[Epoch], workload: Workload) -> None:
 
 
 def _results(name: str, training: Training, epochs: Sequence[Epoch], padded: np.ndarray | None) -> dict[str, Any]:
-    """All about one way to make batches."""
+    """Returns the results of one way to make batches."""
     seconds, tokens = _seconds(epochs), epochs[0].tokens
     cells = float(np.median([epoch.cells for epoch in epochs]))
     return {

@@ -1,4 +1,4 @@
-"""The report of `jaxpack bench epoch`, in 80 columns, from a result as `jaxpack.cli.bench_epoch` describes it."""
+"""The report of `jaxpack bench epoch`, in 80 columns, from a result of `jaxpack.cli.bench.epoch`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _corpus(result: Result) -> str:
 
 
 def _times(result: Result) -> Table:
-    """How long epochs take."""
+    """Returns the table of the times of epochs."""
     table = start_table("Epoch", "s", "25-75 %", "x padded", "tokens/s", "packing")
     for peer in result["peers"]:
         ratio = peer["times_padded"]
@@ -61,7 +61,7 @@ def _times(result: Result) -> Table:
 
 
 def _costs(result: Result) -> Table:
-    """What is counted and compiled, and how random it is."""
+    """Returns the table of counts, compile times and randomness."""
     table = start_table("Cost", "batches", "cells", "real", "programs", "compile s", "order")
     for peer in result["peers"]:
         _row(
@@ -86,7 +86,7 @@ def _legend(result: Result) -> str:
         f"Median of {turns(result)} in one process, an epoch of each in every turn; ratios are taken turn by turn. "
         f"Each epoch trains on every sequence once, with the same layer, loss and optimiser. padded: random batches, "
         f"padded to the longest of all; padded-batch: to their own longest, rounded up; bucketed, sorted: batches of "
-        f"like lengths, padded; slot-filled: batches that fill one plan. Packing is the host's share of the time, in "
-        f"which it makes the batches. Cells are steps of rows, real those that sequences fill. Order is the size of "
-        f"the rank correlation between a sequence's length and when it comes, 0 in random order."
+        f"similar lengths, padded; slot-filled: batches that fill one plan. Packing is the share of the time in which "
+        f"the host makes batches. Cells are steps of rows; real is the share of them that sequences fill. Order is the "
+        f"size of the rank correlation between a sequence's length and the number of its batch, 0 in random order."
     )

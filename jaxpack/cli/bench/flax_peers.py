@@ -1,4 +1,4 @@
-"""What `jaxpack bench` compares of Flax: its RNN and Bidirectional, beside jaxpack's of the same name."""
+"""Flax's RNN and Bidirectional in `jaxpack bench`, and jaxpack's modules with the same names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CELLS: Mapping[str, str] = MappingProxyType({"lstm": "OptimizedLSTMCell", "gru"
 
 
 class PeepholeCell(nnx.RNNCellBase):
-    """A cell as users write them, known to no library: an LSTM whose gates see the memory (Gers & Schmidhuber 2000)."""
+    """A user-defined cell, which no library knows: an LSTM whose gates see the memory (Gers & Schmidhuber 2000)."""
 
     def __init__(self, in_features: int, hidden_features: int, *, rngs: nnx.Rngs) -> None:
         self.hidden_features = hidden_features
@@ -27,7 +27,7 @@ class PeepholeCell(nnx.RNNCellBase):
         self.peepholes = nnx.Param(nnx.initializers.normal(0.1)(rngs.params(), (3, hidden_features)))
 
     def __call__(self, carry: Any, inputs: jax.Array) -> tuple[Any, jax.Array]:
-        """One step."""
+        """Computes one step."""
         c, h = carry
         i, f, g, o = jnp.split(self.from_x(inputs) + self.from_h(h), 4, axis=-1)
         p_i, p_f, p_o = self.peepholes[...]
@@ -36,26 +36,26 @@ class PeepholeCell(nnx.RNNCellBase):
         return (c, h), h
 
     def initialize_carry(self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None) -> Any:
-        """Zeros."""
+        """Returns a carry of zeros."""
         zeros = jnp.zeros((*input_shape[:-1], self.hidden_features))
         return zeros, zeros
 
     @property
     def num_feature_axes(self) -> int:
-        """The features."""
+        """The number of feature axes of inputs."""
         return 1
 
 
 def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None = None, own_cell: bool = False) -> Calls:
-    """A stack of RNN or Bidirectional from a module of nnx modules, called with seq_lengths.
+    """Makes the calls of a stack of RNN or Bidirectional of flax.nnx or jaxpack.nnx, with seq_lengths.
 
     Args:
       module: flax.nnx or jaxpack.nnx.
-      plan: for jaxpack.nnx.
-      own_cell: whether to run PeepholeCell in the LSTM's place.
+      plan: the plan, for jaxpack.nnx.
+      own_cell: whether PeepholeCell replaces the LSTM.
     """
     if own_cell and workload.cell != "lstm":
-        raise Missing("the cell of a user's own is an LSTM")
+        raise Missing("the user-defined cell is an LSTM")
     cell = PeepholeCell if own_cell else getattr(nnx, _CELLS[workload.cell])
     rngs = nnx.Rngs(workload.seed)
     options = {} if plan is None else {"plan": plan}
@@ -74,7 +74,7 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
         lengths, others = rest
         outputs = inputs
         for graph, layer_params, other in zip(graphs, params, others, strict=True):
-            merged = nnx.merge(graph, layer_params, other, copy=True)  # variables of this trace, for it counts keys
+            merged = nnx.merge(graph, layer_params, other, copy=True)  # variables of this trace, since it counts keys
             outputs = merged(outputs, seq_lengths=lengths)
         return outputs
 
@@ -84,7 +84,7 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
 
 
 def linen_calls(workload: Workload) -> Calls:
-    """A stack of RNN or Bidirectional from flax.linen, called with seq_lengths."""
+    """Makes the calls of a stack of RNN or Bidirectional of flax.linen, with seq_lengths."""
     cell = getattr(linen, _CELLS[workload.cell])
 
     def layer() -> Any:

@@ -1,12 +1,12 @@
-"""How `jaxpack bench` measures: all libraries in one process, in turns, beside one big matmul.
+"""Measurements of `jaxpack bench`: all libraries in one process, in turns, beside one big matmul.
 
-The result is a dict as `--json` writes it and `jaxpack.plot.plot_bench` draws it:
+The result is a dict, which `--json` writes and `jaxpack.plot.plot_bench` draws:
 
-    workload        what was run: name, cell, sizes, seed, lengths, and what they come to
+    workload        the workload: name, cell, sizes, seed, lengths, and their totals
     plan            boundaries, rows and starts of the plan that jaxpack chose
     machine         processor, threads, versions, backend, allocator settings, and how many processes were running or
                     waiting, on average over the minute before (load_before)
-    repeats         how many turns
+    repeats         the number of turns
     limit           the matmul: its side, its seconds in each turn, and flops_per_second {median, low, high};
                     useful_flops by pass
     peers           for each library: name, cells, loss, compile_seconds and temp_bytes by pass (or null),
@@ -14,8 +14,8 @@ The result is a dict as `--json` writes it and `jaxpack.plot.plot_bench` draws i
     missing         for each library that was not measured: name, reason
     huge_pages      null, or the result of a second process with huge pages
 
-`low` and `high` are the 25 and 75 % quantiles. Ratios are taken turn by turn, so that a machine that changes its speed
-does so for both sides, and then the same three numbers are given of them.
+`low` and `high` are the 25 and 75 % quantiles. Ratios are taken turn by turn, so that a change of the machine's speed
+affects both sides; the same three numbers describe them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import math
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,21 +43,21 @@ from jaxpack.cli.bench.workloads import Workload
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # in the variable GLIBC_TUNABLES
 _PACKAGES = ("jaxpack", "jax", "jaxlib", "flax", "numpy", "torch", "dm-haiku", "keras")
-_MATMUL_SIDE = {"cpu": 1024}  # 2 GFLOP, about what a forward pass of the workloads takes
+_MATMUL_SIDE = {"cpu": 1024}  # 2 GFLOP, about a forward pass of the workloads
 _ACCELERATOR_SIDE = 8192  # 1,100 GFLOP, long enough for a GPU
 _LOSS_TOLERANCE = 2e-3  # losses are about 0.1: rounding moves them by 1e-6, tensor cores by 1e-4
 
-Tell = Callable[[str, float], None]  # what is being done, and how much of all is done, in [0, 1]
+Tell = Callable[[str, float], None]  # takes a description of the current work, and the share done, in [0, 1]
 
 
 def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) -> dict[str, Any]:
-    """Measures these libraries on a workload.
+    """Measures libraries on a workload.
 
     Args:
       workload: the batch and the layer.
       names: keys of PEERS.
-      repeats: turns to time.
-      tell: called on the way.
+      repeats: how many turns are timed.
+      tell: is called with the progress.
     """
     load_before = load()
     with compilation_cache_off():
@@ -83,12 +83,12 @@ def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) 
 
 
 def load() -> float | None:
-    """How many processes were running or waiting, on average over the last minute, where the system tells."""
+    """Returns how many processes ran or waited, on average over the last minute; None where that is unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
-    """What the numbers were measured on, with the versions of these packages."""
+    """Describes the machine, with the versions of these packages."""
     device = jax.devices()[0]
     return {
         "cpu": _cpu_model(),
@@ -108,7 +108,7 @@ def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
 def _build(
     workload: Workload, names: Sequence[str], tell: Tell
 ) -> tuple[dict[str, Calls], dict[str, float], dict[str, str]]:
-    """Compiles and runs each library once: its calls and losses, and why those are missing that are."""
+    """Compiles and runs each library once; returns calls and losses by name, and reasons of the missing ones."""
     calls: dict[str, Calls] = {}
     losses: dict[str, float] = {}
     missing: dict[str, str] = {}
@@ -122,7 +122,7 @@ def _build(
             missing[name] = str(error)
         except ModuleNotFoundError as error:
             missing[name] = f"not installed ({error.name})"
-        except Exception as error:  # of another library, in a version that does not know what it is asked for
+        except Exception as error:  # another library, in a version that lacks what is used here
             if name.startswith("jaxpack"):
                 raise
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -132,14 +132,14 @@ def _build(
 
 
 def _first_run(calls: Calls) -> float:
-    """Runs both passes once; the loss."""
+    """Runs both passes once, and returns the loss."""
     jax.block_until_ready(calls.forward())
     loss, _ = jax.block_until_ready(calls.training())
     return loss.item()
 
 
 def _check_loss(calls: Calls, loss: float, others: dict[str, float]) -> None:
-    """Raises Missing unless the loss is finite and, with weights that others have too, theirs."""
+    """Raises Missing unless the loss is finite and, with the same weights as others, equals theirs."""
     if not math.isfinite(loss):
         raise Missing(f"its loss is {loss}")
     for other, expected in others.items():
@@ -152,12 +152,12 @@ def _passes(calls: dict[str, Calls]) -> dict[str, dict[str, Callable[[], Any]]]:
 
 
 def _in_turns(
-    runs: dict[str, dict[str, Callable[[], Any]]], repeats: int, tell: Tell
+    runs: Mapping[str, Mapping[str, Callable[[], Any]]], repeats: int, tell: Tell
 ) -> dict[tuple[str, str], dict[str, np.ndarray]]:
-    """Times every run once a turn: seconds and page faults, [repeats] each.
+    """Times every run once per turn; returns seconds and page faults, [repeats] each.
 
-    Each timed run comes right after one that is not timed, so that caches, threads and the allocator are as they are
-    in a loop of the same, and not as another library left them.
+    Each timed run follows one that is not timed, so that caches, threads and the allocator are in the state of a loop
+    of the same run, not in that which another library left.
     """
     flat = {(name, key): run for name, passes in runs.items() for key, run in passes.items()}
     times = np.zeros((len(flat), repeats))
@@ -180,7 +180,7 @@ def _results(
     rates: np.ndarray,
     workload: Workload,
 ) -> dict[str, Any]:
-    """All about one library."""
+    """Returns the results of one library."""
     found: dict[str, Any] = {
         "name": name,
         "cells": calls.cells,
@@ -202,13 +202,13 @@ def _results(
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """Median, and the 25 and 75 % quantiles."""
+    """Returns the median, and the 25 and 75 % quantiles."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
 def describe(workload: Workload) -> dict[str, Any]:
-    """What was run."""
+    """Describes a workload, in types of JSON."""
     return {
         "name": workload.name,
         "cell": workload.cell,
@@ -226,7 +226,7 @@ def describe(workload: Workload) -> dict[str, Any]:
 
 
 def _matmul() -> Callable[[], Any]:
-    """A product of two square matrices, compiled."""
+    """Compiles a product of two square matrices."""
     generator = np.random.default_rng(0)
     matrices = [jnp.asarray(generator.standard_normal((_matmul_side(),) * 2, np.float32)) for _ in range(2)]
     return functools.partial(jax.jit(jnp.matmul).lower(*matrices).compile(), *matrices)
@@ -242,7 +242,7 @@ def _matmul_flops() -> int:
 
 @contextlib.contextmanager
 def compilation_cache_off() -> Iterator[None]:
-    """Without programs that an earlier process compiled: what compiling takes is measured."""
+    """A context without programs that an earlier process compiled, so that compilation is measured."""
     name = "jax_enable_compilation_cache"
     before = getattr(jax.config, name)
     jax.config.update(name, False)
@@ -253,7 +253,7 @@ def compilation_cache_off() -> Iterator[None]:
 
 
 def _page_faults() -> int:
-    """Pages that this process has had mapped in so far; 0 where the system does not tell."""
+    """Counts the page faults of this process so far; 0 where the system does not report them."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -262,7 +262,7 @@ def _page_faults() -> int:
 
 
 def _cpu_model() -> str:
-    """The processor's name, as far as the system tells."""
+    """Returns the processor's name, as far as the system reports it."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

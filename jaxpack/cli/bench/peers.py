@@ -1,10 +1,10 @@
-"""What `jaxpack bench` compares: a function for each library, from a workload to calls that can be timed.
+"""The libraries that `jaxpack bench` compares: a function for each, from a workload to calls that can be timed.
 
-To add a library, write one more function under `@peer(name)`. It imports the library, makes the same layer and gives
-back `jax_calls(apply, params, inputs, rest, cotangent, cells)`, or calls of its own; it raises `Missing` if it cannot.
+To add a library, write another function under `@peer(name)`. It imports the library, makes the same layer and returns
+`jax_calls(apply, params, inputs, rest, cotangent, cells)`, or its own `Calls`; if it cannot, it raises `Missing`.
 
-All are given the same: the batch in the layout that they work on (packed, or padded; time or batch first), laid out
-before, weights from the workload's seed, and a loss that is the sum of the real outputs times a fixed cotangent.
+All libraries get the same batch, laid out beforehand in their own layout (packed or padded, time or batch first),
+weights from the workload's seed, and as loss the sum of the real outputs times a fixed cotangent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PEERS: dict[str, Build] = {}
 
 
 def peer(name: str) -> Callable[[Build], Build]:
-    """Enters a function under the name that the report and the option --peer know it by."""
+    """Registers a function under its name in the report and the option --peer."""
 
     def enter(build: Build) -> Build:
         PEERS[name] = build
@@ -40,7 +40,7 @@ def peer(name: str) -> Callable[[Build], Build]:
 
 
 def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
-    """jaxpack from packed data to packed outputs."""
+    """Makes the calls of jaxpack from packed data to packed outputs."""
 
     def pack(array: np.ndarray) -> jaxpack.PackedSequence:
         return jaxpack.pack_padded_sequence(array, workload.lengths, batch_first=True, plan=plan)
@@ -56,24 +56,24 @@ def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
 
 @peer("jaxpack")
 def _jaxpack(workload: Workload) -> Calls:
-    """The plan that jaxpack.plan_best chooses."""
+    """Runs under the plan that jaxpack.plan_best chooses."""
     return _packed(workload, workload.plan)
 
 
 @peer("jaxpack-buckets")
 def _jaxpack_buckets(workload: Workload) -> Calls:
-    """The staircase that jaxpack.plan_buckets chooses."""
+    """Runs under the staircase that jaxpack.plan_buckets chooses."""
     return _packed(workload, _another_plan(workload, jaxpack.plan_buckets(workload.lengths)))
 
 
 @peer("jaxpack-rows")
 def _jaxpack_rows(workload: Workload) -> Calls:
-    """The rows of several sequences that jaxpack.plan_rows chooses."""
+    """Runs under the rows of several sequences that jaxpack.plan_rows chooses."""
     return _packed(workload, _another_plan(workload, jaxpack.plan_rows(workload.lengths)))
 
 
 def _another_plan(workload: Workload, plan: jaxpack.BucketPlan) -> jaxpack.BucketPlan:
-    """The plan, unless it is measured already."""
+    """Returns the plan; raises Missing if another peer measures it."""
     for name, measured in {"jaxpack": workload.plan, "jaxpack-padded": workload.padded_plan}.items():
         if plan == measured:
             raise Missing(f"is the same plan as {name}")
@@ -82,24 +82,24 @@ def _another_plan(workload: Workload, plan: jaxpack.BucketPlan) -> jaxpack.Bucke
 
 @peer("jaxpack-padded")
 def _jaxpack_padded(workload: Workload) -> Calls:
-    """One rectangle: every row runs to the longest."""
+    """Runs under one rectangle, in which every row has the longest length."""
     return _packed(workload, workload.padded_plan)
 
 
 @peer("jaxpack-in-out")
 def _jaxpack_in_out(workload: Workload) -> Calls:
-    """The chosen plan, from a padded batch to padded outputs: with packing and padding in the time."""
+    """Runs under the chosen plan from a padded batch to padded outputs: the time includes packing and padding."""
     return _padded(workload, workload.plan)
 
 
 @peer("jaxpack-no-plan")
 def _jaxpack_no_plan(workload: Workload) -> Calls:
-    """No plan: one program for all lengths, from a padded batch to padded outputs."""
+    """Runs without a plan, as one program for all lengths, from a padded batch to padded outputs."""
     return _padded(workload, None)
 
 
 def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
-    """jaxpack from a padded batch to padded outputs."""
+    """Makes the calls of jaxpack from a padded batch to padded outputs."""
 
     def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
         output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=plan)
@@ -111,45 +111,45 @@ def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
 
 @peer("flax.nnx")
 def _flax_nnx(workload: Workload) -> Calls:
-    """flax.nnx.RNN with seq_lengths, and flax.nnx.Bidirectional."""
+    """Runs flax.nnx.RNN with seq_lengths, and flax.nnx.Bidirectional."""
     return nnx_calls(workload, nnx)
 
 
 @peer("flax.linen")
 def _flax_linen(workload: Workload) -> Calls:
-    """flax.linen.RNN with seq_lengths, and flax.linen.Bidirectional."""
+    """Runs flax.linen.RNN with seq_lengths, and flax.linen.Bidirectional."""
     return linen_calls(workload)
 
 
 @peer("jaxpack.nnx")
 def _jaxpack_nnx(workload: Workload) -> Calls:
-    """The call of flax.nnx with RNN and Bidirectional from jaxpack.nnx: the import is all that differs."""
+    """Runs the code of flax.nnx with RNN and Bidirectional of jaxpack.nnx: only the import differs."""
     return nnx_calls(workload, jaxpack.nnx)
 
 
 @peer("jaxpack.nnx-plan")
 def _jaxpack_nnx_plan(workload: Workload) -> Calls:
-    """The same with the chosen plan."""
+    """Runs the modules of jaxpack.nnx under the chosen plan."""
     return nnx_calls(workload, jaxpack.nnx, workload.plan)
 
 
 @peer("own-cell-flax")
 def _own_cell_flax(workload: Workload) -> Calls:
-    """flax.nnx.RNN with a cell of a user's own."""
+    """Runs flax.nnx.RNN with a user-defined cell."""
     return nnx_calls(workload, nnx, own_cell=True)
 
 
 @peer("own-cell-plan")
 def _own_cell_plan(workload: Workload) -> Calls:
-    """jaxpack.nnx.RNN with the same cell, under the chosen plan."""
+    """Runs jaxpack.nnx.RNN with the same cell, under the chosen plan."""
     return nnx_calls(workload, jaxpack.nnx, workload.plan, own_cell=True)
 
 
 @peer("torch-packed")
 def _torch_packed(workload: Workload) -> Calls:
-    """torch.nn.LSTM and kin on a PackedSequence."""
+    """Runs torch.nn.LSTM, GRU or RNN on a PackedSequence."""
     if not workload.lengths.all():
-        raise Missing("pack_padded_sequence of torch refuses lengths of 0")
+        raise Missing("torch's pack_padded_sequence refuses lengths of 0")
     torch = _torch()
 
     def pack(array: np.ndarray) -> Any:
@@ -167,9 +167,9 @@ def _torch_packed(workload: Workload) -> Calls:
 
 @peer("torch-padded")
 def _torch_padded(workload: Workload) -> Calls:
-    """torch.nn.LSTM and kin on a padded batch, time first. Torch takes no lengths for it.
+    """Runs torch.nn.LSTM, GRU or RNN on a padded batch, time first, without lengths, which torch does not take here.
 
-    So its backward direction reads the padding before the sequence, which takes as long but gives other outputs.
+    So its backward direction reads the padding before the sequence. That takes as long, but gives other outputs.
     """
     torch = _torch()
     inputs, cotangent = (
@@ -187,7 +187,7 @@ def _torch_calls(
     cotangent: Any,
     cells: int,
 ) -> Calls:
-    """Calls of a torch module, from a tensor through `layout` to what the module takes, and by `data` back."""
+    """Makes the calls of a torch module; `layout` makes its input from a tensor, `data` a tensor from its output."""
     torch = _torch()
     device = _torch_device(torch)
     modules = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
@@ -215,14 +215,14 @@ def _torch_calls(
 
 
 def _torch() -> Any:
-    """Torch, with as many threads as XLA."""
+    """Imports torch, and gives it as many threads as XLA has."""
     torch = importlib.import_module("torch")
     torch.set_num_threads(num_threads())
     return torch
 
 
 def _torch_device(torch: Any) -> str:
-    """Where torch runs, which must be where JAX runs."""
+    """Returns torch's device, which must be JAX's."""
     backend = jax.default_backend()
     if backend == "cpu":
         return "cpu"
@@ -233,7 +233,7 @@ def _torch_device(torch: Any) -> str:
 
 @peer("haiku")
 def _haiku(workload: Workload) -> Calls:
-    """haiku.dynamic_unroll over the padded batch; both directions by reversing each sequence in its padding."""
+    """Runs haiku.dynamic_unroll over the padded batch; the backward direction reverses each sequence before it."""
     if workload.cell == "rnn":
         raise Missing("haiku.VanillaRNN is a relu, not a tanh")
     hk = importlib.import_module("haiku")
@@ -265,7 +265,7 @@ def _haiku(workload: Workload) -> Calls:
 
 @peer("keras")
 def _keras(workload: Workload) -> Calls:
-    """keras.layers.LSTM and kin with a mask, on Keras's JAX backend."""
+    """Runs keras.layers.LSTM, GRU or SimpleRNN with a mask, on Keras's JAX backend."""
     os.environ.setdefault("KERAS_BACKEND", "jax")
     keras = importlib.import_module("keras")
     if keras.backend.backend() != "jax":

@@ -1,4 +1,4 @@
-"""The report of `jaxpack bench`, in 80 columns, from a result as `jaxpack.cli.bench_measure` describes it."""
+"""The report of `jaxpack bench`, in 80 columns, from a result of `jaxpack.cli.bench.measure`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def print_bench(result: Result, console: Console) -> None:
 
 
 def title_of(workload: Result) -> str:
-    """The report's first line."""
+    """Returns the report's first line."""
     directions = "bidirectional " if workload["bidirectional"] else ""
     layers = f"{workload['num_layers']} layers of " if workload["num_layers"] > 1 else ""
     sizes = f"{workload['features']} features, hidden size {workload['hidden_size']}"
@@ -48,7 +48,7 @@ def _batch(result: Result) -> str:
 
 
 def machine_line(machine: Result, whose: str = "") -> str:
-    """What it was measured on; threads can be said whose they are."""
+    """Describes the machine in a line; `whose` follows the number of threads."""
     versions = [f"{name} {version}" for name, version in machine["versions"].items() if version and name != "jaxlib"]
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     on = f"JAX on {machine['backend']}"
@@ -69,7 +69,7 @@ def _limit(result: Result) -> str:
 
 
 def _times(result: Result, key: str, title: str) -> Table:
-    """One pass: times and ratios."""
+    """Returns the table of the times and ratios of one pass."""
     huge = _huge_pages(result)
     table = start_table(title, "ms", "25-75 %", "x limit", "x jaxpack", *(["ms, huge pages"] if huge else []))
     for peer in result["peers"]:
@@ -87,7 +87,7 @@ def _times(result: Result, key: str, title: str) -> Table:
 
 
 def _costs(result: Result) -> Table:
-    """What is counted, compiled and allocated."""
+    """Returns the table of cells, compile times, memory and page faults."""
     tokens, huge = result["workload"]["tokens"], _huge_pages(result)
     headings = ["cells", "real", "compile s", "temp MiB", "page faults", *(["huge pages"] if huge else [])]
     table = start_table("Cost", *headings)
@@ -106,20 +106,20 @@ def _costs(result: Result) -> Table:
 
 
 def turns(result: Result) -> str:
-    """How many there were."""
+    """Returns the number of turns in words."""
     return "1 turn" if result["repeats"] == 1 else f"{result['repeats']} turns"
 
 
 def _legend(result: Result) -> str:
     return (
         f"Median of {turns(result)} in one process, all libraries in each; ratios are taken turn by turn. Backward: "
-        f"with respect to weights and inputs. Cells are steps of rows, in each direction of a layer. Compile, "
-        f"temporary memory and page faults are of forward and backward."
+        f"with respect to weights and inputs. Cells are steps of rows, in each direction of a layer. Compile time, "
+        f"temporary memory and page faults are those of forward and backward."
     )
 
 
 def busy_warning(machine: Result, more: str = "") -> list[Text]:
-    """A warning, with more to say, if other processes had more than half of the processors; else none."""
+    """Returns a warning if other processes used more than half of the processors; `more` ends it."""
     load = machine["load_before"]
     if load is None or load <= machine["threads"] / 2:
         return []
@@ -141,13 +141,13 @@ def _missing(result: Result) -> Table:
 
 
 def _huge_pages(result: Result) -> dict[str, Result]:
-    """By library, what the process with huge pages found."""
+    """Returns the results of the process with huge pages by library."""
     other = result["huge_pages"]
     return {} if other is None else {peer["name"]: peer for peer in other["peers"]}
 
 
 def start_table(title: str, *headings: str) -> Table:
-    """A table of numbers, with names under its title."""
+    """Returns a table of numbers, with names under its title."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(title, no_wrap=True, min_width=20)
     for heading in headings:
@@ -164,18 +164,18 @@ def _optional(value: Any, write: Callable[[Any], str]) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Formats a number with three digits, or with all before the point."""
     if value >= 99.95:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
 def _flops(count: int) -> str:
-    """A number of operations with a unit of its size."""
+    """Formats a number of operations with a suitable unit."""
     unit, name = (1e9, "GFLOP") if count >= 1e8 else (1e6, "MFLOP")
     return f"{count / unit:.2g} {name}" if count < unit else f"{digits(count / unit)} {name}"
 
 
 def quartiles(spread: Result, unit: float) -> str:
-    """From 25 to 75 %."""
+    """Formats the range from 25 to 75 %."""
     return f"{digits(spread['low'] / unit)}-{digits(spread['high'] / unit)}"

@@ -1,4 +1,4 @@
-"""What `jaxpack bench` measures: named workloads with fixed seeds, and the arrays that all libraries are given."""
+"""The workloads of `jaxpack bench`: named, with fixed seeds, and with the arrays that all libraries get."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._recurrence.windows import ladder_cells
 from jaxpack.datasets import japanese_vowels
 
-EPOCH = "epoch"  # the workload that is a corpus
+EPOCH = "epoch"  # the name of the workload that is a corpus
 
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
@@ -25,14 +25,14 @@ LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """One layer and a batch for it, or a corpus, in float32.
+    """A layer and a batch for it, or a corpus, in float32.
 
     Attributes:
-      name: what it is called.
-      lengths: int [B], of all sequences.
+      name: the workload's name.
+      lengths: int [B], the lengths of all sequences.
       cell: "lstm", "gru" or "rnn".
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
-      seed: of weights, inputs and cotangents.
+      seed: the seed of weights, inputs and cotangents.
     """
 
     name: str
@@ -46,31 +46,31 @@ class Workload:
 
     @property
     def layer(self) -> RecurrentLayer:
-        """jaxpack's layer."""
+        """The layer of jaxpack."""
         sizes = self.features, self.hidden_size, self.num_layers
         return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
 
     @property
     def batch_size(self) -> int:
-        """How many sequences."""
+        """The number of sequences."""
         return len(self.lengths)
 
     @property
     def longest(self) -> int:
-        """The steps of the longest, at least 1: the time axis of the padded batch."""
+        """The steps of the longest sequence, at least 1: the time axis of the padded batch."""
         return max(int(self.lengths.max()), 1)
 
     @property
     def tokens(self) -> int:
-        """Real steps of all sequences."""
+        """The number of real steps."""
         return int(self.lengths.sum())
 
     @property
     def useful_flops(self) -> dict[str, int]:
-        """Floating-point operations in matrix products that real tokens need, by pass.
+        """The floating-point operations in matrix products that real tokens need, by pass.
 
-        Forward, each token meets each weight of a matrix in a product and a sum; backward does as much twice, for the
-        gradient of what came in and for that of the weights.
+        The forward pass takes a product and a sum for each token and each weight of a matrix. The backward pass takes
+        twice as many, for the gradients of inputs and of weights.
         """
         shapes = [shape for group in self.layer.shapes.values() for shape in group.values()]
         weights = sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2)
@@ -79,12 +79,12 @@ class Workload:
 
     @property
     def input_sizes(self) -> list[int]:
-        """The features that each layer of the stack is given."""
+        """The number of input features of each layer in the stack."""
         return [self.features] + [self.layer.output_size] * (self.num_layers - 1)
 
     @property
     def int32_lengths(self) -> np.ndarray:
-        """The lengths as JAX wants them."""
+        """The lengths as int32."""
         return self.lengths.astype(np.int32)
 
     @functools.cached_property
@@ -98,30 +98,30 @@ class Workload:
         return jaxpack.plan_padded(self.batch_size, self.longest)
 
     def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
-        """The cells that jaxpack computes under a plan, or without one."""
+        """Counts the cells that jaxpack computes under a plan, or without one."""
         return ladder_cells(self.padded_plan, self.lengths) if plan is None else plan.size
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """Which steps of the padded batch are real: bool [B, T]."""
+        """bool [B, T]: True at the real steps of the padded batch."""
         return np.arange(self.longest) < self.lengths[:, None]
 
     @functools.cached_property
     def inputs(self) -> np.ndarray:
-        """The padded batch [B, T, F], normal, zero past each length."""
+        """The padded batch [B, T, F]: normal, zero past each length."""
         return self._normal(1, self.features)
 
     @functools.cached_property
     def cotangent(self) -> np.ndarray:
-        """What outputs are multiplied with to make the loss: [B, T, D*H], normal, zero past each length.
+        """The factor of the outputs in the loss, [B, T, D*H]: normal, zero past each length.
 
-        It is scaled so that the loss, a sum over all outputs, is of their own size.
+        It is scaled so that the loss, a sum over all outputs, has their magnitude.
         """
         return self._normal(2, self.layer.output_size) / np.float32(np.sqrt(self.tokens))
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        """The layer's weights, which torch is given too."""
+        """The layer's weights, which torch gets too."""
         return self.layer.init(jax.random.key(self.seed))
 
     def _normal(self, stream: int, features: int) -> np.ndarray:
@@ -132,24 +132,24 @@ class Workload:
 
 
 def named_workload(name: str, seed: int = 0) -> Workload:
-    """The workload of this name; another seed draws other lengths, where they are drawn, and other weights.
+    """Returns the workload with this name; another seed draws other lengths, if they are random, and other weights.
 
     Raises:
-      ValueError: listing the names, if it is none of them.
+      ValueError: if there is no such workload; the message lists the names.
     """
     if name not in _WORKLOADS:
-        raise ValueError(f"{name!r} is no workload. There are {', '.join(_WORKLOADS)}.")
+        raise ValueError(f"{name!r} is not a workload. Choose one of {', '.join(_WORKLOADS)}.")
     draw, options = _WORKLOADS[name]
     return Workload(name, draw(np.random.default_rng(seed)), seed=seed, **options)
 
 
 def workload_names() -> tuple[str, ...]:
-    """All names."""
+    """Returns the names of all workloads."""
     return tuple(_WORKLOADS)
 
 
 def _lognormal(generator: np.random.Generator, batch_size: int = 64) -> np.ndarray:
-    """Half the lengths are above 50, a sixth above 100."""
+    """Draws log-normal lengths: half are above 50, a sixth above 100."""
     return np.clip(np.round(generator.lognormal(np.log(50), 0.7, batch_size)), 1, 200).astype(np.int64)
 
 
@@ -162,13 +162,13 @@ def _equal(generator: np.random.Generator, batch_size: int = 64, length: int = 1
 
 
 def _vowels(generator: np.random.Generator) -> np.ndarray:
-    """One of the ten batches of an epoch of Japanese Vowels."""
+    """Draws one of the ten batches of an epoch of Japanese Vowels."""
     train, _ = japanese_vowels()
     return generator.permutation(train.lengths)[:27].astype(np.int64)
 
 
 def _longtail(generator: np.random.Generator) -> np.ndarray:
-    """6 of 128 sequences, 5 %, have 500 steps."""
+    """Draws 128 lengths near 30, of which 6 (5 %) are 500."""
     lengths = np.clip(np.round(generator.normal(30, 5, 128)), 1, None).astype(np.int64)
     lengths[generator.permutation(128)[:6]] = 500
     return lengths

@@ -1,1 +1,1 @@
-"""`jaxpack demo`."""
+"""The command `jaxpack demo`."""

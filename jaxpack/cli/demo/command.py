@@ -1,7 +1,7 @@
-"""`jaxpack demo`: trains a classifier of utterances of different lengths, all its batches under one plan.
+"""The command `jaxpack demo`: trains a classifier of utterances with different lengths, all its batches under one plan.
 
-The first part reads like any training script in JAX: a model, batches, a step, a loop. What jaxpack adds is the plan.
-Shuffles are known from the seed, so one plan can be made that every batch of the run fits, and the step compiles once.
+The first part is a usual training script in JAX: a model, batches, a step, a loop. jaxpack adds the plan. The seed
+determines the shuffles, so one plan can be made that every batch of the run fits, and the step compiles once.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from jaxpack.cli._measure import CountedJit, median_seconds, seconds
 from jaxpack.cli.demo.report import Column, Report, print_report
 from jaxpack.datasets import LabelledSequences, japanese_vowels
 
-LEARNING_RATE = 3e-3  # at the start; a cosine takes it to 0 over the run
+LEARNING_RATE = 3e-3  # at the start; a cosine lowers it to 0 over the run
 REPEATS = 15  # timed passes over an epoch under each plan
 
 
 class Batch(NamedTuple):
-    """Padded utterances, and what is known of them."""
+    """Padded utterances, with their lengths, labels and weights."""
 
     inputs: np.ndarray  # float32 [B, T, F]
-    lengths: np.ndarray  # int32 [B], 0 in rows that only fill the batch up
+    lengths: np.ndarray  # int32 [B], 0 in empty rows
     labels: np.ndarray  # int32 [B]
-    weights: np.ndarray  # float32 [B], 1, or 0 in such rows
+    weights: np.ndarray  # float32 [B], 1, or 0 in empty rows
 
 
 class TrainState(NamedTuple):
-    """What a training step hands on."""
+    """The state between training steps."""
 
     params: Any
     opt_state: Any
@@ -59,7 +59,7 @@ class Classifier:
         return jaxpack.LSTM(self.input_size, self.hidden_size, bidirectional=True)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Parameters: those of the layer as it draws them, the head's uniform within 1/sqrt(fan-in) of 0."""
+        """Draws parameters: the layer's by its init, the head's uniform within 1/sqrt(fan-in) of 0."""
         lstm_key, head_key = jax.random.split(key)
         shape = (self.lstm.output_size, self.num_classes)
         bound = self.lstm.output_size**-0.5
@@ -67,20 +67,20 @@ class Classifier:
         return {"lstm": self.lstm.init(lstm_key), "head": head}
 
     def apply(self, params: dict[str, Any], packed: jaxpack.PackedSequence) -> jax.Array:
-        """Logits [B, classes] of packed utterances [S, F]."""
+        """Computes logits [B, classes] of packed utterances [S, F]."""
         output, _ = self.lstm.apply(params["lstm"], packed)
         return jaxpack.segment_mean(output) @ params["head"]["weight"] + params["head"]["bias"]
 
 
 def standardise(split: LabelledSequences, like: LabelledSequences) -> list[np.ndarray]:
-    """A split's sequences, shifted and scaled by the mean and the deviation of another's frames."""
+    """Shifts and scales a split's sequences by the mean and the deviation of the frames of `like`."""
     frames = np.concatenate(like.sequences)
     mean, deviation = frames.mean(axis=0), frames.std(axis=0)
     return [(sequence - mean) / deviation for sequence in split.sequences]
 
 
 def pad(sequences: list[np.ndarray], labels: np.ndarray, num_empty: int = 0) -> Batch:
-    """All examples as one padded batch, followed by `num_empty` rows of length 0 and weight 0."""
+    """Pads all examples to one batch, followed by `num_empty` rows of length 0 and weight 0."""
     num_rows = len(sequences) + num_empty
     lengths = np.zeros(num_rows, np.int32)
     lengths[: len(sequences)] = [len(sequence) for sequence in sequences]
@@ -91,14 +91,14 @@ def pad(sequences: list[np.ndarray], labels: np.ndarray, num_empty: int = 0) -> 
 
 
 def load() -> tuple[Batch, Batch]:
-    """All training utterances, with an empty row after them, and all test utterances."""
+    """Loads all training utterances, followed by an empty row, and all test utterances."""
     train_split, test_split = japanese_vowels()
     examples = pad(standardise(train_split, like=train_split), train_split.labels, num_empty=1)
     return examples, pad(standardise(test_split, like=train_split), test_split.labels)
 
 
 def shuffle(seed: int, epochs: int, num_examples: int, batch_size: int) -> np.ndarray:
-    """Which examples each batch of the run holds: int [epochs, batches, B], -1 where the last has none left."""
+    """Draws the examples of each batch of the run: int [epochs, batches, B], -1 for an empty row."""
     generator = np.random.default_rng(seed)
     num_batches = -(-num_examples // batch_size)
     rows = np.full((epochs, num_batches * batch_size), -1)
@@ -108,12 +108,12 @@ def shuffle(seed: int, epochs: int, num_examples: int, batch_size: int) -> np.nd
 
 
 def take(examples: Batch, rows: np.ndarray) -> Batch:
-    """The batch of these rows; -1 takes the last, which `pad` left empty."""
+    """Takes these rows as a batch; -1 takes the last one, which is empty."""
     return Batch(*(field[rows] for field in examples))
 
 
 def plan_run(lengths: np.ndarray, rows: np.ndarray) -> jaxpack.BucketPlan:
-    """One plan that every batch fits: slot i has room for the longest of their i-th longest sequences.
+    """Returns one plan that every batch fits: slot i has room for the longest of their i-th longest sequences.
 
     Batches of lengths [5, 2] and [3, 4] need room [5, 3].
     """
@@ -122,7 +122,7 @@ def plan_run(lengths: np.ndarray, rows: np.ndarray) -> jaxpack.BucketPlan:
 
 
 def make_logits(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:
-    """The function from parameters and a padded batch to logits, computed packed under a plan."""
+    """Returns a function from parameters and a padded batch to logits, which computes packed under a plan."""
 
     def logits(params: Any, batch: Batch) -> jax.Array:
         packed = jaxpack.pack_padded_sequence(batch.inputs, batch.lengths, batch_first=True, plan=plan)
@@ -134,7 +134,7 @@ def make_logits(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, B
 def make_train_step(
     model: Classifier, optimizer: optax.GradientTransformation, plan: jaxpack.BucketPlan
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """The training step under a plan, ready to be jitted: a state and a batch to the next state and the loss."""
+    """Returns the training step under a plan: a jittable function from state and batch to the next state and loss."""
     logits = make_logits(model, plan)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
@@ -150,13 +150,13 @@ def make_train_step(
 
 
 def initial_state(model: Classifier, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """What training starts from."""
+    """Returns the state from which training starts."""
     params = model.init(jax.random.key(seed))
     return TrainState(params, optimizer.init(params))
 
 
 def make_count_correct(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:
-    """The function from parameters and a batch to how many examples the model gets right."""
+    """Returns a function from parameters and a batch to the number of examples that the model classifies correctly."""
     logits = make_logits(model, plan)
 
     def count_correct(params: Any, batch: Batch) -> jax.Array:
@@ -172,7 +172,7 @@ def train(
     rows: np.ndarray,
     console: Console,
 ) -> TrainState:
-    """The loop over epochs and batches, with a progress bar."""
+    """Trains over epochs and batches, with a progress bar."""
     tokens = examples.lengths.sum()
     columns = "epoch", MofNCompleteColumn(), BarColumn(24), "loss {task.fields[loss]}", "{task.fields[speed]}"
     with Progress(*columns, console=console) as progress:
@@ -189,12 +189,12 @@ def train(
 
 
 def time_compiling(steps: dict[str, CountedJit], state: TrainState, batch: Batch) -> dict[str, float]:
-    """Seconds that the first call of each step takes."""
+    """Times the first call of each step, in seconds."""
     return {name: seconds(functools.partial(step, state, batch)) for name, step in steps.items()}
 
 
 def time_epochs(steps: dict[str, CountedJit], state: TrainState, batches: list[Batch]) -> dict[str, float]:
-    """Seconds that each step takes for the same batches from the same state: the median of repeats taken in turns."""
+    """Times each step on the same batches from the same state: the median, in seconds, of repeats taken in turns."""
 
     def epoch(step: CountedJit) -> TrainState:
         reached = state
@@ -211,13 +211,13 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 270 training utterances.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, max=270, help="Utterances in a batch.")] = 27,
     hidden_size: Annotated[int, typer.Option(min=1, help="Units of the LSTM in each direction.")] = 64,
-    padded: Annotated[bool, typer.Option("--padded", help="Train under the padded plan instead.")] = False,
+    padded: Annotated[bool, typer.Option("--padded", help="Train under the padded plan.")] = False,
 ) -> None:
     """Train an LSTM to tell nine speakers apart, packed, and compare with padded.
 
-    The data come with the package: Japanese Vowels, utterances of 7 to 29
-    frames. The report says how many of the test utterances are told right, and
-    what was computed, compiled and timed in this very run.
+    The package contains the data: Japanese Vowels, utterances of 7 to 29
+    frames. The report states the test accuracy, and the cells, compiled
+    programs and times of this run.
     """
     if context.invoked_subcommand:
         _check_no_options(context)
@@ -264,11 +264,11 @@ def demo(
 
 
 def _check_no_options(context: typer.Context) -> None:
-    """Raises if options stand before another demo's name, which would not see them."""
+    """Raises if options precede the name of another demo, which would not get them."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise typer.BadParameter(
-                f"is an option of `jaxpack demo` itself; those of {context.invoked_subcommand} come after its name.",
+                f"is an option of `jaxpack demo` itself; options of {context.invoked_subcommand} come after its name.",
                 param_hint=f"'--{name.replace('_', '-')}'",
             )

@@ -1,4 +1,4 @@
-"""The report of `jaxpack demo`: what was learnt, computed, compiled and timed, in 80 columns."""
+"""The report of `jaxpack demo`: accuracy, cells, programs and times, in 80 columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LINES = 14  # of the picture
 
 
 class Column(NamedTuple):
-    """How training does under one plan."""
+    """The costs of training under one plan."""
 
     plan: BucketPlan
     compile_seconds: float
@@ -26,18 +26,18 @@ class Column(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a run of the demo found.
+    """The results of a run of the demo.
 
     Attributes:
-      title: what was trained, and how.
-      num_correct, num_tests: test utterances that the trained model tells right, and all of them.
-      num_steps: training steps of the run.
-      train_programs, test_programs: how many programs were compiled for them, and for the test.
-      tokens: real frames in an epoch.
-      num_batches: batches in an epoch.
-      columns: "packed" and "padded", compared.
-      trained: which of the two the model was trained under.
-      repeats: how often an epoch was timed under each.
+      title: the data, model and options of the run.
+      num_correct, num_tests: how many test utterances the trained model classifies correctly, and how many there are.
+      num_steps: how many training steps the run had.
+      train_programs, test_programs: how many programs were compiled for training, and for the test.
+      tokens: how many real frames an epoch has.
+      num_batches: how many batches an epoch has.
+      columns: the costs of "packed" and "padded".
+      trained: which of the two trained the model.
+      repeats: how many times an epoch was timed under each plan.
       lengths: int [B], the lengths in the first batch.
     """
 
@@ -65,7 +65,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def _facts(report: Report) -> Table:
-    """What one asks first."""
+    """Returns the table of accuracy and programs."""
     accuracy = report.num_correct / report.num_tests
     programs = f"{report.train_programs} for {report.num_steps:,} training steps, {report.test_programs} for the test"
     table = Table.grid(padding=(0, 3))
@@ -75,7 +75,7 @@ def _facts(report: Report) -> Table:
 
 
 def _comparison(report: Report) -> Table:
-    """Packed beside padded."""
+    """Returns the table of packed beside padded."""
     columns = report.columns["packed"], report.columns["padded"]
     cells = [column.plan.size * report.num_batches for column in columns]
     speeds = [report.tokens / column.epoch_seconds for column in columns]
@@ -92,11 +92,11 @@ def _comparison(report: Report) -> Table:
 
 
 def _caption(report: Report) -> str:
-    """What the picture shows."""
+    """Returns the caption of the picture."""
     plan = report.columns[report.trained].plan
     shown = f"{_LINES} of its {plan.rows[0]} rows" if plan.rows[0] > _LINES else "all its rows"
     laid_out = "rows run down, with utterances end to end in two shades" if plan.starts else "utterances run down"
-    blank = " What is blank at the right, padding would compute." if plan.num_buckets > 1 else ""
+    blank = " Padding would also compute the blank part at the right." if plan.num_buckets > 1 else ""
     marks = "█ ▓ real" if plan.starts else "█ real"
     return (
         f"The first batch under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "

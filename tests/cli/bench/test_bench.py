@@ -1,11 +1,13 @@
 """`jaxpack bench`: what it counts, what it compares, what it lists as missing, what it refuses. No time is asserted."""
 
+import functools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from jaxpack.cli.bench.workloads import Workload, named_workload, workload_names
 
 LENGTHS = np.array([3, 8, 8, 2])  # few: without a plan there is a loop for each of up to eight
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
+CACHE = "jax_enable_compilation_cache"
 NAMES = (
     "lognormal",
     "uniform",
@@ -90,6 +93,7 @@ class Run:
         self.result = json.loads((folder / "result.json").read_text())
         self.peers = {peer["name"]: peer for peer in self.result["peers"]}
         self.missing = {peer["name"]: peer["reason"] for peer in self.result["missing"]}
+        self.calls: dict[str, Any] = {}  # what each library was compiled to
 
     def row(self, table, name):
         """The entries of a library in one of the report's tables."""
@@ -100,7 +104,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """All libraries; what each was compiled to is kept in `calls`."""
+    """All libraries, with their calls."""
     calls = {}
 
     def keeping(name, build):
@@ -366,25 +370,25 @@ def test_lengths_of_0_are_measured_but_not_by_torch_packed():
 
 
 def test_all_runs_take_turns_each_after_one_that_is_not_timed():
-    order = []
-    runs = {name: {"forward": lambda name=name: order.append(name)} for name in "ab"}
+    order: list[str] = []
+    runs = {name: {"forward": functools.partial(order.append, name)} for name in "ab"}
     samples = bench_measure._in_turns(runs, 3, quiet)
     assert "".join(order) == "aabb" * 3
     assert samples["b", "forward"]["seconds"].shape == (3,)
 
 
 def test_compile_seconds_do_not_come_from_a_cache(monkeypatch):
-    before = jax.config.jax_enable_compilation_cache
+    before = getattr(jax.config, CACHE)
     seen = []
 
     def build(workload):
-        seen.append(jax.config.jax_enable_compilation_cache)
+        seen.append(getattr(jax.config, CACHE))
         raise Missing("enough")
 
     monkeypatch.setitem(PEERS, "other", build)
     measure(tiny(), ["other"], 1, quiet)
     assert seen == [False]
-    assert jax.config.jax_enable_compilation_cache == before
+    assert getattr(jax.config, CACHE) == before
 
 
 def test_workloads_are_those_of_the_list():
@@ -444,13 +448,13 @@ def test_useful_operations_count_every_matrix_of_every_layer_and_direction():
 def test_an_unknown_workload_is_refused_with_the_list():
     result = invoke("nope")
     assert result.exit_code == 2
-    assert f"'nope' is no workload. There are {', '.join(NAMES)}." in message(result)
+    assert f"'nope' is not a workload. Choose one of {', '.join(NAMES)}." in message(result)
 
 
 def test_an_unknown_library_is_refused_with_the_list():
     result = invoke("--peer", "nope")
     assert result.exit_code == 2
-    assert f"'nope' is not known. There are {', '.join(PEERS)}." in message(result)
+    assert f"'nope' is unknown. Choose from {', '.join(PEERS)}." in message(result)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +465,7 @@ def test_an_unknown_library_is_refused_with_the_list():
         ("4\n2.5", "line 2: '2.5' is not a whole number"),
         ("4\n-6", "line 2: -6 is negative"),
         ("0 0", "there is nothing to compute"),
-        ("100000000 1 1", "Give the lengths of one batch"),
+        ("100000000 1 1", "Pass the lengths of one batch"),
     ],
 )
 def test_a_bad_file_of_lengths_is_refused(tmp_path, text, expected):
@@ -482,10 +486,10 @@ def test_a_missing_file_of_lengths_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("gru", "--features", 3), "Invalid value for '--features': the workload gru has its own"),
-        (("--hidden-size", 3), "Invalid value for '--hidden-size': the workload lognormal has its own"),
-        (("--cell", "gru"), "Invalid value for '--cell': the workload lognormal has its own"),
-        (("gru", "--lengths", "x"), "give a workload (gru) or lengths, not both"),
+        (("gru", "--features", 3), "Invalid value for '--features': the workload gru has a fixed one"),
+        (("--hidden-size", 3), "Invalid value for '--hidden-size': the workload lognormal has a fixed one"),
+        (("--cell", "gru"), "Invalid value for '--cell': the workload lognormal has a fixed one"),
+        (("gru", "--lengths", "x"), "pass a workload (gru) or lengths, not both"),
         (("--repeats", 0), "Invalid value for '--repeats'"),
         (("--features", 0), "Invalid value for '--features'"),
         (("--cell", "transformer"), "Invalid value for '--cell'"),
@@ -536,9 +540,9 @@ def test_huge_pages_run_the_same_command_in_a_process_that_starts_with_the_varia
 @pytest.mark.parametrize(
     ("libc", "tunables", "expected"),
     [
-        (("", ""), "", "is of glibc 2.35 and newer"),
-        (("glibc", "2.31"), "", "is of glibc 2.35 and newer; here is glibc 2.31"),
-        (("glibc", "2.36"), "glibc.malloc.hugetlb=1", "has glibc.malloc.hugetlb=1 already"),
+        (("", ""), "", "it needs glibc 2.35 or newer; this system has another C library."),
+        (("glibc", "2.31"), "", "it needs glibc 2.35 or newer; this system has glibc 2.31."),
+        (("glibc", "2.36"), "glibc.malloc.hugetlb=1", "already has glibc.malloc.hugetlb=1"),
     ],
 )
 def test_huge_pages_are_refused_where_they_would_change_nothing(monkeypatch, libc, tunables, expected):

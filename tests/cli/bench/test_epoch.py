@@ -101,7 +101,7 @@ def test_cells_are_those_of_the_batches(peers):
     assert cells["padded"] == BATCHES * BATCH_SIZE * 9
     batches = {length: -(-np.sum(length == LENGTHS) // BATCH_SIZE) for length in (2, 9)}
     assert cells["bucketed"] == sum(count * BATCH_SIZE * length for length, count in batches.items())
-    assert min(cells, key=cells.get) == "slot-filled"
+    assert min(cells, key=cells.__getitem__) == "slot-filled"
     for peer in peers.values():
         assert peer["efficiency"] == pytest.approx(LENGTHS.sum() / peer["cells"])
 
@@ -200,10 +200,10 @@ def test_an_epoch_that_leaves_something_out_is_no_result(change, expected):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("epoch", "--huge-pages"), "Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for it"),
-        (("epoch", "--hidden-size", 3), "Invalid value for '--hidden-size': the workload epoch has its own"),
-        (("epoch", "--peer", "jaxpack"), f"'jaxpack' is not known. There are {', '.join(NAMES)}."),
-        (("gru", "--peer", "padded"), "'padded' is not known. There are jaxpack,"),
+        (("epoch", "--huge-pages"), "Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for another run"),
+        (("epoch", "--hidden-size", 3), "Invalid value for '--hidden-size': the workload epoch has a fixed one"),
+        (("epoch", "--peer", "jaxpack"), f"'jaxpack' is unknown. Choose from {', '.join(NAMES)}."),
+        (("gru", "--peer", "padded"), "'padded' is unknown. Choose from jaxpack,"),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(options, expected):
@@ -216,14 +216,14 @@ def test_a_plot_is_refused(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which the extra `plot` brings, is not installed")
     result = invoke("epoch", "--plot", tmp_path / "epoch.png")
     assert result.exit_code == 2
-    assert "Invalid value for '--plot': the workload epoch has no drawing" in message(result)
+    assert "Invalid value for '--plot': the workload epoch has no plot" in message(result)
 
 
 @pytest.mark.parametrize(
     ("lengths", "expected"),
     [
         ([100_000_000], "makes one padded batch of 64 x 100,000,000 steps"),
-        ([60_000] * 200, "has 12,000,000 steps in all, 11 GiB. Give those of a part of the corpus."),
+        ([60_000] * 200, "has 12,000,000 steps in all, 11 GiB. Pass those of a part of the corpus."),
     ],
 )
 def test_a_corpus_that_does_not_fit_in_memory_is_refused(tmp_path, lengths, expected):

@@ -1,11 +1,11 @@
 """`jaxpack demo g2p`: it learns, its report tells the truth, and it can be stopped anywhere and goes on exactly."""
 
-import functools
 import inspect
 import os
 import re
 import signal
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,13 +29,13 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 def _small():
     """A few words; checkpoints every three steps; and one compilation for all runs."""
     splits = tuple(
-        Pronunciations(*(field[-count:] for field in split)) for split, count in zip(cmudict(), WORDS, strict=True)
+        Pronunciations(split.words[-count:], split.pronunciations[-count:])
+        for split, count in zip(cmudict(), WORDS, strict=True)
     )
-    jits = functools.cache(lambda name: {})
+    jits: dict[str, Any] = {}
 
     def counted_jit(function):
-        cached = jits(function.__name__)
-        return cached.setdefault("jit", CountedJit(function))
+        return jits.setdefault(function.__name__, CountedJit(function))
 
     CountedJit = g2p_file.CountedJit
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +49,7 @@ class Run:
     """A run of the command: its exit code, what it printed, and the report that it printed it from."""
 
     def __init__(self, *options):
-        self.found = None
+        self.found: Any = None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(g2p_file, "print_report", self._print)
             command = "demo", "g2p", "--epochs", EPOCHS, "--batch-size", BATCH_SIZE, "--hidden-size", 8, *options
@@ -136,7 +136,7 @@ def test_a_signal_ends_the_step_and_the_run_resumes_exactly(whole, tmp_path, mon
         disturbed(patch, name, at, lambda: os.kill(os.getpid(), number))
         stopped = Run("--checkpoint", tmp_path)
     assert stopped.exit_code == EXIT_CODES[number]
-    assert f"Stopped by {number.name}. Run the same command to go on" in plain(stopped.progress)
+    assert f"Stopped by {number.name}. Run the same command to resume" in plain(stopped.progress)
     resumed = Run("--checkpoint", tmp_path)
     assert resumed.found.resumed == steps
     same_run(resumed, whole)

@@ -1,4 +1,4 @@
-"""What `jaxpack demo g2p` needs to be stopped at any moment: signals that wait for a step's end, and checkpoints."""
+"""Interruption of `jaxpack demo g2p`: signals that wait for the end of a step, and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from jaxpack._extras import import_extra
 from jaxpack.cli._files import writing
 from jaxpack.cli.demo.g2p.model import TrainState
 
-_KEPT = 2  # checkpoints, so that one is whole whatever happens to the other
+_KEPT = 2  # checkpoints, so that one is whole if the other is damaged
 
 
 @dataclasses.dataclass
 class History:
-    """What a run has seen so far, over all the times that it was resumed; JSON but for the class.
+    """The history of a run, over all resumes, in types of JSON.
 
     Attributes:
-      batches: where the batcher stands.
-      losses: of each step.
-      validation: of each epoch: edits, phonemes, wrong words and words, as in `Scores`.
-      seconds, waiting: what the steps took, but for the first of a process, which compiles; and how much of it was
-        spent on making batches.
-      letters: how many were trained on in that time.
+      batches: the batcher's state.
+      losses: the loss of each step.
+      validation: the scores of each epoch: edits, phonemes, wrong words and words, as in `Scores`.
+      seconds, waiting: the time of the steps, without the first of each process, which compiles; and the part of it
+        spent making batches.
+      letters: how many letters were trained on in that time.
     """
 
     batches: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -40,8 +40,8 @@ class History:
     letters: int = 0
 
 
-class Interrupted(Exception):  # noqa: N818 - it is no error
-    """A signal asked the run to stop."""
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The exception that a signal asked the run to stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -49,7 +49,7 @@ class Interrupted(Exception):  # noqa: N818 - it is no error
 
 
 class Interrupt:
-    """A context in which SIGINT and SIGTERM wait for `check` to be called. A second signal acts at once, as ever."""
+    """A context in which SIGINT and SIGTERM wait for a call of `check`. A second signal acts at once."""
 
     _SIGNALS = signal.SIGINT, signal.SIGTERM
 
@@ -78,15 +78,15 @@ class Interrupt:
 
 
 class Checkpoints:
-    """The checkpoints of one run in a directory. Each is whole or not there, whenever the process is killed.
+    """The checkpoints of one run in a directory. Each is whole or absent, whenever the process is killed.
 
     Args:
-      directory: made if it is not there.
-      config: what the run's steps follow from, JSON.
+      directory: the directory, which is created if it is missing.
+      config: the settings that determine the run's steps, in types of JSON.
 
     Raises:
       ImportError: if orbax-checkpoint is not installed.
-      ValueError: if the directory holds another run, or checkpoints that are no run's.
+      ValueError: if the directory holds another run, or checkpoints of something else.
     """
 
     def __init__(self, directory: pathlib.Path, config: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class Checkpoints:
         self._check(directory)
 
     def save(self, state: TrainState, history: History) -> None:
-        """Writes a checkpoint, unless there is one of this step; ends the command in one line if it cannot."""
+        """Writes a checkpoint, unless there is one of this step; if it cannot, prints one line and ends the command."""
         args = self._orbax.args
         run = {"config": self._config, "history": dataclasses.asdict(history)}
         composite = args.Composite(state=args.StandardSave(state), run=args.JsonSave(run))
@@ -108,18 +108,18 @@ class Checkpoints:
             self._manager.save(len(history.losses), args=composite)
 
     def restore(self, like: TrainState) -> tuple[TrainState, History] | None:
-        """The last checkpoint, its state shaped like this one; None if there is none."""
+        """Reads the last checkpoint into the structure of `like`; returns None if there is none."""
         step = self._manager.latest_step()
         if step is None:
             return None
         args = self._orbax.args
-        on_host = jax.device_get(like)  # so that the arrays may go to another device than they came from
+        on_host = jax.device_get(like)  # so that a checkpoint can be restored on another device
         composite = args.Composite(state=args.StandardRestore(on_host), run=args.JsonRestore())
         restored = self._manager.restore(step, args=composite)
         return jax.tree.map(jnp.asarray, restored.state), History(**restored.run["history"])
 
     def _check(self, directory: pathlib.Path) -> None:
-        """Raises ValueError unless what is there is this run's."""
+        """Raises ValueError unless the directory's checkpoints are this run's."""
         step = self._manager.latest_step()
         if step is None:
             return
@@ -127,16 +127,16 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=args.Composite(run=args.JsonRestore())).run["config"]
         except (KeyError, FileNotFoundError, TypeError) as error:
-            raise ValueError(f"{directory} holds checkpoints of something else. Name another directory.") from error
+            raise ValueError(f"{directory} holds checkpoints of something else. Pass another directory.") from error
         differing = [name for name in sorted({*found, *self._config}) if found.get(name) != self._config.get(name)]
         if differing:
             there, here = (", ".join(f"{name}={of.get(name)}" for name in differing) for of in (found, self._config))
             raise ValueError(
-                f"{directory} holds a run with {there}; this one has {here}. Resume with the same options, or name "
+                f"{directory} holds a run with {there}; this one has {here}. Resume with the same options, or pass "
                 f"another directory."
             )
 
 
 def import_orbax() -> Any:
-    """The module orbax.checkpoint; raises ModuleNotFoundError, with the extra that brings it, if it is not there."""
+    """Imports orbax.checkpoint; if it is missing, raises ModuleNotFoundError, which names the extra to install."""
     return import_extra("orbax.checkpoint", "demo", "checkpoints", "orbax-checkpoint")

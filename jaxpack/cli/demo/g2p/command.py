@@ -1,7 +1,7 @@
-"""`jaxpack demo g2p`: a model that says how words are spoken, trained on the CMU Pronouncing Dictionary.
+"""The command `jaxpack demo g2p`: a model of the pronunciation of words, trained on the CMU Pronouncing Dictionary.
 
-A whole training script: a corpus under one plan, batches that fill it, a step that compiles once, validation,
-checkpoints and a run that can be stopped at any moment and goes on as if it had not been.
+It is a complete training script: a corpus under one plan, batches that fill it, a step that compiles once, validation,
+and checkpoints from which an interrupted run resumes exactly.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from jaxpack.data import SlotFilling, plan_cover
 from jaxpack.datasets import Pronunciations, cmudict
 from jaxpack.metrics import edit_distance
 
-_SAMPLES = 12  # test words that the report shows
+_SAMPLES = 12  # test words in the report
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a run's losses follow from. Checkpoints of another are refused."""
+    """The settings that determine a run's losses. Checkpoints of other settings are refused."""
 
     seed: int = 0
     epochs: int = 14
@@ -43,9 +43,9 @@ class Config:
     num_layers: int = 2
     embedding_size: int = 64
     dropout: float = 0.2
-    learning_rate: float = 4e-3  # at the peak, after a tenth of the run; a cosine takes it to 0
+    learning_rate: float = 4e-3  # at the peak, after a tenth of the run; a cosine lowers it to 0
     weight_decay: float = 1e-2
-    most_norm: float = 1.0  # of a step's gradient
+    most_norm: float = 1.0  # clips the gradient of a step
 
 
 _QUICK = Config(epochs=3, hidden_size=128, dropout=0.1, learning_rate=8e-3)
@@ -71,16 +71,17 @@ def g2p(
     checkpoint: Annotated[
         pathlib.Path | None,
         typer.Option(
-            metavar="DIR", callback=check_directory, help="Save the run here, and resume the one that is here."
+            metavar="DIR", callback=check_directory, help="Save the run in DIR, and resume a run saved there."
         ),
     ] = None,
 ) -> None:
     """Train an LSTM with CTC to pronounce English words, from a dictionary.
 
-    The data come with the package: the CMU Pronouncing Dictionary. The report
-    says how many held-out phonemes and words are wrong, and what was computed,
-    compiled and timed. Stop it with Ctrl-C or SIGTERM: with --checkpoint DIR
-    the same command goes on, with the same losses as if it had not stopped.
+    The package contains the data: the CMU Pronouncing Dictionary. The report
+    states the error rates on held-out phonemes and words, and the cells,
+    compiled programs and times. Ctrl-C or SIGTERM stops a run: with
+    --checkpoint DIR the same command resumes it, with the same losses as an
+    uninterrupted run.
     """
     default = _QUICK if quick else Config()
     config = dataclasses.replace(
@@ -96,14 +97,14 @@ def g2p(
         try:
             report = _run(config, checkpoint, interrupt, console)
         except Interrupted as stopped:
-            kept = f"Run the same command to go on from {checkpoint}." if checkpoint else "--checkpoint DIR keeps runs."
-            console.print(f"Stopped by {stopped}. {kept}")
+            way_on = f"Run the same command to resume from {checkpoint}."
+            console.print(f"Stopped by {stopped}. {way_on if checkpoint else '--checkpoint DIR saves a run.'}")
             raise typer.Exit(128 + stopped.number) from stopped
     print_report(report, Console())
 
 
 def _check_packages(checkpoint: pathlib.Path | None, console: Console) -> None:
-    """Says so now, rather than after an epoch, if a package that the run will need is missing."""
+    """Ends the command now, rather than after an epoch, if a package that the run needs is missing."""
     try:
         edit_distance("", "")
         if checkpoint is not None:
@@ -156,7 +157,7 @@ def _run(config: Config, directory: pathlib.Path | None, interrupt: Interrupt, c
 
 
 def _open(directory: pathlib.Path | None, config: dict[str, object]) -> Checkpoints | None:
-    """The checkpoints in a directory, if one is given."""
+    """Opens the checkpoints in a directory, if one is given."""
     if directory is None:
         return None
     try:
@@ -166,7 +167,7 @@ def _open(directory: pathlib.Path | None, config: dict[str, object]) -> Checkpoi
 
 
 def _held_out(splits: Iterable[Pronunciations], alphabets: Alphabets, batch_size: int) -> list[HeldOut]:
-    """The splits with batches of their letters, all under one plan."""
+    """Returns the splits with batches of their letters, all under one plan."""
     letters = [alphabets.spell(split.words) for split in splits]
     plan = plan_cover([len(word) for words in letters for word in words], batch_size)
     return [HeldOut(split, SlotFilling(words, plan, seed=None)) for split, words in zip(splits, letters, strict=True)]
@@ -179,7 +180,7 @@ def _start(
     interrupt: Interrupt,
     checkpoints: Checkpoints | None,
 ) -> Run:
-    """A run at its beginning, or where its last checkpoint is."""
+    """Returns a run at its beginning, or at its last checkpoint."""
     batches = SlotFilling(examples, batch_size=config.batch_size, seed=config.seed, time_varying=TIME_VARYING)
     model = Transcriber(
         num_letters=len(alphabets.letters),
@@ -210,7 +211,7 @@ def _start(
 
 
 def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; the learning rate rises for a tenth of the run, and falls to 0 as a cosine."""
+    """Returns AdamW with clipped gradients and a learning rate that rises for a tenth of the run, then falls to 0."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, num_steps // 10, num_steps)
     return optax.chain(
         optax.clip_by_global_norm(config.most_norm), optax.adamw(schedule, weight_decay=config.weight_decay)
@@ -218,7 +219,7 @@ def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformati
 
 
 def _samples(written: list[tuple[str, ...]], split: Pronunciations) -> list[Sample]:
-    """Some words, evenly spaced over the split, each with its closest pronunciation."""
+    """Returns words evenly spaced over the split, each with its closest pronunciation."""
     places = np.linspace(0, len(written) - 1, min(_SAMPLES, len(written)), dtype=int)
     return [
         Sample(split.words[i], written[i], min(split.pronunciations[i], key=lambda way: edit_distance(written[i], way)))

@@ -1,4 +1,4 @@
-"""The model of `jaxpack demo g2p`: letters through a bidirectional LSTM to frames of phonemes, trained with CTC."""
+"""The model of `jaxpack demo g2p`: a bidirectional LSTM from letters to frames of phonemes, trained with CTC."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from jaxpack.metrics import ctc_greedy_decode
 
 
 class TrainState(NamedTuple):
-    """What a training step hands on."""
+    """The state between training steps."""
 
     params: Any
     opt_state: Any
-    step: jax.Array  # int32, how many were taken; dropout's key follows from it
+    step: jax.Array  # int32, the number of steps taken, which determines dropout's key
 
 
 @dataclasses.dataclass(frozen=True)
 class Transcriber:
-    """An embedding of letters, a bidirectional LSTM, and a linear head of FRAMES_PER_LETTER frames a letter."""
+    """An embedding of letters, a bidirectional LSTM, and a linear head with FRAMES_PER_LETTER frames per letter."""
 
     num_letters: int
     num_classes: int
@@ -44,7 +44,7 @@ class Transcriber:
         )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Parameters: those of the layer as it draws them, the head's uniform within 1/sqrt(fan-in) of 0."""
+        """Draws parameters: the layers' by their init, the head's uniform within 1/sqrt(fan-in) of 0."""
         embedding_key, lstm_key, head_key = jax.random.split(key, 3)
         shape = self.lstm.output_size, FRAMES_PER_LETTER * self.num_classes
         bound = self.lstm.output_size**-0.5
@@ -55,7 +55,7 @@ class Transcriber:
     def apply(
         self, params: dict[str, Any], letters: jaxpack.PackedSequence, dropout_key: jax.Array | None = None
     ) -> jaxpack.PackedSequence:
-        """Logits [S, frames * classes] of packed letters int32 [S]; dropout only with a key."""
+        """Computes logits [S, frames * classes] of packed letters int32 [S]; applies dropout only with a key."""
         embedded = letters.map(lambda numbers: params["embedding"][numbers])
         output, _ = self.lstm.apply(
             params["lstm"], embedded, dropout_key=dropout_key, deterministic=dropout_key is None
@@ -66,7 +66,7 @@ class Transcriber:
 def make_train_step(
     model: Transcriber, optimizer: optax.GradientTransformation, seed: int
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """The training step, ready to be jitted: a state and a batch to the next state and the loss."""
+    """Returns the training step: a jittable function from a state and a batch to the next state and the loss."""
 
     def loss(params: Any, batch: Batch, dropout_key: jax.Array) -> jax.Array:
         logits = model.apply(params, batch.inputs["letters"], dropout_key)
@@ -83,7 +83,7 @@ def make_train_step(
 
 
 def make_decode(model: Transcriber) -> Callable[[Any, jaxpack.PackedSequence], tuple[jax.Array, jax.Array]]:
-    """The function from parameters and packed letters to phonemes int32 [B, N], padded, and how many they are [B]."""
+    """Returns a function from parameters and packed letters to padded phonemes int32 [B, N] and their numbers [B]."""
 
     def decode(params: Any, letters: jaxpack.PackedSequence) -> tuple[jax.Array, jax.Array]:
         logits = model.apply(params, letters)

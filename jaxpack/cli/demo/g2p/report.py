@@ -1,4 +1,4 @@
-"""The report of `jaxpack demo g2p`: how well words are transcribed, and what it took to learn it, in 80 columns."""
+"""The report of `jaxpack demo g2p`: error rates, cells, programs and times, in 80 columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpack.cli.demo.g2p.train import Scores
 
 
 class Sample(NamedTuple):
-    """A word, its phonemes as the model has them, and the pronunciation in the dictionary that is closest."""
+    """A word, the model's phonemes, and the closest pronunciation in the dictionary."""
 
     word: str
     written: tuple[str, ...]
@@ -23,21 +23,22 @@ class Sample(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a run found.
+    """The results of a run.
 
     Attributes:
-      title: what was trained, and how.
-      test: scores on the test words.
-      losses: of each training step.
-      validation: scores after each epoch.
-      num_examples, left_out: pronunciations to train on, and how many of them CTC cannot emit.
-      tokens: letters in an epoch.
-      num_batches: batches in an epoch.
-      longest: letters of the longest training word.
-      plan: of all training batches.
-      resumed: the step that this process began at.
-      train_programs, decode_programs: how many were compiled in this process.
-      compile_seconds: what the first step of this process took; None if it took none.
+      title: the data, model and options of the run.
+      test: the scores on the test words.
+      losses: the loss of each training step.
+      validation: the scores after each epoch.
+      num_examples, left_out: how many pronunciations the run trains on, and how many were left out since CTC cannot
+        emit them.
+      tokens: how many letters an epoch has.
+      num_batches: how many batches an epoch has.
+      longest: how many letters the longest training word has.
+      plan: the plan of all training batches.
+      resumed: the step at which this process began.
+      train_programs, decode_programs: how many programs this process compiled.
+      compile_seconds: the time of this process's first step; None if it took no step.
       seconds, waiting, letters: as in `History`.
       samples: some test words.
     """
@@ -66,14 +67,14 @@ def print_report(report: Report, console: Console) -> None:
     """Prints the report."""
     title = Text(report.title, style="bold")
     note = (
-        "Phonemes are without stress; a word with several pronunciations is held against the closest. PER: edits for "
-        "each phoneme of the dictionary's. WER: words with an edit."
+        "Phonemes are without stress; a word with several pronunciations is compared with the closest. PER: edits per "
+        "phoneme of the dictionary. WER: share of words with an edit."
     )
     print_parts((title, _errors(report), _epochs(report), _work(report), _samples(report), note), console)
 
 
 def _errors(report: Report) -> Table:
-    """What one asks first."""
+    """Returns the table of error rates."""
     test = report.test
     table = Table.grid(padding=(0, 3))
     table.add_row("Test phoneme error rate", f"{test.per:.2%}, {test.edits:,} edits for {test.phonemes:,} phonemes")
@@ -84,7 +85,7 @@ def _errors(report: Report) -> Table:
 
 
 def _epochs(report: Report) -> Table:
-    """How it went."""
+    """Returns the table of losses and scores by epoch."""
     table = _headed("epoch", "mean loss", "validation PER", "validation WER")
     for number, scores in enumerate(report.validation):
         losses = report.losses[number * report.num_batches :][: report.num_batches]
@@ -93,7 +94,7 @@ def _epochs(report: Report) -> Table:
 
 
 def _work(report: Report) -> Table:
-    """What was computed, compiled and timed."""
+    """Returns the table of cells, programs and times."""
     plan, num_steps = report.plan, len(report.losses) - report.resumed
     padded = plan.num_sequences * report.longest
     resumed = f" (resumed at step {report.resumed:,})" if report.resumed else ""
@@ -113,7 +114,7 @@ def _work(report: Report) -> Table:
 
 
 def _samples(report: Report) -> Table:
-    """Test words, right and wrong."""
+    """Returns the table of test words."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("", "test word", "transcribed", "dictionary"):
         table.add_column(heading, overflow="fold")
@@ -128,7 +129,7 @@ def _duration(seconds: float) -> str:
 
 
 def _headed(*headings: str) -> Table:
-    """A table of numbers."""
+    """Returns a table of numbers."""
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -1,4 +1,4 @@
-"""The loop of `jaxpack demo g2p`: steps over slot-filled batches, validation, checkpoints, and a bar that shows it."""
+"""The training loop of `jaxpack demo g2p`: steps over slot-filled batches, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from jaxpack.data import Batch, Batcher, BatchIterator
 from jaxpack.datasets import Pronunciations
 from jaxpack.metrics import best_error_rate
 
-SAVE_EVERY = 100  # steps, so that a killed run loses no more
-_SHOWN = 50  # steps whose mean loss the bar shows
+SAVE_EVERY = 100  # steps; a killed run loses no more
+_SHOWN = 50  # the bar shows the mean loss of this many steps
 
 
 class Scores(NamedTuple):
-    """How well words were transcribed, each held against the closest of its pronunciations."""
+    """The errors of transcribed words, each compared with its closest pronunciation."""
 
     edits: int
     phonemes: int
@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
     @property
     def wer(self) -> float:
-        """The word error rate: how many words have an error."""
+        """The word error rate: the share of words with an error."""
         return self.wrong / self.words
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Scores(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """Words to transcribe, and batches of their letters."""
+    """Words to transcribe, with batches of their letters."""
 
     split: Pronunciations
     batches: Batcher
@@ -55,17 +55,17 @@ class HeldOut(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A training run: what it is made of, and how far it has come.
+    """A training run: its parts and its progress.
 
     Attributes:
-      epochs: passes over the training examples.
-      batches: those examples'.
-      train_step, decode: compiled.
-      state, history: how far it has come.
-      alphabets: what decoded numbers mean.
-      interrupt: asks it to stop.
-      checkpoints: where it is saved, if anywhere.
-      compile_seconds: what the first step of this process took, once there was one.
+      epochs: how many passes over the training examples it takes.
+      batches: the batches of the training examples.
+      train_step, decode: the compiled functions.
+      state, history: the progress.
+      alphabets: the meaning of decoded numbers.
+      interrupt: the signals that stop the run.
+      checkpoints: the checkpoints of the run, if it is saved.
+      compile_seconds: the time of this process's first step, after it.
     """
 
     epochs: int
@@ -81,20 +81,20 @@ class Run:
 
     @property
     def num_steps(self) -> int:
-        """How many steps were taken."""
+        """The number of steps taken."""
         return len(self.history.losses)
 
     def save(self) -> None:
-        """Writes a checkpoint, if there is where."""
+        """Writes a checkpoint, if the run is saved and has taken a step."""
         if self.checkpoints is not None and self.num_steps:
             self.checkpoints.save(self.state, self.history)
 
 
 def train(run: Run, valid: HeldOut, console: Console) -> None:
-    """Trains to the end, from wherever the run has come to, and validates after every epoch.
+    """Trains to the end from the run's present state, and validates after every epoch.
 
     Raises:
-      Interrupted: if a signal came; what was done is saved.
+      Interrupted: if a signal came; the run is saved.
     """
     per_epoch = len(run.batches)
     columns = "{task.description}", BarColumn(24), "loss {task.fields[loss]}", "{task.fields[speed]}"
@@ -119,7 +119,7 @@ def train(run: Run, valid: HeldOut, console: Console) -> None:
 
 
 def transcribe(run: Run, held_out: HeldOut) -> list[tuple[str, ...]]:
-    """The phonemes of each word as the model has them.
+    """Transcribes each word to phonemes.
 
     Raises:
       Interrupted: if a signal came.
@@ -134,7 +134,7 @@ def transcribe(run: Run, held_out: HeldOut) -> list[tuple[str, ...]]:
 
 
 def score(written: list[tuple[str, ...]], split: Pronunciations) -> Scores:
-    """What is wrong with the phonemes of a split's words."""
+    """Scores the transcribed words of a split."""
     rate = best_error_rate(written, split.pronunciations)
     edits, phonemes = (int(np.asarray(part)) for part in (rate.total, rate.weight))
     wrong = sum(word not in ways for word, ways in zip(written, split.pronunciations, strict=True))
@@ -142,7 +142,7 @@ def score(written: list[tuple[str, ...]], split: Pronunciations) -> Scores:
 
 
 def _stream(batches: Batcher) -> Iterator[tuple[Batch, BatchIterator]]:
-    """Batches without end, each with the iterator that it came from, whose state is that after it."""
+    """Yields batches endlessly, each with its iterator, whose state is that after the batch."""
     while True:
         iterator = iter(batches)
         for batch in iterator:
@@ -150,7 +150,7 @@ def _stream(batches: Batcher) -> Iterator[tuple[Batch, BatchIterator]]:
 
 
 def _take_step(run: Run, stream: Iterator[tuple[Batch, BatchIterator]]) -> None:
-    """One step, timed unless it is the process's first, which compiles."""
+    """Takes one step, which is timed unless it is the process's first, which compiles."""
     history, start = run.history, time.perf_counter()
     batch, iterator = next(stream)
     waiting = time.perf_counter() - start
@@ -167,7 +167,7 @@ def _take_step(run: Run, stream: Iterator[tuple[Batch, BatchIterator]]) -> None:
 
 
 def _validate(run: Run, valid: HeldOut, per_epoch: int, console: Console) -> None:
-    """Scores the epoch that has just ended."""
+    """Scores the epoch that has ended."""
     scores = score(transcribe(run, valid), valid.split)
     run.history.validation.append(list(scores))
     loss = np.mean(run.history.losses[-per_epoch:])

@@ -1,0 +1,124 @@
+"""Call and Direction: one call of a drop-in RNN or Bidirectional, its arguments checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxpack._flax.known import KnownCell
+from jaxpack._flax.layout import Layout, Lengths
+from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.scan import Scan
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._types import PyTree
+
+
+class Call(NamedTuple):
+    """What the directions of one call share.
+
+    Attributes:
+      inputs: packed or padded, as `check_inputs` returns them.
+      layout: their axes.
+      seq_lengths: as given; None for padded inputs of which every step counts.
+      plan: the plan of the call or of the Bidirectional; None for each RNN's own.
+      forward_mode: True to differentiate the call in forward mode.
+    """
+
+    inputs: PackedSequence | jax.Array
+    layout: Layout
+    seq_lengths: Lengths | None
+    plan: BucketPlan | None
+    forward_mode: bool
+
+
+class Direction(NamedTuple):
+    """One RNN in a call.
+
+    Attributes:
+      carry: the initial carry, leaves [*batch, ...].
+      known: the cell, if jaxpack has its equations; else `scan` runs it.
+      scan: lax.scan of the cell, lifted by Flax.
+      plan: the plan for padded inputs; None to run without one.
+      reverse: True to read each sequence from its end.
+      keep_order: True to bring the outputs of a reversed direction back to the order of the inputs.
+      stacks_variables: True if `scan` gives variables of the cell a time axis, which only a padded batch has.
+      works_in_flax: False if Flax's own RNN fails on this call.
+    """
+
+    carry: PyTree
+    known: KnownCell | None
+    scan: Scan
+    plan: BucketPlan | None
+    reverse: bool
+    keep_order: bool
+    stacks_variables: bool
+    works_in_flax: bool = True
+
+
+def resolve_options(module: Any, **given: Any) -> dict[str, Any]:
+    """Returns the options of a call: each as given, or the module's own where it is None."""
+    return {name: getattr(module, name) if value is None else value for name, value in given.items()}
+
+
+def check_inputs(
+    inputs: PackedSequence | ArrayLike, seq_lengths: Lengths | None, plan: BucketPlan | None
+) -> PackedSequence | jax.Array:
+    """Validates the inputs of a call. Padded ones become an array.
+
+    Raises:
+      TypeError: if inputs are packed, and seq_lengths or plan are given too.
+    """
+    if not isinstance(inputs, PackedSequence):
+        return jnp.asarray(inputs)
+    if seq_lengths is not None or plan is not None:
+        raise TypeError("inputs are packed, and carry their lengths and plan: do not give seq_lengths= or plan=.")
+    return check_packed(inputs, "RNN")
+
+
+def check_pair(
+    rnns: tuple[Any, Any], rnn_class: type, inputs: PackedSequence | jax.Array, plan: BucketPlan | None
+) -> bool:
+    """Returns True if both RNNs of a Bidirectional are jaxpack's, which can share a batch and its steps.
+
+    Raises:
+      TypeError: if they are not, and the call has a plan or packed inputs.
+    """
+    forward_rnn, backward_rnn = rnns
+    if forward_rnn is backward_rnn:
+        warnings.warn("forward_rnn and backward_rnn are the same object, and share their parameters.", stacklevel=4)
+    if type(forward_rnn) is rnn_class and type(backward_rnn) is rnn_class:
+        return True
+    if isinstance(inputs, PackedSequence) or plan is not None:
+        raise TypeError(
+            f"a plan and packed inputs need RNNs of jaxpack, got {type(forward_rnn).__module__}."
+            f"{type(forward_rnn).__name__} and {type(backward_rnn).__module__}.{type(backward_rnn).__name__}. Import "
+            f"RNN from the module that Bidirectional comes from."
+        )
+    return False
+
+
+def delegate_to_flax(call: Call, directions: Sequence[Direction]) -> bool:
+    """Returns True if Flax's own call does as well: sequences have all steps, no cell is known and no plan acts."""
+    if isinstance(call.inputs, PackedSequence) or call.seq_lengths is not None:
+        return False
+    return all(
+        each.known is None and (each.plan is None or each.stacks_variables) and each.works_in_flax
+        for each in directions
+    )
+
+
+def merge(
+    results: Sequence[tuple[PyTree, PyTree]], merge_fn: Callable[[Any, Any], Any]
+) -> tuple[tuple[PyTree, PyTree], PyTree]:
+    """Returns the carries of both directions, and their outputs (packed: the data) merged leaf by leaf."""
+    (carry, outputs), (backward_carry, backward) = results
+    if isinstance(outputs, PackedSequence):
+        merged = outputs.replace(data=jax.tree.map(merge_fn, outputs.data, backward.data))
+    else:
+        merged = jax.tree.map(merge_fn, outputs, backward)
+    return (carry, backward_carry), merged
