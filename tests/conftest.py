@@ -53,9 +53,10 @@ def _compile_cheaply():
     known = {name: value for name, value in CHEAP_OPTIONS.items() if _is_known(name, value)}
     original = compiler.get_compile_options
 
-    def get_compile_options(*args, env_options_overrides=None, **options):
+    def get_compile_options(*args, **options):
         cheap = known if jax.config.values["jax_disable_most_optimizations"] else {}
-        return original(*args, env_options_overrides=cheap | (env_options_overrides or {}), **options)
+        overrides = cheap | (options.pop("env_options_overrides", None) or {})
+        return original(*args, **options | {"env_options_overrides": overrides})
 
     compiler.get_compile_options = get_compile_options
 

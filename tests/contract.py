@@ -524,7 +524,7 @@ class Contract:
         assert program(subject, call)._cache_size() == 1
 
     def test_ranks_need_no_promotion(self, subject, call):
-        assert jax.config.jax_numpy_rank_promotion == "raise"
+        assert jax.numpy_rank_promotion.value == "raise"
         program(subject, call)(operands(subject, (3, 5, 2)))
 
     def test_vmap_and_remat_change_no_result(self, subject):

@@ -1,5 +1,7 @@
 """Independent oracles: PyTorch where it is installed, and plain NumPy float64, one sequence at a time."""
 
+import contextlib
+import importlib
 from typing import Any
 
 import jax
@@ -7,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch: Any
-try:
-    import torch
-except ImportError:
-    torch = None
+torch: Any = None
+with contextlib.suppress(ImportError):
+    torch = importlib.import_module("torch")
 
 needs_torch = pytest.mark.skipif(torch is None, reason="torch, the oracle, is not installed on this Python")
 
@@ -92,7 +92,8 @@ def scanned(step, params, sequence, state):
     Returns:
       The outputs [L, D*H] and the final state.
     """
-    finals, depth, x = [], 0, sequence
+    finals: list[Any] = []
+    depth, x = 0, sequence
     while f"l{depth}" in params:
         names = [name for name in (f"l{depth}", f"l{depth}_reverse") if name in params]
         outputs = []
@@ -158,13 +159,13 @@ def layer(kind, params, sequences, initial):
             for d, name in enumerate(names):
                 row = depth * len(names) + d
                 state = tuple(full[row, b] for full in finals)
-                hs = []
+                steps = []
                 for step in x[::-1] if d else x:
                     state = cell_step(kind, params[name], state, step)
-                    hs.append(state[0])
+                    steps.append(state[0])
                 for full, value in zip(finals, state, strict=True):
                     full[row, b] = value
-                hs = np.array(hs).reshape(len(x), len(state[0]))
+                hs = np.array(steps).reshape(len(x), len(state[0]))
                 directions.append(hs[::-1] if d else hs)
             x = np.concatenate(directions, -1)
             depth += 1

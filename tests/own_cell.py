@@ -5,10 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxpack import cells
-from jaxpack.cells import Cell, Fused, RecurrentLayer, always_new, total_bias
-
-Linearization = getattr(cells, "Linearization", None) or cells.Linear
+from jaxpack.cells import Cell, Fused, Linearization, RecurrentLayer, always_new, total_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,18 +18,18 @@ class LeakyCell(Cell):
     def fuse(self, params):
         return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
 
-    def step(self, fused, carry, projected, select=always_new, tanh=jnp.tanh):
+    def step(self, fused, carry, projected, select=always_new):
         (h,) = carry
         bias = fused.bias.reshape((1,) * (h.ndim - 1) + fused.bias.shape)
-        t = tanh(projected + h @ fused.w_h + bias)
+        t = jnp.tanh(projected + h @ fused.w_h + bias)
         return (select(h + self.leak * (t - h), h),)
 
-    def linearise(self, fused, x, h, next_h, recall):
+    def linearize(self, fused, x, h, next_h, recall):
         t = h + (next_h - h) / self.leak
-        return Linearization(self.leak * (1 - t * t), jnp.full_like(h[:, :1], 1 - self.leak))
+        return Linearization(da_gates=self.leak * (1 - t * t), dh_dh=jnp.full_like(h[:, :1], 1 - self.leak))
 
     def pull_back(self, transposed, at, d, dc):
-        return at.gates * d, None
+        return at.da_gates * d, None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,12 +28,12 @@ def test_dropout_in_a_single_layer_warns_where_the_user_makes_it(layer_class):
     [
         (lambda: LSTM(0, H), ValueError, "input_size must be at least 1, got 0"),
         (lambda: LSTM(F, -1), ValueError, "hidden_size must be at least 1, got -1"),
-        (lambda: LSTM(F, 2.5), TypeError, "hidden_size must be an int, got 2.5"),
+        (lambda: LSTM(F, 2.5), TypeError, "hidden_size must be an int, got 2.5"),  # type: ignore[arg-type]
         (lambda: GRU(F, H, num_layers=0), ValueError, "num_layers must be at least 1, got 0"),
-        (lambda: GRU(F, H, 2, bias=1), TypeError, "bias must be a bool, got 1"),
+        (lambda: GRU(F, H, 2, bias=1), TypeError, "bias must be a bool, got 1"),  # type: ignore[arg-type]
         (lambda: GRU(F, H, 2, True, 1.5), ValueError, r"dropout must be a number in \[0, 1\].*got 1.5"),
-        (lambda: GRU(F, H, 2, True, "a"), ValueError, r"dropout must be a number in \[0, 1\].*got 'a'"),
-        (lambda: RNN(F, H, 1, ["tanh"]), ValueError, r"got \['tanh'\]"),
+        (lambda: GRU(F, H, 2, True, "a"), ValueError, r"dropout must be a number in \[0, 1\].*got 'a'"),  # type: ignore[arg-type]
+        (lambda: RNN(F, H, 1, ["tanh"]), ValueError, r"got \['tanh'\]"),  # type: ignore[arg-type]
         (lambda: RNN(F, H, nonlinearity="sigmoid"), ValueError, """must be "tanh" or "relu", got 'sigmoid'"""),
         (lambda: LSTM(F, H, proj_size=H), ValueError, "proj_size must be 0 .* below hidden_size=4, got 4"),
         (lambda: LSTM(F, H, proj_size=-1), ValueError, "proj_size must be 0 .* got -1"),
@@ -120,4 +120,4 @@ def test_what_is_no_parameters_is_refused(params):
 
 def test_a_seed_is_no_key():
     with pytest.raises(TypeError, match=r"random key, such as jax.random.key\(0\), got 7"):
-        SINGLE.init(7)
+        SINGLE.init(7)  # type: ignore[arg-type]

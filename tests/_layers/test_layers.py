@@ -190,8 +190,8 @@ def as_dtype(tree, dtype):
 def test_dtype_casts_inputs_parameters_and_states_and_so_the_results(kind):
     layer, lengths = make_layer(kind), np.array([3, 1])
     params, batch = layer.init(jax.random.key(0)), oracles.random_batch([3, 1], F, dtype=np.float32)
-    states = tuple(jnp.asarray(s) for s in initial_states(layer, 2, np.float32))
-    states = states if is_lstm(layer) else states[0]
+    leaves = tuple(jnp.asarray(s) for s in initial_states(layer, 2, np.float32))
+    states = leaves if is_lstm(layer) else leaves[0]
     half = jnp.bfloat16
     apply = functools.partial(layer.apply, lengths=lengths, plan=plan_padded(2, 3))
     expected = apply(as_dtype(params, half), batch.astype(half), as_dtype(states, half))
