@@ -1,6 +1,7 @@
-"""The contract of `contract.py`, kept by its subjects in `FLAX`."""
+"""The contract of `contract.py`, kept by the subjects in `FLAX`."""
 
-from contract import FLAX, Contract
+from contract import Contract
+from contract_subjects import FLAX
 
 
 class TestFlax(Contract):

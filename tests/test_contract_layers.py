@@ -1,6 +1,7 @@
-"""The contract of `contract.py`, kept by its subjects in `LAYERS`."""
+"""The contract of `contract.py`, kept by the subjects in `LAYERS`."""
 
-from contract import LAYERS, Contract
+from contract import Contract
+from contract_subjects import LAYERS
 
 
 class TestLayers(Contract):

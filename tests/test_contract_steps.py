@@ -1,6 +1,7 @@
-"""The contract of `contract.py`, kept by its subjects in `STEPS`."""
+"""The contract of `contract.py`, kept by the subjects in `STEPS`."""
 
-from contract import STEPS, Contract
+from contract import Contract
+from contract_subjects import STEPS
 
 
 class TestSteps(Contract):
