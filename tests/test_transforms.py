@@ -23,7 +23,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LAYERS = {
     "lstm": LSTM(F, H, bidirectional=True),
     "projected": LSTM(F, H, proj_size=2),
-    "gru": GRU(F, H, num_layers=2, bidirectional=True),
+    "gru": GRU(F, H),
 }
 
 
@@ -132,7 +132,7 @@ def test_an_ensemble_has_a_member_on_each_device():
     ensemble = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
 
     def gradient(params):
-        return jax.grad(lambda p: padded_scalar(layer, p, BATCH, LENGTHS, PLAN))(params)
+        return jax.grad(lambda p: padded_scalar(layer, p, BATCH, LENGTHS, plan_padded(B, T)))(params)
 
     def member(params):
         return jax.tree.map(lambda leaf: leaf[None], gradient(jax.tree.map(lambda leaf: leaf[0], params)))

@@ -167,14 +167,14 @@ def test_bad_input_in_flax_places(api):
             apply(params, batch(), seq_lengths=LENGTHS, plan=plan_buckets([3, 2, 1]))
         with pytest.raises(ValueError, match=r"lengths\[1\] = 6 does not fit the plan"):
             apply(params, batch(), seq_lengths=LENGTHS, plan=plan_buckets([5, 4, 3, 2]))
-        with pytest.raises(ValueError, match=r"begin with the batch axes \(4,\), got shape \(2, 4\)"):
+        with pytest.raises(ValueError, match=r"begin with the batch axes \(4,\), got shape \(2, 3\)"):
             apply(
                 params, batch(), seq_lengths=LENGTHS, initial_carry=jax.tree.map(lambda a: a[:2], carry_like(0, cell))
             )
         packed = pack_padded_sequence(batch(), LENGTHS, batch_first=True)
         with pytest.raises(TypeError, match="do not give seq_lengths= or plan="):
             apply(params, packed, seq_lengths=LENGTHS)
-    with pytest.raises(ValueError, match=r"initial_carry must be \(c, h\), each \[\*batch, 4\]"):
+    with pytest.raises(ValueError, match=r"initial_carry must be \(c, h\), each \[\*batch, 3\]"):
         apply(params, batch(), seq_lengths=LENGTHS, initial_carry=jnp.zeros((B, H)))
     flax_rnn = face.flax.RNN(face.cell("GRUCell"))
     apply, params = face.pure(face.ours.Bidirectional(flax_rnn, face.flax.RNN(face.cell("GRUCell"))))
