@@ -1,7 +1,6 @@
-"""Both Flax APIs behind one face, so that a test can hold a promise to either: pure functions of parameters.
+"""Both Flax APIs under one interface, so that a test can hold a promise to either: pure functions of parameters."""
 
-Calls are jitted, since op by op a call of a module is hundreds of programs to compile.
-"""
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +10,73 @@ from flax import linen, nnx
 import jaxpack.linen
 import jaxpack.nnx
 
-F, H = 3, 4
+F, H = 3, 3
 
 
-class Linen:
-    """Of flax.linen: parameters are variables."""
+class Api:
+    """One of the two APIs.
+
+    Attributes:
+      ours, flax: the module of jaxpack and the one of Flax.
+      cells: the names of Flax's cells.
+      unknown: the name of a cell that jaxpack has no equations for.
+    """
+
+    ours: Any
+    flax: Any
+    cells: tuple[str, ...]
+    unknown: str
+
+    def cell(self, name: str, **options: Any) -> Any:
+        """Makes a cell with float64 parameters."""
+        raise NotImplementedError
+
+    def of_kind(self, kind: Any, **options: Any) -> Any:
+        """Makes a cell of a class."""
+        raise NotImplementedError
+
+    def pure(self, module: Any, jit: bool = True) -> tuple[Any, Any]:
+        """Returns the module as a function of its parameters, and parameters of which none is zero."""
+        raise NotImplementedError
+
+
+class Linen(Api):
+    """The API of flax.linen: parameters are variables."""
 
     ours, flax = jaxpack.linen, linen
     cells = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "MGUCell")
+    unknown = "MGUCell"
 
     def cell(self, name, **options):
-        return getattr(linen, name)(H, param_dtype=jnp.float64, **options)
+        return self.of_kind(getattr(linen, name), param_dtype=jnp.float64, **options)
+
+    def of_kind(self, kind, **options):
+        return kind(H, **options)
 
     def pure(self, module, jit=True):
-        """The module as a function of its parameters, and parameters of which none is zero."""
         variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, F)))
         return jitted(module.apply) if jit else module.apply, _numbers(variables)
 
 
-class Nnx:
-    """Of flax.nnx: parameters are the state of nnx.Param."""
+class OwnCell(nnx.GRUCell):
+    """A subclass of a known cell, which may do something else."""
+
+
+class Nnx(Api):
+    """The API of flax.nnx: parameters are the state of nnx.Param."""
 
     ours, flax = jaxpack.nnx, nnx
     cells = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell")
+    unknown = "OwnCell"
 
     def cell(self, name, **options):
-        kind = getattr(nnx, name)
-        return kind(F, H, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0), **options)
+        kind = OwnCell if name == "OwnCell" else getattr(nnx, name)
+        return self.of_kind(kind, **{"dtype": None, "param_dtype": jnp.float64} | options)
+
+    def of_kind(self, kind, **options):
+        return kind(F, H, rngs=nnx.Rngs(0), **options)
 
     def pure(self, module, jit=True):
-        """The module as a function of its parameters, and parameters of which none is zero."""
         graph, params, rest = nnx.split(module, nnx.Param, ...)
 
         def apply(params, *args, **kwargs):
@@ -50,7 +86,7 @@ class Nnx:
 
 
 def jitted(apply):
-    """The function in one program a call, with options that are no arrays, lengths among them, as they are given."""
+    """Returns the function as one program a call, with its options, lengths among them, as they are given."""
 
     def call(params, *args, initial_carry=None, **options):
         def run(params, args, initial_carry):
@@ -62,7 +98,7 @@ def jitted(apply):
     return call
 
 
-APIS = {"linen": Linen(), "nnx": Nnx()}
+APIS: dict[str, Api] = {"linen": Linen(), "nnx": Nnx()}
 CELLS = [(api, cell) for api, each in APIS.items() for cell in each.cells]
 
 

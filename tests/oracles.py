@@ -1,13 +1,17 @@
 """Independent oracles: PyTorch where it is installed, and plain NumPy float64, one sequence at a time."""
 
+import contextlib
+import importlib
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-try:
-    import torch
-except ImportError:
-    torch = None
+torch: Any = None
+with contextlib.suppress(ImportError):
+    torch = importlib.import_module("torch")
 
 needs_torch = pytest.mark.skipif(torch is None, reason="torch, the oracle, is not installed on this Python")
 
@@ -49,27 +53,94 @@ def reverse(batch, lengths):
     return result
 
 
-def _sigmoid(a):
-    return 1 / (1 + np.exp(-a))
+def cell_step(kind, params, state, x, xp=np):
+    """Computes one step of a cell for one sequence; the state is (h,) or (h, c).
 
-
-def cell_step(kind, params, state, x):
-    """One step of a cell for one sequence, in NumPy; the state is (h,) or (h, c)."""
-    get = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    Args:
+      xp: NumPy, in whose float64 it computes, or jax.numpy.
+    """
+    get = {name: xp.asarray(value, np.float64) for name, value in params.items()}
     hidden = get["weight_hh"].shape[1]
+
+    def sigmoid(a):
+        return 1 / (1 + xp.exp(-a))
+
     from_x = x @ get["weight_ih"] + get.get("bias_ih", np.zeros(hidden))
     from_h = state[0] @ get["weight_hh"] + get.get("bias_hh", np.zeros(hidden))
-    if kind in ("tanh", "relu"):
+    if kind in ("tanh", "relu", "leaky"):
         a = from_x + from_h
-        return (np.tanh(a) if kind == "tanh" else np.maximum(a, 0),)
+        if kind == "leaky":
+            return (0.5 * state[0] + 0.5 * xp.tanh(a),)
+        return (xp.tanh(a) if kind == "tanh" else xp.maximum(a, 0),)
     if kind == "gru":
-        (xr, xz, xn), (hr, hz, hn) = np.split(from_x, 3), np.split(from_h, 3)
-        z, n = _sigmoid(xz + hz), np.tanh(xn + _sigmoid(xr + hr) * hn)
+        (xr, xz, xn), (hr, hz, hn) = xp.split(from_x, 3), xp.split(from_h, 3)
+        z, n = sigmoid(xz + hz), xp.tanh(xn + sigmoid(xr + hr) * hn)
         return ((1 - z) * n + z * state[0],)
-    i, f, g, o = np.split(from_x + from_h, 4)
-    c = _sigmoid(f) * state[1] + _sigmoid(i) * np.tanh(g)
-    h = _sigmoid(o) * np.tanh(c)
+    i, f, g, o = xp.split(from_x + from_h, 4)
+    c = sigmoid(f) * state[1] + sigmoid(i) * xp.tanh(g)
+    h = sigmoid(o) * xp.tanh(c)
     return (h @ get["weight_hr"] if "weight_hr" in get else h), c
+
+
+def scanned(step, params, sequence, state):
+    """Runs one sequence [L, F] through a stack by lax.scan, which JAX differentiates by itself.
+
+    Args:
+      step: step(params, state, x) -> state, whose first leaf is the output.
+      state: a tuple of [num_layers * D, size].
+
+    Returns:
+      The outputs [L, D*H] and the final state.
+    """
+    finals: list[Any] = []
+    depth, x = 0, sequence
+    while f"l{depth}" in params:
+        names = [name for name in (f"l{depth}", f"l{depth}_reverse") if name in params]
+        outputs = []
+        for name in names:
+
+            def body(state, x, group=params[name]):
+                state = step(group, state, x)
+                return state, state[0]
+
+            start = tuple(leaf[len(finals)] for leaf in state)
+            final, ys = jax.lax.scan(body, start, x, reverse=name.endswith("reverse"))
+            finals.append(final)
+            outputs.append(ys)
+        x = jnp.concatenate(outputs, -1)
+        depth += 1
+    return x, tuple(jnp.stack(leaves) for leaves in zip(*finals, strict=True))
+
+
+def torch_layer(layer):
+    """Returns the torch.nn module with a layer's options."""
+    options = {f: getattr(layer, f) for f in layer.__dataclass_fields__ if f not in ("input_size", "hidden_size")}
+    return getattr(torch.nn, type(layer).__name__)(layer.input_size, layer.hidden_size, **options)
+
+
+def torch_gradients(layer, params, batch, lengths, states, cotangents):
+    """Runs PyTorch's layer on a batch, packed, and pulls cotangents back through it.
+
+    Args:
+      params: as the layer of jaxpack takes them.
+      batch: [B, T, F].
+      lengths: [B], each at least 1.
+      states: a tuple of [num_layers * D, B, size].
+      cotangents: of the output [B, T, D*H] and of each state.
+
+    Returns:
+      The output and final states; the gradients of the parameters, the batch and the initial states.
+    """
+    module = torch_layer(layer).to(getattr(torch, np.dtype(batch.dtype).name))
+    module.load_state_dict({name: torch.tensor(value) for name, value in layer.to_torch(params).items()})
+    x, *states = (torch.tensor(np.nan_to_num(a), requires_grad=True) for a in (batch, *states))
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor(lengths), True, False)
+    output, final = module(packed, tuple(states) if len(states) == 2 else states[0])
+    output, _ = torch.nn.utils.rnn.pad_packed_sequence(output, True, total_length=batch.shape[1])
+    values = (output, *(final if len(states) == 2 else (final,)))
+    sum((value * torch.tensor(weight)).sum() for value, weight in zip(values, cotangents, strict=True)).backward()
+    weights = layer.from_torch({name: p.grad for name, p in module.named_parameters()})
+    return [value.detach().numpy() for value in values], [weights, *(leaf.grad.numpy() for leaf in (x, *states))]
 
 
 def layer(kind, params, sequences, initial):

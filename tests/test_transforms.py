@@ -1,6 +1,5 @@
-"""jit, grad, jvp, vmap, checkpoint, scan, shard_map and export over everything public that can be jitted."""
+"""Transforms around layers that `contract.py` does not promise, and over every public function of packed batches."""
 
-import dataclasses
 import functools
 
 import jax
@@ -22,13 +21,10 @@ LENGTHS = jnp.array([2, 5, 0, 3])
 BATCH = jnp.asarray(np.nan_to_num(oracles.random_batch(LENGTHS.tolist(), F, dtype=np.float32)))
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 LAYERS = {
-    "rnn": RNN(F, H, num_layers=2, bidirectional=True),
-    "relu": RNN(F, H, nonlinearity="relu"),
-    "lstm": LSTM(F, H, num_layers=2, bidirectional=True),
-    "projected": LSTM(F, H, bidirectional=True, proj_size=2),
-    "gru": GRU(F, H, num_layers=2, bidirectional=True),
+    "lstm": LSTM(F, H, bidirectional=True),
+    "projected": LSTM(F, H, proj_size=2),
+    "gru": GRU(F, H),
 }
-each_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def pack(batch=BATCH, lengths=LENGTHS, plan=PLAN):
@@ -48,25 +44,9 @@ def padded_scalar(layer, params, batch, lengths, plan):
     return scalar(layer, params, batch, lengths=lengths, plan=plan)
 
 
-@each_layer
-@pytest.mark.usefixtures("x64")
-def test_forward_mode_equals_reverse_mode(name):
-    layer, packed = LAYERS[name], pack(BATCH.astype(jnp.float64))
-    params = layer.init(jax.random.key(0))
-
-    def loss(p):
-        return scalar(layer, p, packed, forward_mode=True)
-
-    gradient = jax.jit(jax.grad(lambda p: scalar(layer, p, packed)))(params)
-    tangent = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params)
-    _, directional = jax.jit(lambda p, t: jax.jvp(loss, (p,), (t,)))(params, tangent)
-    expected = sum((g * t).sum() for g, t in zip(jax.tree.leaves(gradient), jax.tree.leaves(tangent), strict=True))
-    np.testing.assert_allclose(directional, expected, rtol=1e-12)
-
-
 @pytest.mark.usefixtures("x64")
 def test_jacfwd_and_hessian():
-    layer, packed = LSTM(F, 2), pack(BATCH.astype(jnp.float64))
+    layer, packed = LSTM(F, 2), pack(BATCH.astype(jnp.float64), plan=plan_padded(B, T))
     params = layer.init(jax.random.key(0))
 
     def loss(bias, **options):
@@ -78,40 +58,6 @@ def test_jacfwd_and_hessian():
     hessian = jax.jit(jax.hessian(loss))(bias)
     np.testing.assert_allclose(hessian, jax.jit(jax.jacrev(jax.jacrev(loss)))(bias), rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [("gru", PLAN), ("gru", ROWS), ("gru", None), ("projected", ROWS), ("relu", PLAN)],
-    ids=["gru-stairs", "gru-rows", "gru-none", "projected-rows", "relu-stairs"],
-)
-def test_vmap_over_parameters_is_an_ensemble(name, plan):
-    layer = dataclasses.replace(LAYERS[name], num_layers=1)
-    params = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
-    gradient = jax.jit(jax.grad(lambda p, n: padded_scalar(layer, p, BATCH, n, plan)))
-    together = jax.jit(jax.vmap(gradient, (0, None)))(params, LENGTHS)
-    for i in range(2):
-        alone = gradient(jax.tree.map(lambda leaf, i=i: leaf[i], params), LENGTHS)
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-4, atol=1e-5), together, alone)
-
-
-@on_each_plan
-def test_vmap_over_batches_of_one_plan(plan):
-    layer = dataclasses.replace(LAYERS["lstm"], num_layers=1)
-    params = layer.init(jax.random.key(0))
-    batches = jnp.stack([BATCH, BATCH * 2])
-    lengths = jnp.stack([LENGTHS, jnp.array([5, 5, 3, 1])])
-    gradient = jax.jit(jax.value_and_grad(lambda x, n: padded_scalar(layer, params, x, n, plan)))
-    together = jax.jit(jax.vmap(gradient))(batches, lengths)
-    for i in range(2):
-        alone = gradient(batches[i], lengths[i])
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-4, atol=1e-5), together, alone)
-
-
-def test_vmap_over_packed_batches():
-    packed = jax.vmap(pack)(jnp.stack([BATCH, BATCH * 2]), jnp.stack([LENGTHS, LENGTHS]))
-    sums = jax.vmap(jaxpack.segment_sum)(packed)
-    np.testing.assert_allclose(sums[1], jaxpack.segment_sum(pack(BATCH * 2)), atol=1e-6)
 
 
 @pytest.mark.parametrize("plan", [PLAN, ROWS], ids=["stairs", "rows"])
@@ -139,45 +85,119 @@ def test_checkpoint_and_scan_around_a_packed_layer(plan):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradient, expected)
 
 
-@on_each_plan
-def test_shard_map_packs_a_plan_per_shard(plan):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    layer = LAYERS["gru"]
-    params = layer.init(jax.random.key(0))
-    batch, lengths = jnp.concatenate([BATCH, BATCH * 2]), jnp.concatenate([LENGTHS, jnp.array([5, 5, 3, 1])])
-    specs = (jax.P(), jax.P("data"), jax.P("data"))
-
-    @jax.jit
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=specs, out_specs=(jax.P("data"), jax.P(None, "data"), jax.P())
-    )
-    def run(params, batch, lengths):
-        def loss(params):
-            output, state = layer.apply(params, batch, lengths=lengths, plan=plan)
-            means = output.sum(1) / jnp.maximum(lengths, 1)[:, None]
-            return lax.psum((means**2).sum(), "data"), (means, state)
-
-        gradient, (means, state) = jax.grad(loss, has_aux=True)(params)
-        return means, state, gradient
-
-    def reference(params):
-        output, state = layer.apply(params, batch, lengths=lengths)
-        means = output.sum(1) / jnp.maximum(lengths, 1)[:, None]
-        return (means**2).sum(), (means, state)
-
-    expected, (means, state) = jax.grad(reference, has_aux=True)(params)
-    for ours, theirs in zip(
-        jax.tree.leaves(run(params, batch, lengths)), jax.tree.leaves((means, state, expected)), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
-
-
 def test_layers_run_under_an_explicit_mesh_with_replicated_batches():
     layer = LAYERS["lstm"]
     params = layer.init(jax.random.key(0))
     with jax.set_mesh(jax.make_mesh((1,), ("data",))):
         output, _ = jax.jit(lambda x, n: layer.apply(params, x, lengths=n))(BATCH, LENGTHS)
     np.testing.assert_allclose(output, layer.apply(params, BATCH, lengths=LENGTHS)[0], atol=1e-6)
+
+
+@on_each_plan
+@pytest.mark.parametrize("name", ["projected", "gru"])
+def test_a_training_step_lowers_for_every_platform(name, plan):
+    layer, optimizer = LAYERS[name], optax.adam(1e-3)
+    params = layer.init(jax.random.key(0))
+
+    def step(params, state, batch, lengths):
+        loss, gradients = jax.value_and_grad(lambda p: padded_scalar(layer, p, batch, lengths, plan))(params)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, loss
+
+    exported = jax.export.export(jax.jit(step), platforms=PLATFORMS)(params, optimizer.init(params), BATCH, LENGTHS)
+    assert exported.platforms == PLATFORMS
+
+
+@pytest.mark.optimized
+def test_lengths_that_are_still_computed_are_not_waited_for():
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+
+    def run(lengths):
+        packed = pack(lengths=lengths)
+        return layer.apply(params, packed), layer.apply(params, BATCH, lengths=lengths, plan=PLAN), jaxpack.last(packed)
+
+    late_by = jax.jit(lambda n, x: n + (lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), x).sum() * 0).astype(int))
+    slow = late_by.lower(LENGTHS, jnp.zeros((500, 500))).compile()
+    expected = jax.block_until_ready(run(LENGTHS))  # and all is compiled
+    late = slow(LENGTHS, jnp.zeros((500, 500)))
+    results = run(late)
+    assert not late.is_ready()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), results, expected)
+
+
+def test_an_ensemble_has_a_member_on_each_device():
+    mesh = jax.make_mesh((2,), ("member",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = LAYERS["projected"]
+    ensemble = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
+
+    def gradient(params):
+        return jax.grad(lambda p: padded_scalar(layer, p, BATCH, LENGTHS, plan_padded(B, T)))(params)
+
+    def member(params):
+        return jax.tree.map(lambda leaf: leaf[None], gradient(jax.tree.map(lambda leaf: leaf[0], params)))
+
+    spread = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=jax.P("member"), out_specs=jax.P("member")))(ensemble)
+    expected = jax.jit(jax.vmap(gradient))(ensemble)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, expected)
+
+
+def test_vmap_over_sequences_and_their_lengths_is_a_batch():
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+
+    def loss(params, run):
+        output, state = run(params)
+        return (output**2).sum() + jnp.sin(state).sum(), (output, state)
+
+    def alone(params):
+        output, state = jax.vmap(lambda x, n: layer.apply(params, x, lengths=n))(BATCH, LENGTHS)
+        return output, jnp.moveaxis(state, 0, 1)
+
+    def together(params):
+        return layer.apply(params, BATCH, lengths=LENGTHS)
+
+    results = [jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(params, run) for run in (alone, together)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
+
+
+def test_one_sequence_takes_its_length():
+    layer = LAYERS["lstm"]
+    params = layer.init(jax.random.key(0))
+    output, _ = layer.apply(params, BATCH[1], lengths=3)
+    np.testing.assert_allclose(output[:3], layer.apply(params, BATCH[1, :3])[0], rtol=1e-5, atol=1e-6)
+    assert (output[3:] == 0).all()
+    assert (layer.apply(params, BATCH[1], lengths=0)[0] == 0).all()
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 6 is longer than the padded batch, which has 5 steps"):
+        layer.apply(params, BATCH[1], lengths=6)
+
+
+def test_a_symbolic_shape_is_refused_with_the_way_out():
+    layer = LAYERS["gru"]
+    params = layer.init(jax.random.key(0))
+    for shape in ("b, 5, 3", "4, t, 3"):
+        batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+        with pytest.raises(ValueError, match=r"symbolic (batch|time) axis, (b|t), but a plan has static shapes"):
+            jax.export.export(jax.jit(lambda x: layer.apply(params, x)))(batch)
+
+
+def test_no_eager_call_waits_for_what_another_computes():
+    layer = LAYERS["lstm"]
+    params, packed = layer.init(jax.random.key(0)), pack()
+    output, _ = layer.apply(params, packed)
+    for result in (output, output.map(jnp.exp), jaxpack.reverse_sequences(output), jaxpack.softmax(output) + output):
+        assert result.lengths is packed.lengths
+        assert result.sorted_indices is packed.sorted_indices
+        assert result.unsorted_indices is packed.unsorted_indices
+
+
+# packed functions
+
+
+def test_vmap_over_packed_batches():
+    packed = jax.vmap(pack)(jnp.stack([BATCH, BATCH * 2]), jnp.stack([LENGTHS, LENGTHS]))
+    sums = jax.vmap(jaxpack.segment_sum)(packed)
+    np.testing.assert_allclose(sums[1], jaxpack.segment_sum(pack(BATCH * 2)), atol=1e-6)
 
 
 FUNCTIONS = {
@@ -238,23 +258,8 @@ def test_lowers_for_every_platform(name):
             np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6, rtol=1e-6
         ),
         exported.call(BATCH, LENGTHS),
-        function(BATCH, LENGTHS),
+        jax.jit(function)(BATCH, LENGTHS),
     )
-
-
-@on_each_plan
-@pytest.mark.parametrize("name", ["projected", "gru"])
-def test_a_training_step_lowers_for_every_platform(name, plan):
-    layer, optimizer = LAYERS[name], optax.adam(1e-3)
-    params = layer.init(jax.random.key(0))
-
-    def step(params, state, batch, lengths):
-        loss, gradients = jax.value_and_grad(lambda p: padded_scalar(layer, p, batch, lengths, plan))(params)
-        updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(params, updates), state, loss
-
-    exported = jax.export.export(jax.jit(step), platforms=PLATFORMS)(params, optimizer.init(params), BATCH, LENGTHS)
-    assert exported.platforms == PLATFORMS
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in WITHOUT_GRADIENT])
@@ -279,7 +284,7 @@ def test_a_padded_plan_and_a_tight_plan_lower_to_other_programs():
     run = jax.jit(lambda packed: jaxpack.segment_sum(packed))
     for plan in (PLAN, plan_padded(B, T), PLAN):
         run(pack_padded_sequence(BATCH, LENGTHS, True, plan=plan))
-    assert run._cache_size() == 2
+    assert run._cache_size() == 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -307,40 +312,6 @@ def test_a_scan_inside_shard_map_takes_a_constant_carry(plan):
     assert odd.tolist() == [False, True, False, True]
 
 
-@pytest.mark.optimized
-def test_lengths_that_are_still_computed_are_not_waited_for():
-    layer = LAYERS["gru"]
-    params = layer.init(jax.random.key(0))
-
-    def run(lengths):
-        packed = pack(lengths=lengths)
-        return layer.apply(params, packed), layer.apply(params, BATCH, lengths=lengths, plan=PLAN), jaxpack.last(packed)
-
-    slow = jax.jit(lambda n, x: n + (lax.fori_loop(0, 300, lambda _, y: jnp.tanh(y @ y), x).sum() * 0).astype(int))
-    slow = slow.lower(LENGTHS, jnp.zeros((500, 500))).compile()
-    expected = jax.block_until_ready(run(LENGTHS))  # and all is compiled
-    late = slow(LENGTHS, jnp.zeros((500, 500)))
-    results = run(late)
-    assert not late.is_ready()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), results, expected)
-
-
-def test_an_ensemble_has_a_member_on_each_device():
-    mesh = jax.make_mesh((2,), ("member",), axis_types=(jax.sharding.AxisType.Auto,))
-    layer = LAYERS["projected"]
-    ensemble = jax.vmap(layer.init)(jax.random.split(jax.random.key(0), 2))
-
-    def gradient(params):
-        return jax.grad(lambda p: padded_scalar(layer, p, BATCH, LENGTHS, PLAN))(params)
-
-    def member(params):
-        return jax.tree.map(lambda leaf: leaf[None], gradient(jax.tree.map(lambda leaf: leaf[0], params)))
-
-    spread = jax.jit(jax.shard_map(member, mesh=mesh, in_specs=jax.P("member"), out_specs=jax.P("member")))(ensemble)
-    expected = jax.jit(jax.vmap(gradient))(ensemble)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), spread, expected)
-
-
 NONE = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
 
 
@@ -359,58 +330,6 @@ def test_a_batch_of_no_sequences_gives_results_for_none(name):
             assert np.isfinite(leaf).all()
 
 
-@each_layer
-def test_layers_give_a_batch_of_no_sequences_states_and_gradients_of_zero(name):
-    layer = LAYERS[name]
-    params, batch = layer.init(jax.random.key(0)), jnp.ones((0, T, F))
-    for lengths in (None, np.zeros(0, int)):
-        output, state = layer.apply(params, batch, lengths=lengths)
-        assert output.shape == (0, T, layer.output_size)
-        assert first_state(state).shape[:2] == (layer.num_layers * layer.num_directions, 0)
-    traced = jax.jit(jax.grad(lambda p, n: layer.apply(p, batch, lengths=n)[0].sum()))(params, jnp.zeros(0, int))
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(traced))
-    assert layer.apply(params, NONE)[0].data.shape == (0, layer.output_size)
-
-
-def test_vmap_over_sequences_and_their_lengths_is_a_batch():
-    layer = LAYERS["gru"]
-    params = layer.init(jax.random.key(0))
-
-    def loss(params, run):
-        output, state = run(params)
-        return (output**2).sum() + jnp.sin(state).sum(), (output, state)
-
-    def alone(params):
-        output, state = jax.vmap(lambda x, n: layer.apply(params, x, lengths=n))(BATCH, LENGTHS)
-        return output, jnp.moveaxis(state, 0, 1)
-
-    def together(params):
-        return layer.apply(params, BATCH, lengths=LENGTHS)
-
-    results = [jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(params, run) for run in (alone, together)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *results)
-
-
-def test_one_sequence_takes_its_length():
-    layer = LAYERS["lstm"]
-    params = layer.init(jax.random.key(0))
-    output, _ = layer.apply(params, BATCH[1], lengths=3)
-    np.testing.assert_allclose(output[:3], layer.apply(params, BATCH[1, :3])[0], rtol=1e-5, atol=1e-6)
-    assert (output[3:] == 0).all()
-    assert (layer.apply(params, BATCH[1], lengths=0)[0] == 0).all()
-    with pytest.raises(ValueError, match=r"lengths\[0\] = 6 is longer than the padded batch, which has 5 steps"):
-        layer.apply(params, BATCH[1], lengths=6)
-
-
-def test_a_symbolic_shape_is_refused_with_the_way_out():
-    layer = LAYERS["gru"]
-    params = layer.init(jax.random.key(0))
-    for shape in ("b, 5, 3", "4, t, 3"):
-        batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
-        with pytest.raises(ValueError, match=r"symbolic (batch|time) axis, (b|t), but a plan has static shapes"):
-            jax.export.export(jax.jit(lambda x: layer.apply(params, x)))(batch)
-
-
 EAGER = [n for n in FUNCTIONS if n not in ("pack_sequence", "pad_sequence", "packed_scan") and not n.endswith("_cell")]
 
 
@@ -421,13 +340,3 @@ def test_outside_jit_a_function_is_few_programs(name):
     # Arithmetic makes four results, map calls exp in between, and the values to broadcast are sliced here.
     most = {"arithmetic": 4, "mask and fits": 2, "map": 3, "broadcast_to_steps": 3}.get(name, 1)
     assert len(jaxpr.eqns) <= most, jaxpr
-
-
-def test_no_eager_call_waits_for_what_another_computes():
-    layer = LAYERS["lstm"]
-    params, packed = layer.init(jax.random.key(0)), pack()
-    output, _ = layer.apply(params, packed)
-    for result in (output, output.map(jnp.exp), jaxpack.reverse_sequences(output), jaxpack.softmax(output) + output):
-        assert result.lengths is packed.lengths
-        assert result.sorted_indices is packed.sorted_indices
-        assert result.unsorted_indices is packed.unsorted_indices

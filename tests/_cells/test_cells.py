@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxpack import GRU, LSTM, RNN, gru_cell, lstm_cell, rnn_cell
 
 F, H, P, T = 3, 4, 2, 5
 relu_cell = functools.partial(rnn_cell, nonlinearity="relu")
-CELLS = {
+CELLS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
     "tanh": (rnn_cell, RNN(F, H), (H,)),
     "relu": (relu_cell, RNN(F, H, nonlinearity="relu"), (H,)),
     "lstm": (lstm_cell, LSTM(F, H), (H, H)),
@@ -79,8 +80,8 @@ def test_batch_axes_are_free():
             ValueError,
             r"batch axes must be those of x, \(2, 3\), got shape \(5, 4\)",
         ),
-        (lambda p: lstm_cell(p, jnp.zeros(H), jnp.ones(F)), TypeError, r"carry must be a pair \(h, c\)"),
-        (lambda p: rnn_cell(p, (jnp.zeros(H),) * 2, jnp.ones(F)), TypeError, "carry must be an array h"),
+        (lambda p: lstm_cell(p, jnp.zeros(H), jnp.ones(F)), TypeError, r"carry must be a pair \(h, c\)"),  # type: ignore[arg-type]
+        (lambda p: rnn_cell(p, (jnp.zeros(H),) * 2, jnp.ones(F)), TypeError, "carry must be an array h"),  # type: ignore[arg-type]
         (lambda p: rnn_cell(p, jnp.zeros(H), jnp.ones(F), "sin"), ValueError, "nonlinearity must be .* got 'sin'"),
     ],
 )

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def test_what_an_initialiser_wraps_around_its_array_stays_around_the_parameter()
     layer = LAYERS["gru"]
     wrapped = nn.with_partitioning(orthogonal(), (None, "model"))
     plain = layer.init(KEY, recurrent_kernel_init=orthogonal(), bias_init={"r": ones})
-    params = layer.init(
+    params: Any = layer.init(
         KEY, recurrent_kernel_init=wrapped, bias_init={"r": nn.with_logical_partitioning(ones, ("units",))}
     )
     assert params["l0"]["weight_hh"].names == (None, "model")

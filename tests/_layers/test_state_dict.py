@@ -39,7 +39,7 @@ def test_torch_state_dicts_go_in_and_out_unchanged(layer):
 def test_numpy_arrays_round_trip_without_torch(layer):
     params = layer.init(jax.random.key(0))
     again = layer.from_torch(layer.to_torch(params))
-    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert again.keys() == params.keys()
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 

@@ -15,7 +15,8 @@ from jaxpack._recurrence.windows import checkpoint_rows, ladder_cells, ladder_en
 
 def own_cells(stairs):
     """How often each cell is among a window's own, and where each chunk keeps its memory, in the order of the loops."""
-    cells, kept = collections.Counter(), []
+    cells: collections.Counter[int] = collections.Counter()
+    kept = []
     for stair in stairs:
         for index in range(int(stair.number)):
             window = stair.window(index)

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import functools
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +24,7 @@ X = np.nan_to_num(oracles.random_batch(LENGTHS, F, dtype=np.float32))
 PACKED = jaxpack.pack_padded_sequence(X, LENGTHS, batch_first=True, plan=jaxpack.plan_padded(2, 4))
 KEYS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 STACK = {"num_layers": 2, "dropout": 0.5, "deterministic": False}
-MODULES = {
+MODULES: dict[str, Any] = {
     "SimpleRNN": jaxpack.linen.SimpleRNN(H, **STACK),
     "LSTM": jaxpack.linen.LSTM(H, **STACK),
     "GRU": jaxpack.linen.GRU(H, **STACK),
@@ -38,7 +40,7 @@ class Outer(nn.Module):
     """A user's model around one of ours."""
 
     inner: nn.Module
-    around: object = staticmethod(lambda inner, x: inner(x))
+    around: Callable[..., Any] = staticmethod(lambda inner, x: inner(x))
 
     @nn.compact
     def __call__(self, x):

@@ -262,9 +262,8 @@ def test_the_same_rnn_twice_is_said():
     layer = Bidirectional(rnn, rnn)
     with pytest.warns(UserWarning, match="share their parameters"):
         variables = start(layer, jax.random.key(0), batch(nan=False))
-    assert jax.tree.structure(variables) == jax.tree.structure(
-        start(nn.Bidirectional(*[nn.RNN(nn.GRUCell(H))] * 2), jax.random.key(0), batch(nan=False))
-    )
+    expected = start(nn.Bidirectional(*[nn.RNN(nn.GRUCell(H))] * 2), jax.random.key(0), batch(nan=False))
+    assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, expected)
 
 
 def test_version_of_the_core_is_the_same_layer():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,8 +32,14 @@ def rnn(cell, rngs):
 
 
 STACKS = {name: getattr(jaxpack.nnx, name) for name in ("SimpleRNN", "LSTM", "GRU")}
-MAKERS = {
-    **{name: lambda rngs, kind=kind: kind(F, H, 2, dropout=0.5, rngs=rngs) for name, kind in STACKS.items()},
+
+
+def maker(kind):
+    return lambda rngs: kind(F, H, 2, dropout=0.5, rngs=rngs)
+
+
+MAKERS: dict[str, Any] = {
+    **{name: maker(kind) for name, kind in STACKS.items()},
     "RNN": lambda rngs: rnn(nnx.GRUCell, rngs),
     "RNN of any cell": lambda rngs: rnn(Doubled, rngs),
     "Bidirectional": lambda rngs: jaxpack.nnx.Bidirectional(rnn(nnx.LSTMCell, rngs), rnn(nnx.LSTMCell, rngs)),

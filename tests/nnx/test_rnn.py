@@ -173,7 +173,8 @@ class Tagger(nnx.Module):
 
 
 def tagger(ours, seed=0):
-    return Tagger(*((RNN, Bidirectional) if ours else (nnx.RNN, nnx.Bidirectional)), nnx.Rngs(seed, carry=1))
+    rnn, bidirectional = (RNN, Bidirectional) if ours else (nnx.RNN, nnx.Bidirectional)
+    return Tagger(rnn, bidirectional, nnx.Rngs(seed, carry=1))
 
 
 def test_a_checkpoint_of_a_model_of_flax_loads_unchanged(tmp_path):

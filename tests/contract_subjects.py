@@ -1,0 +1,229 @@
+"""The subjects of the contract: layers, stacks, drop-ins and users' steps, each as pure functions.
+
+One joins by an entry in `LAYERS`, `FLAX` or `STEPS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+from flax import nnx
+from flax_apis import APIS, F, H
+from own_cell import LeakyRNN
+
+import jaxpack
+import jaxpack.linen
+import jaxpack.nnx
+from jaxpack import GRU, LSTM, RNN, BucketPlan
+
+B, T = 3, 6
+
+
+class Call(NamedTuple):
+    """One way to call a subject.
+
+    Attributes:
+      plan: the plan, or None for lengths alone.
+      packed: whether inputs are packed under it, or padded and given beside it.
+      misfits: lengths of which the second does not fit, and the others do.
+    """
+
+    plan: BucketPlan | None
+    packed: bool
+    misfits: tuple[tuple[int, ...], ...] = ()
+
+
+CALLS = {
+    "exact": Call(jaxpack.plan_exact([5, 3, 3]), True, ((3, 6, 2),)),
+    "buckets": Call(BucketPlan((4, 6), (3, 2)), True, ((6, 5, 6),)),
+    "padded": Call(jaxpack.plan_padded(B, T), False),
+    "rows": Call(BucketPlan((9,), (2,), ((0, 5), (0,))), True, ((6, 6, 1),)),
+    "none": Call(None, False),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """Something recurrent as pure functions.
+
+    Attributes:
+      params: float64 parameters.
+      run: run(params, inputs, state, **options) -> (outputs, final state), for packed inputs, or padded ones with
+        options lengths and plan. Leaves of states are [B, ...], outputs are laid out as the inputs. Another option is
+        forward_mode, where `own_derivative` is set.
+      state: zeros for the state of one sequence.
+      one: one(params, xs, state) -> (ys, final state), for one sequence [L, F], by equations that are not jaxpack's.
+      layer: the layer of jaxpack that computes the same, where PyTorch has it: its module is the oracle.
+      plain: the parameters, or their gradient, as that layer takes them.
+      own_derivative: whether forward mode has to be asked for.
+      calls: the names of the calls it takes.
+    """
+
+    params: Any
+    run: Callable[..., tuple[Any, Any]]
+    state: Any
+    one: Callable[..., tuple[Any, Any]]
+    layer: Any = None
+    plain: Callable[[Any], Any] = lambda params: params
+    own_derivative: bool = True
+    calls: tuple[str, ...] = tuple(CALLS)
+
+    @property
+    def output(self):
+        """Zeros for the outputs of one step."""
+        xs = np.zeros((1, F))
+        shapes, _ = jax.eval_shape(self.one, self.params, xs, self.state)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:]), shapes)
+
+
+def _swapped(state):
+    """A layer's state [num_layers * D, B, H] with its batch first, and back."""
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), state)
+
+
+def _layer_subject(kind, layer, params, apply, plain=lambda params: params):
+    def run(params, inputs, state, **options):
+        outputs, final = apply(params, inputs, _swapped(state), **options)
+        return outputs, _swapped(final)
+
+    def one(params, xs, state):
+        pair = isinstance(state, tuple)
+        step = functools.partial(oracles.cell_step, kind, xp=jnp)
+        ys, final = oracles.scanned(step, plain(params), xs, state if pair else (state,))
+        return ys, final if pair else final[0]
+
+    count = layer.num_layers * layer.num_directions
+    state = jax.tree.map(lambda size: np.zeros((count, size)), layer.cell.state_sizes)
+    return Subject(params, run, state, one, None if kind == "leaky" else layer, plain)
+
+
+def of_layer(kind, layer):
+    """A layer of jaxpack.
+
+    Args:
+      kind: the name of its equations in `oracles.cell_step`.
+    """
+    return _layer_subject(kind, layer, oracles.random_params(layer), layer.apply)
+
+
+def of_stack(kind, api, module, layer):
+    """A stack of Flax.
+
+    Args:
+      api: "linen" or "nnx".
+      module: makes the stack.
+      layer: what it is a stack of.
+    """
+    apply, params = APIS[api].pure(module(), jit=False)
+
+    def run(params, inputs, state, lengths=None, **options):
+        return apply(params, inputs, state, seq_lengths=lengths, **options)
+
+    def plain(params):
+        return params["params"] if api == "linen" else nnx.to_pure_dict(params)
+
+    return _layer_subject(kind, layer, params, run, plain)
+
+
+def of_dropin(api, *cells):
+    """A drop-in RNN over a cell of Flax, or Bidirectional over two; Flax's own is the oracle."""
+    face = APIS[api]
+    options = {"return_carry": True}
+
+    def module(part):
+        rnns = [part.RNN(face.cell(cell), **(options if len(cells) == 1 else {})) for cell in cells]
+        return rnns[0] if len(rnns) == 1 else part.Bidirectional(*rnns, **options)
+
+    apply, params = face.pure(module(face.ours), jit=False)
+    flax_apply, _ = face.pure(module(face.flax), jit=False)
+
+    def run(params, inputs, state, lengths=None, **options):
+        final, outputs = apply(params, inputs, initial_carry=state, seq_lengths=lengths, **options)
+        return outputs, final
+
+    def one(params, xs, state):
+        carry = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
+        final, outputs = flax_apply(params, jnp.asarray(xs)[None], initial_carry=carry)
+        return outputs[0], jax.tree.map(lambda leaf: leaf[0], final)
+
+    states = [(np.zeros(H), np.zeros(H)) if "LSTM" in cell else np.zeros(H) for cell in cells]
+    known = any(cell != face.unknown for cell in cells)
+    return Subject(params, run, states[0] if len(cells) == 1 else tuple(states), one, own_derivative=known)
+
+
+def of_step(step, params, state):
+    """A user's step in packed_scan.
+
+    Args:
+      step: step(params, carry, x) -> (carry, y).
+    """
+
+    def run(params, packed, state):
+        final, outputs = jaxpack.packed_scan(functools.partial(step, params), state, packed)
+        return outputs, final
+
+    def one(params, xs, state):
+        final, ys = jax.lax.scan(functools.partial(step, params), state, xs)
+        return ys, final
+
+    planned = tuple(name for name, call in CALLS.items() if call.plan is not None)
+    return Subject(params, run, state, one, own_derivative=False, calls=planned)
+
+
+def log_step(params, carry, x):
+    """A recurrence with a pytree for a carry and for outputs, which would make infinities of zeros."""
+    logs = jnp.log((x * params["weight"].reshape((1,) * (x.ndim - 1) + (-1,))) ** 2)
+    mean = 0.5 * carry["mean"] + logs
+    total = 0.9 * carry["total"] + mean.sum(-1)
+    return {"mean": mean, "total": total}, {"total": total, "tanh": jnp.tanh(mean)}
+
+
+LAYERS: dict[str, Callable[[], Subject]] = {
+    "RNN, 2 layers, bidirectional": lambda: of_layer("tanh", RNN(F, H, num_layers=2, bidirectional=True)),
+    "RNN relu": lambda: of_layer("relu", RNN(F, H, nonlinearity="relu")),
+    "LSTM bidirectional": lambda: of_layer("lstm", LSTM(F, H, bidirectional=True)),
+    "LSTM projected": lambda: of_layer("lstm", LSTM(F, H, proj_size=2)),
+    "GRU": lambda: of_layer("gru", GRU(F, H)),
+    "LeakyRNN": lambda: of_layer("leaky", LeakyRNN(F, H)),
+}
+FLAX: dict[str, Callable[[], Subject]] = {
+    "nnx.GRU": lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H)),
+    "linen.LSTM": lambda: of_stack(
+        "lstm", "linen", lambda: jaxpack.linen.LSTM(H, proj_size=2), LSTM(F, H, proj_size=2)
+    ),
+    "linen.RNN(LSTMCell)": lambda: of_dropin("linen", "LSTMCell"),
+    "nnx.RNN(GRUCell)": lambda: of_dropin("nnx", "GRUCell"),
+    "linen.RNN(MGUCell)": lambda: of_dropin("linen", "MGUCell"),
+    "nnx.RNN(OwnCell)": lambda: of_dropin("nnx", "OwnCell"),
+    "nnx.Bidirectional(SimpleCell, SimpleCell)": lambda: of_dropin("nnx", "SimpleCell", "SimpleCell"),
+    "linen.Bidirectional(GRUCell, MGUCell)": lambda: of_dropin("linen", "GRUCell", "MGUCell"),
+}
+STEPS: dict[str, Callable[[], Subject]] = {
+    "lstm_cell": lambda: of_step(
+        jaxpack.lstm_cell, oracles.random_params(LSTM(F, H))["l0"], (np.zeros(H), np.zeros(H))
+    ),
+    "log_step": lambda: of_step(
+        log_step, {"weight": np.array([0.3, -0.8, 1.2])}, {"mean": np.zeros(F), "total": np.zeros(())}
+    ),
+}
+SUBJECTS = LAYERS | FLAX | STEPS
+FLOAT64: dict[str, Any] = {"param_dtype": float, "rngs": nnx.Rngs(0)}
+
+
+@functools.cache
+def subject_of(name: str) -> Subject:
+    """Returns a subject of the table."""
+    return SUBJECTS[name]()
+
+
+def one_call(name: str, turn: int) -> str:
+    """Returns one call of a subject for a promise that compiles a program of its own: they take turns."""
+    calls = subject_of(name).calls
+    return calls[(list(SUBJECTS).index(name) + turn) % len(calls)]
