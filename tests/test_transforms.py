@@ -1,4 +1,4 @@
-"""Transforms around layers that `contract.py` does not promise, and over every public function of packed batches."""
+"""Transforms around layers that `contract.py` does not promise."""
 
 import functools
 
@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jaxpack
-from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, packed_scan, plan_padded
+from jaxpack import GRU, LSTM, BucketPlan, pack_padded_sequence, plan_padded
 
 F, H, B, T = 3, 4, 4, 5
 PLAN = BucketPlan((3, 5), (4, 2))
@@ -189,154 +189,3 @@ def test_no_eager_call_waits_for_what_another_computes():
         assert result.lengths is packed.lengths
         assert result.sorted_indices is packed.sorted_indices
         assert result.unsorted_indices is packed.unsorted_indices
-
-
-# packed functions
-
-
-def test_vmap_over_packed_batches():
-    packed = jax.vmap(pack)(jnp.stack([BATCH, BATCH * 2]), jnp.stack([LENGTHS, LENGTHS]))
-    sums = jax.vmap(jaxpack.segment_sum)(packed)
-    np.testing.assert_allclose(sums[1], jaxpack.segment_sum(pack(BATCH * 2)), atol=1e-6)
-
-
-FUNCTIONS = {
-    "pack_padded_sequence": lambda p, x, n: pack(x, n).data,
-    "pad_packed_sequence": lambda p, x, n: jaxpack.pad_packed_sequence(p, True, -1.0, 7),
-    "pad_sequence": lambda p, x, n: jaxpack.pad_sequence([x[0], x[1, :2]]),
-    "pack_sequence": lambda p, x, n: jaxpack.pack_sequence([x[0], x[1, :2]]).data,
-    "reverse_sequences": lambda p, x, n: jaxpack.reverse_sequences(p).data,
-    "first": lambda p, x, n: jaxpack.first(p),
-    "last": lambda p, x, n: jaxpack.last(p),
-    "segment_sum": lambda p, x, n: jaxpack.segment_sum(p),
-    "segment_mean": lambda p, x, n: jaxpack.segment_mean(p),
-    "segment_max": lambda p, x, n: jaxpack.segment_max(p),
-    "segment_logsumexp": lambda p, x, n: jaxpack.segment_logsumexp(p),
-    "segment_min": lambda p, x, n: jaxpack.segment_min(p),
-    "segment_var": lambda p, x, n: jaxpack.segment_var(p),
-    "segment_std": lambda p, x, n: jaxpack.segment_std(p),
-    "segment_argmax": lambda p, x, n: jaxpack.segment_argmax(p),
-    "segment_argmin": lambda p, x, n: jaxpack.segment_argmin(p),
-    "mean": lambda p, x, n: jaxpack.mean(p),
-    "var": lambda p, x, n: jaxpack.var(p),
-    "std": lambda p, x, n: jaxpack.std(p),
-    "broadcast_to_steps": lambda p, x, n: jaxpack.broadcast_to_steps(x[:, 0], p).data,
-    "arithmetic": lambda p, x, n: ((p + p) * 2 - p / 3).data,
-    "softmax": lambda p, x, n: jaxpack.softmax(p).data,
-    "concatenate": lambda p, x, n: jaxpack.concatenate([p, p]).data,
-    "map": lambda p, x, n: p.map(jnp.exp).data,
-    "astype": lambda p, x, n: p.astype(jnp.bfloat16).data,
-    "mask and fits": lambda p, x, n: (p.mask, p.fits),
-    "packed_scan": lambda p, x, n: packed_scan(lambda c, x: (c + x, c), jnp.zeros((B, F)), p)[1].data,
-    "rnn_cell": lambda p, x, n: jaxpack.rnn_cell(RNN(F, H).init(jax.random.key(0))["l0"], jnp.zeros((B, H)), x[:, 0]),
-    "lstm_cell": lambda p, x, n: jaxpack.lstm_cell(
-        LSTM(F, H).init(jax.random.key(0))["l0"], (jnp.zeros((B, H)),) * 2, x[:, 0]
-    ),
-    "gru_cell": lambda p, x, n: jaxpack.gru_cell(GRU(F, H).init(jax.random.key(0))["l0"], jnp.zeros((B, H)), x[:, 0]),
-}
-
-
-WITHOUT_GRADIENT = {"mask and fits", "astype", "segment_argmax", "segment_argmin"}
-
-
-def test_every_public_jittable_function_is_lowered_below():
-    host_side = {name for name in jaxpack.__all__ if name.startswith("plan_")}
-    host_side |= {"BucketPlan", "CostModel", "PackedSequence"}
-    host_side |= {"unchecked", "unpack_sequence", "unpad_sequence"}  # whose results have the lengths for shapes
-    assert set(jaxpack.__all__) - host_side - {"RNN", "LSTM", "GRU"} <= set(FUNCTIONS)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_lowers_for_every_platform(name):
-    def function(x, n):
-        return [FUNCTIONS[name](pack(x, n, plan), x, n) for plan in (PLAN, ROWS)]
-
-    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(BATCH, LENGTHS)
-    assert exported.platforms == PLATFORMS
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-6, rtol=1e-6
-        ),
-        exported.call(BATCH, LENGTHS),
-        jax.jit(function)(BATCH, LENGTHS),
-    )
-
-
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n not in WITHOUT_GRADIENT])
-def test_is_differentiable_in_both_modes(name):
-    def loss(x):
-        leaves = jax.tree.leaves([FUNCTIONS[name](pack(x, plan=plan), x, LENGTHS) for plan in (PLAN, ROWS)])
-        return sum(
-            jnp.where(jnp.isfinite(leaf), jnp.sin(leaf), 0).sum()
-            for leaf in leaves
-            if jnp.issubdtype(leaf.dtype, jnp.floating)
-        )
-
-    tangent = jnp.cos(jnp.arange(BATCH.size)).reshape(BATCH.shape)
-    gradient = jax.jit(jax.grad(loss))(BATCH)
-    _, directional = jax.jit(lambda x: jax.jvp(loss, (x,), (tangent,)))(BATCH)
-    np.testing.assert_allclose(directional, (gradient * tangent).sum(), rtol=1e-4, atol=1e-5)
-    assert np.isfinite(gradient).all()
-    assert (gradient != 0).any()
-
-
-def test_a_padded_plan_and_a_tight_plan_lower_to_other_programs():
-    run = jax.jit(lambda packed: jaxpack.segment_sum(packed))
-    for plan in (PLAN, plan_padded(B, T), PLAN):
-        run(pack_padded_sequence(BATCH, LENGTHS, True, plan=plan))
-    assert run._cache_size() == 2  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_promotes_no_ranks(name):
-    with jax.numpy_rank_promotion("raise"):
-        for plan in (PLAN, ROWS):
-            jax.eval_shape(lambda x, n, plan=plan: FUNCTIONS[name](pack(x, n, plan), x, n), BATCH, LENGTHS)
-
-
-@pytest.mark.parametrize("plan", [plan_padded(2, T), BucketPlan((2 * T,), (1,), ((0, T),))], ids=["padded", "rows"])
-def test_a_scan_inside_shard_map_takes_a_constant_carry(plan):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
-    def run(batch, lengths):
-        carry = jnp.zeros((2, F)), jnp.zeros(2, int), jnp.zeros(2, bool)
-        packed = pack_padded_sequence(batch, lengths, batch_first=True, plan=plan)
-        (total, steps, odd), _ = packed_scan(lambda c, x: ((c[0] + x, c[1] + 1, ~c[2]), x), carry, packed)
-        return total, steps, odd
-
-    total, steps, odd = run(BATCH, LENGTHS)
-    np.testing.assert_allclose(total, jaxpack.segment_sum(pack()), rtol=1e-5)
-    assert steps.tolist() == LENGTHS.tolist()
-    assert odd.tolist() == [False, True, False, True]
-
-
-NONE = pack_padded_sequence(jnp.ones((0, T, F)), [], batch_first=True)
-
-
-@pytest.mark.parametrize("name", [n for n in FUNCTIONS if not n.endswith("_cell") and not n.startswith("pack_seq")])
-def test_a_batch_of_no_sequences_gives_results_for_none(name):
-    def run(packed, batch, lengths):
-        if name in ("pack_padded_sequence", "pad_sequence"):
-            return pack_padded_sequence(batch, np.zeros(0, int), batch_first=True).data
-        if name == "packed_scan":
-            return packed_scan(lambda c, x: (c + x, c), jnp.zeros((0, F)), packed)[1].data
-        return FUNCTIONS[name](packed, batch, lengths)
-
-    for function in (run, jax.jit(run)):
-        for leaf in jax.tree.leaves(function(NONE, jnp.ones((0, T, F)), jnp.zeros(0, int))):
-            assert 0 in leaf.shape or leaf.shape == (F,)
-            assert np.isfinite(leaf).all()
-
-
-EAGER = [n for n in FUNCTIONS if n not in ("pack_sequence", "pad_sequence", "packed_scan") and not n.endswith("_cell")]
-
-
-@pytest.mark.parametrize("name", EAGER)
-def test_outside_jit_a_function_is_few_programs(name):
-    packed = pack()
-    jaxpr = jax.make_jaxpr(lambda p, x: FUNCTIONS[name](p, x, np.asarray(LENGTHS)))(packed, BATCH)
-    # Arithmetic makes four results, map calls exp in between, and the values to broadcast are sliced here.
-    most = {"arithmetic": 4, "mask and fits": 2, "map": 3, "broadcast_to_steps": 3}.get(name, 1)
-    assert len(jaxpr.eqns) <= most, jaxpr

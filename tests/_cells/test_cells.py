@@ -88,3 +88,38 @@ def test_batch_axes_are_free():
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(LSTM(F, H).init(jax.random.key(0))["l0"])
+
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+def one_step(name):
+    """A function of x, and x [2, F]."""
+    cell, layer, sizes = CELLS[name]
+    params = layer.init(jax.random.key(0))["l0"]
+    carry = tuple(jnp.ones((2, size)) for size in sizes)
+    return lambda x: cell(params, carry if len(sizes) == 2 else carry[0], x), jnp.ones((2, F))
+
+
+@each_cell
+def test_a_step_lowers_for_every_platform(name):
+    step, x = one_step(name)
+    exported = jax.export.export(jax.jit(step), platforms=PLATFORMS)(x)
+    assert exported.platforms == PLATFORMS
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), exported.call(x), jax.jit(step)(x))
+
+
+@each_cell
+def test_a_step_is_differentiable_in_both_modes(name):
+    step, x = one_step(name)
+    tangent = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+    _, directional = jax.jit(lambda x: jax.jvp(lambda x: jnp.sin(step(x)[1]).sum(), (x,), (tangent,)))(x)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sin(step(x)[1]).sum()))(x)
+    np.testing.assert_allclose(directional, (gradient * tangent).sum(), rtol=1e-4, atol=1e-6)
+
+
+@each_cell
+def test_a_step_promotes_no_ranks(name):
+    step, x = one_step(name)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(step, x)
