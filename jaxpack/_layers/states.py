@@ -33,10 +33,9 @@ def checked_state(state: Any, sizes: Any, lead: tuple[int, ...], dtype: Any) -> 
     Raises:
       ValueError: if its structure or a shape is another.
     """
-    structure: Any = jax.tree.structure(sizes)
-    shapes = [(*lead, size) for size in jax.tree.leaves(sizes)]
     given = jax.tree.map(jnp.asarray, tuple(state) if isinstance(state, list) else state)
-    if jax.tree.structure(given) != structure or [leaf.shape for leaf in jax.tree.leaves(given)] != shapes:
+    if not _has_layout(given, sizes, lead):
+        shapes = [(*lead, size) for size in jax.tree.leaves(sizes)]
         names = ("h_0", "c_0")[: len(shapes)]
         expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
         raise ValueError(
@@ -58,19 +57,23 @@ def first_of_state(state: Any, sizes: Any, count: int, layer: str) -> jax.Array:
     Raises:
       ValueError: if the state does not have the layer's layout.
     """
-    structure: Any = jax.tree.structure(sizes)
-    widths = jax.tree.leaves(sizes)
     state = tuple(state) if isinstance(state, list) else state
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
-    rows = shapes[0][1:-1] if shapes else ()
-    expected = [(count, *rows, width) for width in widths]
-    if jax.tree.structure(state) != structure or shapes != expected or len(rows) > 1:
-        names = ", ".join(f"{'hc'[i]}_n [{count}, B, {width}]" for i, width in enumerate(widths))
+    leaves = jax.tree.leaves(state)
+    rows = jnp.shape(leaves[0])[1:-1] if leaves else ()
+    if not _has_layout(state, sizes, (count, *rows)) or len(rows) > 1:
+        names = ", ".join(f"{'hc'[i]}_n [{count}, B, {width}]" for i, width in enumerate(jax.tree.leaves(sizes)))
         raise ValueError(
             f"state must be what {layer} returns beside the output, {names} (of one sequence, without B), got "
             f"{shapes_of(state)}. Under more axes, call it inside jax.vmap."
         )
-    return jnp.asarray(jax.tree.leaves(state)[0])
+    return jnp.asarray(leaves[0])
+
+
+def _has_layout(state: Any, sizes: Any, lead: tuple[int, ...]) -> bool:
+    """Returns whether a state has the structure of the sizes, and each array its size behind the leading axes."""
+    given: Any = jax.tree.structure(state)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+    return given == jax.tree.structure(sizes) and shapes == [(*lead, size) for size in jax.tree.leaves(sizes)]
 
 
 def shapes_of(tree: PyTree) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpack._checks import is_traced
 from jaxpack._packed.gather import Cells
 from jaxpack._plans.bucket_plan import BucketPlan, longest_first
 from jaxpack._plans.pictures import counted
@@ -82,7 +83,7 @@ def _values(lengths: Any) -> np.ndarray:
 
 def _have_values(plan: BucketPlan, lengths: Any) -> bool:
     """Returns whether lengths are integers [B] that can be read."""
-    if not isinstance(lengths, np.ndarray | jax.Array) or isinstance(lengths, jax.core.Tracer):
+    if not isinstance(lengths, np.ndarray | jax.Array) or is_traced(lengths):
         return False
     if lengths.shape != (plan.num_sequences,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
         return False

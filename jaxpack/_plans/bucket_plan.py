@@ -262,8 +262,7 @@ class BucketPlan:
           >>> BucketPlan(boundaries=(2, 4), rows=(3, 1)).efficiency([2, 4, 1])
           0.875
         """
-        empty = self.size - int(self._filled(concrete_lengths(lengths)).sum())
-        return 1 - empty / max(self.size, 1)
+        return 1 - self.slack(lengths) / max(self.size, 1)
 
     def picture(self, lengths: npt.ArrayLike | None = None, *, columns: int = 64, lines: int = 16) -> str:
         """Draws the plan in text: time runs right, rows run down, longest first; slots of a row alternate in shade.
