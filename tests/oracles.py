@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that programs are exported for
+
 torch: Any = None
 with contextlib.suppress(ImportError):
     torch = importlib.import_module("torch")
