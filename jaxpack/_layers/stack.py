@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
-from jaxpack._packed.gather import real_cells, rearrange, reversed_cells, slot_spans
+from jaxpack._packed.gather import rearrange, reversed_cells
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import checked_slot_fits, poison
-from jaxpack._recurrence.derivative import RealCells, Recurrence, Schedules, recur
+from jaxpack._recurrence.derivative import Recurrence, Schedules, recur
+from jaxpack._recurrence.slots import RealCells
 
 
 class Stack(NamedTuple):
@@ -57,8 +58,8 @@ def run_stack(
     num_directions = stack.num_directions
     if not packed.plan.size:  # a batch of no sequences
         return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), state
-    recurrence = Recurrence(stack.cell, packed.plan, stack.forward_mode, stack.schedules)
-    real = RealCells.of(real_cells(packed), None if stack.planned else slot_spans(packed), packed.plan)
+    recurrence = Recurrence(stack.cell, packed.plan, stack.planned, stack.forward_mode, stack.schedules)
+    real = RealCells.of(packed)
     reverse = reversed_cells(packed)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed)
