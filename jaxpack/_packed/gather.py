@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._packed.maps import by_cell, by_slot, cells_of, spread
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
@@ -55,7 +55,7 @@ def slot_lengths(packed: Indexed) -> jax.Array:
 def slot_fits(packed: Indexed) -> jax.Array:
     """Returns which slots hold a sequence that fits: bool [B]; all False if lengths and indices do not agree."""
     lengths = slot_lengths(packed)
-    return (lengths >= 0) & (lengths <= by_slot(packed.plan).room) & indices_agree(packed)
+    return (lengths >= 0) & (lengths <= room_of_slots(packed.plan)) & indices_agree(packed)
 
 
 def indices_agree(packed: Indexed) -> jax.Array:
@@ -70,7 +70,7 @@ def indices_agree(packed: Indexed) -> jax.Array:
 
 def slot_spans(packed: Indexed) -> jax.Array:
     """Returns the number of real cells of each slot: int32 [B]. All cells of a sequence that does not fit are real."""
-    return jnp.where(slot_fits(packed), slot_lengths(packed), by_slot(packed.plan).room)
+    return jnp.where(slot_fits(packed), slot_lengths(packed), room_of_slots(packed.plan))
 
 
 def real_cells(packed: Indexed) -> jax.Array:
@@ -83,6 +83,35 @@ def reversed_cells(packed: Indexed) -> jax.Array:
     slots, steps = by_cell(packed.plan)
     lengths = spread(packed.plan, jnp.where(slot_fits(packed), slot_lengths(packed), 0))
     return cells_of(packed.plan, slots, jnp.where(lengths > steps, lengths - 1 - steps, steps))
+
+
+class CellMaps(NamedTuple):
+    """The maps between the cells and the slots of a batch, computed once for all that runs over its cells.
+
+    Attributes:
+      mask: bool [S], True at real cells.
+      reverse: int32 [S], the permutation of cells that reverses each sequence; slack stays in place.
+      slots: int32 [S], the slot that each cell belongs to.
+      steps: int32 [S], the step of each cell within its slot; 0 where a slot begins.
+      first: int32 [B], the cell at which each slot begins.
+      last: int32 [B], the cell at which each slot ends.
+    """
+
+    mask: jax.Array
+    reverse: jax.Array
+    slots: jax.Array
+    steps: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    @classmethod
+    def of(cls, packed: Indexed) -> CellMaps:
+        """Returns the maps of a batch. Those that a program does not use cost it nothing."""
+        plan = packed.plan
+        slots = lax.iota(jnp.int32, plan.num_sequences)
+        first, last = cells_of(plan, slots, jnp.zeros_like(slots)), cells_of(plan, slots, room_of_slots(plan) - 1)
+        cell_slots, cell_steps = by_cell(plan)
+        return cls(real_cells(packed), reversed_cells(packed), cell_slots, cell_steps, first, last)
 
 
 def rearrange(leaf: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 
 from jaxpack._packed.gather import rearrange, reversed_cells
-from jaxpack._packed.maps import by_cell, by_slot, cells_of, spread
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, Unsorted
 from jaxpack._packed.slack import checked_slot_fits, select_or_poison, zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -90,5 +90,5 @@ def _cells_of_steps(packed: PackedSequence, length: int) -> jax.Array:
     """Returns the cell of each step of a padded batch: int32 [B, length]; S if its slot has no room for the step."""
     plan, slots = packed.plan, packed.unsorted_indices[:, None]
     steps = jnp.arange(length, dtype=jnp.int32)[None]
-    held = steps < by_slot(plan).room[slots]
+    held = steps < room_of_slots(plan)[slots]
     return jnp.where(held, cells_of(plan, slots, jnp.where(held, steps, 0)), plan.size)

@@ -1,14 +1,14 @@
-"""Maps of a plan inside a program: the slot and step of each cell, and the row, start and room of each slot.
+"""Maps of a plan inside a program: the slot and the step of each cell, and the room of each slot.
 
 A map of few cells is a constant of the program. A program computes larger ones from the plan's buckets and, where slots
 share rows, from arrays with an entry for each slot, so that its text, and every export and cache entry, does not grow
-with the cells. Each map is a jitted function of the plan: the text of a program holds it once, whoever asks for it.
+with the cells. A constant is a jitted function of the plan: the text of a program holds it once, whoever asks for it.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,6 @@ MOST_CONSTANT = 32_768
 _FEW_BUCKETS = 32  # at most so many are laid out one by one; more would make a long program
 
 
-class BySlot(NamedTuple):
-    """The row of each slot, its first step, and the number of steps it has room for: int32 [B] each."""
-
-    rows: jax.Array
-    starts: jax.Array
-    room: jax.Array
-
-
 class ByCell(NamedTuple):
     """The slot that each cell belongs to, and the cell's step within the slot: int32 [S] each."""
 
@@ -39,19 +31,10 @@ class ByCell(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def by_slot(plan: BucketPlan) -> BySlot:
-    """Returns the row, start and room of each slot."""
-    if plan.starts:
-        return BySlot(_constant(plan.slot_rows), _constant(plan.slot_starts), _constant(plan.room))
-    rows = lax.iota(jnp.int32, plan.num_sequences)
-    return BySlot(rows, jnp.zeros_like(rows), _constant(plan.room))
-
-
-@functools.partial(jax.jit, static_argnames="plan")
 def by_cell(plan: BucketPlan) -> ByCell:
     """Returns the slot and the step of each cell."""
     if plan.size <= MOST_CONSTANT:
-        return ByCell(_constant(plan.cell_slots), _constant(plan.cell_steps))
+        return ByCell(_constant(plan, "cell_slots"), _constant(plan, "cell_steps"))
     if plan.starts:
         return _of_shared_rows(plan)
     if plan.num_buckets > _FEW_BUCKETS:
@@ -62,11 +45,15 @@ def by_cell(plan: BucketPlan) -> ByCell:
 def cells_of(plan: BucketPlan, slots: jax.Array, steps: jax.Array | int) -> jax.Array:
     """Returns the cells of steps of slots: dynamic indices of one shape, with steps below the room of their slot."""
     if plan.starts:
-        rows, starts, _ = by_slot(plan)
-        slots, steps = rows[slots], starts[slots] + steps
+        slots, steps = _constant(plan, "slot_rows")[slots], _constant(plan, "slot_starts")[slots] + steps
     if plan.num_buckets == 1:
         return plan.rows[0] * steps + slots
-    return _constant(plan.step_offsets)[jnp.asarray(steps)] + slots
+    return _constant(plan, "step_offsets")[jnp.asarray(steps)] + slots
+
+
+def room_of_slots(plan: BucketPlan) -> jax.Array:
+    """Returns how many steps the sequence in each slot may have: int32 [B]."""
+    return _constant(plan, "room")
 
 
 def spread(plan: BucketPlan, values: jax.Array) -> jax.Array:
@@ -96,7 +83,7 @@ def _laid_out(plan: BucketPlan, axis: int) -> jax.Array:
 
 def _of_many_buckets(plan: BucketPlan) -> ByCell:
     """Computes `by_cell` from the first cell of each step."""
-    offsets = lax.optimization_barrier(_constant(plan.step_offsets[:-1]))
+    offsets = lax.optimization_barrier(_constant(plan, "step_offsets")[:-1])
     steps = _fill(plan.size, offsets, 1, plan.rows[0])
     return ByCell(lax.iota(jnp.int32, plan.size) - take(offsets, steps), steps)
 
@@ -104,10 +91,10 @@ def _of_many_buckets(plan: BucketPlan) -> ByCell:
 def _of_shared_rows(plan: BucketPlan) -> ByCell:
     """Computes `by_cell` from the slots of each row, in the rectangle that holds all buckets."""
     num_rows, shape = plan.rows[0], (plan.num_steps, plan.rows[0])
-    order = np.lexsort((plan.slot_starts, plan.slot_rows))  # row by row, so that a later slot has a larger number
-    arrays = [_constant(array[order]) for array in (np.arange(plan.num_sequences), plan.slot_rows, plan.slot_starts)]
+    arrays = [_constant(plan, name) for name in ("slots_by_row", "slot_rows", "slot_starts")]
     # Behind a barrier, or XLA would compute all that follows while it compiles, and keep it as a constant.
     slots, rows, starts = lax.optimization_barrier(arrays)
+    rows, starts = take(rows, slots), take(starts, slots)
     numbers = _fill(shape[0] * shape[1], starts * num_rows + rows, num_rows, plan.max_length)
     times = lax.broadcasted_iota(jnp.int32, shape, 0).reshape(-1)
     rectangle = ByCell(take(slots, numbers), times - take(starts, numbers))
@@ -148,6 +135,8 @@ def _fill(size: int, begins: jax.Array, stride: int, longest: int) -> jax.Array:
     return lax.convert_element_type(cells, jnp.int32)
 
 
-def _constant(array: np.ndarray) -> Any:
-    """Returns an array as int32, which the text of a program holds in as few bytes as its largest entry needs."""
-    return lax.convert_element_type(array.astype(np.min_scalar_type(array.max(initial=0))), jnp.int32)
+@functools.partial(jax.jit, static_argnames=("plan", "name"))
+def _constant(plan: BucketPlan, name: str) -> jax.Array:
+    """Returns an array of a plan as int32, which the text holds in as few bytes as its largest entry needs."""
+    array = getattr(plan, name)
+    return lax.convert_element_type(jnp.asarray(array.astype(np.min_scalar_type(array.max(initial=0)))), jnp.int32)

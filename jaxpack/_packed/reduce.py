@@ -15,7 +15,7 @@ from jax import lax
 
 from jaxpack._packed.broadcast import expand
 from jaxpack._packed.gather import real_cells, slot_lengths
-from jaxpack._packed.maps import by_cell, by_slot, cells_of, spread
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import checked_slot_fits, in_caller_order
 from jaxpack._packed.statistics import (
@@ -264,7 +264,7 @@ def _at_step(packed: PackedSequence, steps: jax.Array) -> PyTree:
     plan = packed.plan
     if not plan.num_sequences:
         return packed.data
-    cells = cells_of(plan, lax.iota(jnp.int32, plan.num_sequences), jnp.clip(steps, 0, by_slot(plan).room - 1))
+    cells = cells_of(plan, lax.iota(jnp.int32, plan.num_sequences), jnp.clip(steps, 0, room_of_slots(plan) - 1))
     any_step = slot_lengths(packed) > 0
 
     def take(leaf: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import lax
 
 from jaxpack._packed.broadcast import mask_like, tree_where, vary_like
 from jaxpack._packed.gather import real_cells
-from jaxpack._packed.maps import by_cell, by_slot, take
+from jaxpack._packed.maps import by_cell, room_of_slots, take
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import fill_slack, in_caller_order, stand_in_slots, zero_slack
 from jaxpack._plans.bucket_plan import Bucket, BucketPlan
@@ -201,7 +201,7 @@ def _slot_borders(plan: BucketPlan) -> _Borders | None:
     if not plan.starts:
         return None
     slots, steps = by_cell(plan)
-    ends = steps == take(by_slot(plan).room, slots) - 1
+    ends = steps == take(room_of_slots(plan), slots) - 1
     return _Borders(slots, steps == 0, jnp.where(ends, slots, plan.num_sequences))
 
 

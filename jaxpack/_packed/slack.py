@@ -17,7 +17,7 @@ from jaxpack._packed.gather import (
     slot_fits,
     slot_lengths,
 )
-from jaxpack._packed.maps import by_slot, cells_of, spread, take
+from jaxpack._packed.maps import cells_of, room_of_slots, spread, take
 from jaxpack._types import PyTree
 
 
@@ -84,7 +84,7 @@ def checked_slot_fits(packed: Indexed) -> jax.Array:
         "truncate the sequence.",
         row=packed.sorted_indices[slot],
         length=slot_lengths(packed)[slot],
-        room=by_slot(packed.plan).room[slot],
+        room=room_of_slots(packed.plan)[slot],
     )
     return fits
 

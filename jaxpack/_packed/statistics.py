@@ -95,8 +95,9 @@ def _total_var(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
 
 def slot_sums(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
     """Sums over the real cells of each slot, in float32 or wider, or in the integer dtype of jnp.sum."""
-    slots = by_cell(packed.plan).slots
-    return jax.ops.segment_sum(real_values(packed, leaf), slots, packed.plan.num_sequences, mode="promise_in_bounds")
+    plan = packed.plan
+    values, slots = real_values(packed, leaf), by_cell(plan).slots
+    return jax.ops.segment_sum(values, slots, plan.num_sequences, mode="promise_in_bounds")
 
 
 def real_values(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
