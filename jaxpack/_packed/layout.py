@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import checkify
 
-from jaxpack._packed.gather import cells_of, rearrange, reversed_cells
+from jaxpack._packed.gather import rearrange, reversed_cells
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, Unsorted
 from jaxpack._packed.slack import checked_slot_fits, select_or_poison, zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -80,13 +81,14 @@ def reverse(packed: PackedSequence) -> PyTree:
 def _places_of_cells(packed: PackedSequence, length: int) -> jax.Array:
     """Returns the place of each cell in a flattened padded batch [B, length]: int32 [S]; B * length for none."""
     plan = packed.plan
-    places = packed.sorted_indices[plan.cell_slots] * length + plan.cell_steps
-    return jnp.where(plan.cell_steps < length, places, plan.num_sequences * length)
+    steps = by_cell(plan).steps
+    places = spread(plan, packed.sorted_indices) * length + steps
+    return jnp.where(steps < length, places, plan.num_sequences * length)
 
 
 def _cells_of_steps(packed: PackedSequence, length: int) -> jax.Array:
     """Returns the cell of each step of a padded batch: int32 [B, length]; S if its slot has no room for the step."""
     plan, slots = packed.plan, packed.unsorted_indices[:, None]
     steps = jnp.arange(length, dtype=jnp.int32)[None]
-    held = steps < jnp.asarray(plan.room)[slots]
+    held = steps < room_of_slots(plan)[slots]
     return jnp.where(held, cells_of(plan, slots, jnp.where(held, steps, 0)), plan.size)
