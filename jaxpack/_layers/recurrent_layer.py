@@ -30,7 +30,7 @@ from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zero_state
-from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
+from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -238,8 +238,10 @@ class RecurrentLayer(abc.ABC):
             return self._apply_unbatched(params, batch, initial_state, call)
         batch_size, max_length = batch_shape(batch, "inputs")
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
-        plan = padded_plan(batch_size, max_length) if plan is None else plan
-        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length))
+        sort = call.planned or not batch.size
+        if plan is None:
+            plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
+        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length), sort)
         output, state = self._apply_packed(params, packed, initial_state, call)
         return pad(output, 0, max_length), state
 

@@ -1,11 +1,11 @@
-"""Rows laid out as the program runs: how a recurrence without a plan goes over its cells.
+"""Rows laid out as the program runs: how a recurrence without a plan goes over a padded batch [B, T].
 
-The sequences of a padded batch, longest first, are dealt to R rows to and fro, as cards are: slot k goes to row k of the
-first R, slot R + k to row R - 1 - k of the next, and so on. The rows then have nearly equal sums of lengths. One loop
-goes over them until the longest row ends; where a sequence begins, it begins anew.
+The sequences, longest first, are dealt to R rows to and fro, as cards are: the first R to rows 0, 1, ..., R - 1, the next
+R to rows R - 1, ..., 0, and so on. The rows then have nearly equal sums of lengths. One loop goes over them until the
+longest row ends; where a sequence begins, it begins anew.
 
 R is static, and which R computes the fewest cells depends on the lengths: many rows where all are long, few where the
-longest is much longer than the mean. A program holds a loop for each of `DIVISORS`, and takes the best as it runs.
+longest is much longer than the mean. A program holds a loop for each R, and takes the best as it runs.
 """
 
 from __future__ import annotations
@@ -17,108 +17,103 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._recurrence.slots import Borders, RealCells
+from jaxpack._recurrence.slots import Borders, Places, RealCells
 from jaxpack._recurrence.windows import Stair
-
-DIVISORS = (1, 2, 4, 8)
 
 
 class Deal(NamedTuple):
-    """A static number of rows to which the slots of a padded plan are dealt.
+    """A static number of rows to which the sequences of a padded batch are dealt.
 
     Attributes:
-      plan: the padded plan.
+      num_sequences, max_length: B and T.
       rows: the number R of rows.
       steps: the steps of a chunk.
     """
 
-    plan: BucketPlan
+    num_sequences: int
+    max_length: int
     rows: int
     steps: int
 
     @property
     def rounds(self) -> int:
-        """How many slots the fullest row has."""
-        return -(-self.plan.num_sequences // self.rows)
+        """How many sequences the fullest row has."""
+        return -(-self.num_sequences // self.rows)
 
     @property
     def length(self) -> int:
-        """The steps of a row if all sequences are as long as they can be, in whole chunks."""
-        return -(-self.rounds * self.plan.num_steps // self.steps) * self.steps
+        """The steps of a row if all sequences have T steps, in whole chunks."""
+        return -(-self.rounds * self.max_length // self.steps) * self.steps
 
-    @property
-    def size(self) -> int:
-        """The number N of cells of all rows."""
-        return self.length * self.rows
-
-    def stair(self, number: jax.Array | int) -> Stair:
+    def stair(self, chunks: jax.Array | int) -> Stair:
         """Returns the one loop, over so many chunks."""
-        return Stair(self.rows, 0, self.length, self.steps, number, 0)
+        return Stair(self.rows, 0, self.length, self.steps, chunks, 0)
 
-    def ends(self, spans: jax.Array) -> jax.Array:
-        """Returns the step at which each slot ends in its row, int32 [rounds, R] in the order of the rows."""
-        spans = jnp.pad(spans, (0, self.rounds * self.rows - len(spans))).reshape(self.rounds, self.rows)
-        return jnp.cumsum(self._turned(spans), axis=0)
+    def chunks(self, ranked: jax.Array) -> jax.Array | int:
+        """Returns how many chunks the loop runs, for the real steps [B] of each sequence, longest first."""
+        return 1 if self.length == self.steps else -(-self._by_row(ranked).sum(0).max() // self.steps)
 
-    def chunks(self, spans: jax.Array) -> jax.Array:
-        """Returns how many chunks the loop has to run."""
-        return -(-self.ends(spans)[-1].max() // self.steps)
-
-    def cells(self, spans: jax.Array) -> DealtCells:
-        """Returns the cells of the rows, from the real steps of each slot [B]."""
-        number, rows = self.plan.num_sequences, self.rows
-        ends = self.ends(spans)
-        starts = ends - self._turned(jnp.pad(spans, (0, ends.size - number)).reshape(ends.shape))
+    def cells(self, batch: RealCells) -> RealCells:
+        """Returns the cells of the rows from those of the batch."""
+        assert batch.ranking is not None
+        number, rows, spans, (order, ranks) = self.num_sequences, self.rows, batch.spans, batch.ranking
+        ranked = self._by_row(spans[order])
+        ends = jnp.cumsum(ranked, axis=0)
+        # Of the sequences, longest first: the step at which each begins, and its row.
+        starts = self._by_rank(ends - ranked)
+        columns = self._by_rank(jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), ranked.shape))
         steps = jnp.arange(self.length, dtype=jnp.int32)[:, None]
-        turn = sum((steps >= end[None]).astype(jnp.int32) for end in ends)  # [length, R]: which of its row's slots
+        turn = sum((steps >= end[None]).astype(jnp.int32) for end in ends)  # [length, R]: how many have ended before
         row = jnp.arange(rows, dtype=jnp.int32)
-        slots = jnp.minimum(turn * rows + jnp.where(turn % 2 == 1, rows - 1 - row, row), number - 1)
-        first_steps = self._turned(starts).reshape(-1)[:number]
-        step = steps - first_steps[slots]
-        real = (turn < self.rounds) & (step < spans[slots])
-        slots, step, real = (leaf.reshape(-1) for leaf in (slots, step, real))
-        rows_of_slots = self._turned(jnp.broadcast_to(row, ends.shape)).reshape(-1)[:number]
-        first = first_steps * rows + rows_of_slots
+        rank = jnp.minimum(turn * rows + jnp.where(turn % 2 == 1, rows - 1 - row, row), number - 1)
+        slots, step = (leaf.reshape(-1) for leaf in (order[rank], steps - starts[rank]))
+        real = (turn < self.rounds).reshape(-1) & (step < spans[slots])
         borders = Borders(real & (step == 0), real & (step == spans[slots] - 1), slots)
-        size = self.plan.size
-        sources = jnp.where(real, step * number + slots, size)
-        last = jnp.maximum(first + (spans - 1) * rows, 0)
-        cells = RealCells(real, spans, jnp.minimum(first, self.size - 1), last, borders, sources)
-        time = jnp.arange(self.plan.num_steps, dtype=jnp.int32)[:, None]
-        places = jnp.where(time < spans[None], first[None] + time * rows, self.size)
-        return DealtCells(cells, places.reshape(-1))
+        size = number * self.max_length
+        sources = jnp.where(real, slots * self.max_length + step, size)
+        # Empty sequences may be past the last cell.
+        first = jnp.minimum(starts * rows + columns, self.length * rows - 1)[ranks]
+        last = first + jnp.maximum(spans - 1, 0) * rows
+        time = jnp.arange(self.max_length, dtype=jnp.int32)[None]
+        places = jnp.where(time < spans[:, None], first[:, None] + time * rows, self.length * rows)
+        return RealCells(real, spans, first, last, borders, None, Places(sources, places.reshape(-1)))
 
-    def _turned(self, by_slot: jax.Array) -> jax.Array:
-        """Returns every second round [rounds, R] the other way round: from slots to rows, and from rows to slots."""
-        odd = np.arange(self.rounds)[:, None] % 2 == 1
-        return jnp.where(odd, by_slot[:, ::-1], by_slot)
+    def _by_row(self, ranked: jax.Array) -> jax.Array:
+        """Returns values of the sequences, longest first, in the rows to which they are dealt [rounds, R]."""
+        return self._turned(jnp.pad(ranked, (0, self.rounds * self.rows - len(ranked))).reshape(self.rounds, self.rows))
+
+    def _by_rank(self, by_row: jax.Array) -> jax.Array:
+        """Does the inverse of `_by_row`."""
+        return self._turned(by_row).reshape(-1)[: self.num_sequences]
+
+    def _turned(self, rounds: jax.Array) -> jax.Array:
+        """Returns every second round the other way round."""
+        return jnp.where(np.arange(self.rounds)[:, None] % 2 == 1, rounds[:, ::-1], rounds)
 
 
-class DealtCells(NamedTuple):
-    """The cells of dealt rows.
+def deals_of(
+    num_sequences: int, max_length: int, divisors: tuple[int, ...], chunk_cells: int | None
+) -> tuple[Deal, ...]:
+    """Returns a deal for each number of rows, B / divisor, with about so many cells in a chunk; None for one chunk.
 
-    Attributes:
-      real: the cells as the loops see them.
-      places: int32 [S], where the cells of the padded plan are among those of the rows; N for slack.
+    A batch of no more cells than a chunk is one chunk, with all rows.
     """
+    if num_sequences * max_length <= (chunk_cells or 0):
+        divisors, chunk_cells = (1,), None
+    deals = []
+    for rows in sorted({-(-num_sequences // divisor) for divisor in divisors}, reverse=True):
+        deal = Deal(num_sequences, max_length, rows, 1)
+        steps = deal.length if chunk_cells is None else min(deal.length, max(1, chunk_cells // rows))
+        deals.append(deal._replace(steps=steps))
+    return tuple(deals)
 
-    real: RealCells
-    places: jax.Array
 
-
-def deals_of(plan: BucketPlan, chunk_cells: int) -> tuple[Deal, ...]:
-    """Returns the deals of a padded plan, with about so many cells in a chunk."""
-    numbers = sorted({-(-plan.num_sequences // divisor) for divisor in DIVISORS}, reverse=True)
-    return tuple(Deal(plan, rows, min(plan.num_steps, max(1, chunk_cells // rows))) for rows in numbers)
-
-
-def best_deal(deals: tuple[Deal, ...], spans: jax.Array) -> jax.Array:
+def best_deal(deals: tuple[Deal, ...], ranked: jax.Array) -> jax.Array:
     """Returns the index of the deal that computes the fewest cells."""
-    return jnp.argmin(jnp.stack([deal.chunks(spans) * deal.steps * deal.rows for deal in deals]))
+    return jnp.argmin(jnp.stack([deal.chunks(ranked) * (deal.steps * deal.rows) for deal in deals]))
 
 
-def dealt_cells(plan: BucketPlan, lengths: npt.ArrayLike, chunk_cells: int) -> int:
-    """Returns how many cells are computed for concrete lengths that fit the padded plan."""
-    spans = jnp.sort(jnp.asarray(lengths), descending=True)
-    return min(int(deal.chunks(spans)) * deal.steps * deal.rows for deal in deals_of(plan, chunk_cells))
+def dealt_cells(deals: tuple[Deal, ...], lengths: npt.ArrayLike) -> int:
+    """Returns how many cells the best deal computes for concrete lengths."""
+    ranked = jnp.sort(jnp.asarray(lengths), descending=True)
+    return min(int(deal.chunks(ranked)) * deal.steps * deal.rows for deal in deals)

@@ -36,20 +36,22 @@ class Schedule(NamedTuple):
       chunk_cells: about how many cells a chunk has; None for a whole bucket.
       stack: 0 to write the outputs of steps in place, else the most steps in an iteration of a scan that stacks them.
       fuse_directions: whether both directions of a layer run in one loop, as a batch of two.
-      deals: whether rows are dealt as the program runs, where there is no plan; else all padding is computed.
+      divisors: without a plan, the numbers of rows to choose from as the program runs, as divisors of B; (1,) computes
+        all padding.
     """
 
     platform: str
     chunk_cells: int | None
     stack: int
     fuse_directions: bool
-    deals: bool
+    divisors: tuple[int, ...]
 
 
-CPU = Schedule("cpu", chunk_cells=512, stack=0, fuse_directions=False, deals=True)
-GPU = Schedule("gpu", chunk_cells=None, stack=8, fuse_directions=True, deals=False)
+CPU = Schedule("cpu", chunk_cells=512, stack=0, fuse_directions=False, divisors=(1, 2, 4, 8))
+# A loop whose trip count follows the lengths would ask the host at every step whether to go on.
+GPU = Schedule("gpu", chunk_cells=None, stack=16, fuse_directions=True, divisors=(1,))
 # Under a plan, TPUs run as GPUs do.
-TPU = Schedule("tpu", chunk_cells=4096, stack=8, fuse_directions=True, deals=True)
+TPU = Schedule("tpu", chunk_cells=4096, stack=8, fuse_directions=True, divisors=(1, 2, 4, 8))
 
 
 class Schedules(NamedTuple):
@@ -60,32 +62,33 @@ class Schedules(NamedTuple):
     tpu: Schedule = TPU
 
 
+class BatchShape(NamedTuple):
+    """The shape of a padded batch that runs without a plan."""
+
+    num_sequences: int
+    max_length: int
+
+
 class Recurrence(NamedTuple):
     """The static part of a recurrence.
 
     Attributes:
       cell: the cell that each direction runs.
-      plan: the plan of the cells.
-      planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
+      plan: the plan of the cells, or the shape of a padded batch, of which each row is followed by the next.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       schedules: how each platform runs the loops.
     """
 
     cell: Cell
-    plan: BucketPlan
-    planned: bool = True
+    plan: BucketPlan | BatchShape
     forward_mode: bool = False
     schedules: Schedules = Schedules()
 
-    def deals(self, schedule: Schedule) -> tuple[Deal, ...]:
-        """Returns the deals that a schedule runs in place of the plan."""
-        if self.planned or not schedule.deals:
-            return ()
-        return deals_of(self.plan, schedule.chunk_cells or self.plan.size)
-
-    def stairs(self, schedule: Schedule) -> tuple[Stair, ...]:
-        """Returns the stairs of the plan on a schedule."""
-        return stairs_of(self.plan, schedule.chunk_cells, whole=schedule.stack > 0)
+    def layouts(self, schedule: Schedule) -> tuple[Deal | tuple[Stair, ...], ...]:
+        """Returns what a schedule goes over: the stairs of a plan, or the deals of a batch."""
+        if isinstance(self.plan, BucketPlan):
+            return (stairs_of(self.plan, schedule.chunk_cells, whole=schedule.stack > 0),)
+        return deals_of(*self.plan, schedule.divisors, schedule.chunk_cells)
 
     def empty_kept(self, like: Operands) -> Kept:
         """Returns arrays for what the forward pass keeps, the same on every platform.
@@ -95,9 +98,9 @@ class Recurrence(NamedTuple):
         Args:
           like: the operands of one direction.
         """
-        layouts = [(deal.stair(0),) for schedule in self.schedules for deal in self.deals(schedule)]
-        layouts += [self.stairs(schedule) for schedule in self.schedules if not self.deals(schedule)]
-        cells = max(stairs[-1].end for stairs in layouts)
+        layouts = [layout for schedule in self.schedules for layout in self.layouts(schedule)]
+        stairs = [(layout.stair(0),) if isinstance(layout, Deal) else layout for layout in layouts]
+        cells = max(each[-1].end for each in stairs)
         x, sizes = like.x, jax.tree.leaves(self.cell.state_sizes)
         projected, h = (
             jax.ShapeDtypeStruct((cells, width), x.dtype) for width in (like.weights.w_x.shape[1], sizes[0])
@@ -105,7 +108,7 @@ class Recurrence(NamedTuple):
         activations = jax.eval_shape(self.cell.activate, like.weights, projected, h)
         if not self.cell.reads_activations or _bytes(activations) > KEPT_BYTES:
             activations = ()
-        rows = max(map(checkpoint_rows, layouts))
+        rows = max(map(checkpoint_rows, stairs))
         checkpoints = tuple(jax.ShapeDtypeStruct((rows, size), x.dtype) for size in sizes[1:])
         leaves, tree = jax.tree.flatten(Kept(activations, checkpoints))
         return jax.tree.unflatten(tree, [buffer(x, leaf.shape, 10 + i) for i, leaf in enumerate(leaves)])
@@ -161,8 +164,19 @@ def _plain(recurrence: Recurrence, directions: Directions, real: RealCells) -> t
         for carry in carries
     )
     zeros = jax.tree.map(jnp.zeros_like, carries)
-    carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
+    if isinstance(recurrence.plan, BucketPlan):
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
+    else:
+        number, length = recurrence.plan
+        cells = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, *cells, BucketPlan((length,), (number,)))
+        outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
+
+
+def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
+    """Returns [rows * n, ...] as [n * rows, ...]."""
+    return jnp.swapaxes(leaf.reshape(rows, -1, *leaf.shape[1:]), 0, 1).reshape(leaf.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -224,56 +238,41 @@ def _backward_jvp(recurrence: Recurrence, primals: Any, tangents: Any) -> Any:
 def _on_each_platform(
     run: Callable[..., Any], recurrence: Recurrence, real: RealCells, *operands: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Returns run(recurrence, loops, places, *operands) for each direction, with the loops that suit the platform.
+    """Returns run(recurrence, loops, *operands) for each direction, with the loops that suit the program's platform.
 
     Args:
       run: `_run_forward` or `_run_backward`.
       recurrence, real: what all directions share.
       operands: tuples, with one entry per direction.
     """
-    cell, schedules = recurrence.cell, recurrence.schedules
 
     def on(schedule: Schedule, real: RealCells, *operands: Any) -> Any:
-        each = list(zip(*operands, strict=True))
-        loops_on = functools.partial(Loops, cell.on(schedule.platform), stack=schedule.stack)
+        each, layouts = list(zip(*operands, strict=True)), recurrence.layouts(schedule)
+        ranked = None if real.ranking is None else real.spans[real.ranking.order]
 
-        def run_all(loops: Loops, places: jax.Array | None = None) -> tuple[Any, ...]:
-            one = functools.partial(run, recurrence, loops, places)
+        def run_all(layout: Deal | tuple[Stair, ...]) -> tuple[Any, ...]:
+            stairs, cells = layout, real
+            if isinstance(layout, Deal):
+                stairs, cells = (layout.stair(layout.chunks(ranked)),), layout.cells(real)
+            loops = Loops(recurrence.cell.on(schedule.platform), stairs, schedule.stack, cells)
+            one = functools.partial(run, recurrence, loops)
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))
             results = jax.vmap(one)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
             return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], results) for i in range(len(each)))
 
-        def run_dealt(deal: Deal) -> tuple[Any, ...]:
-            cells, places = deal.cells(real.spans)
-            return run_all(loops_on(stairs=(deal.stair(deal.chunks(real.spans)),), real=cells), places)
+        if len(layouts) == 1:
+            return run_all(layouts[0])
+        return lax.switch(best_deal(layouts, ranked), [functools.partial(run_all, deal) for deal in layouts])
 
-        deals = recurrence.deals(schedule)
-        if not deals:
-            return run_all(loops_on(stairs=recurrence.stairs(schedule), real=real))
-        return lax.switch(best_deal(deals, real.spans), [functools.partial(run_dealt, deal) for deal in deals])
-
-    branches = {"cpu": functools.partial(on, schedules.cpu), "default": functools.partial(on, schedules.gpu)}
-    if not recurrence.planned:
-        branches["tpu"] = functools.partial(on, schedules.tpu)
-    return lax.platform_dependent(real, *operands, **branches)
+    cpu, gpu, tpu = (functools.partial(on, schedule) for schedule in recurrence.schedules)
+    tpus = {} if isinstance(recurrence.plan, BucketPlan) else {"tpu": tpu}
+    return lax.platform_dependent(real, *operands, cpu=cpu, default=gpu, **tpus)
 
 
-def _run_forward(
-    keep: bool, recurrence: Recurrence, loops: Loops, places: jax.Array | None, operands: Operands
-) -> tuple[Results, Kept]:
-    kept = recurrence.empty_kept(operands) if keep else Kept()
-    results, kept = forward(loops, kept, operands)
-    return results._replace(y=_placed(results.y, places)), kept
+def _run_forward(keep: bool, recurrence: Recurrence, loops: Loops, operands: Operands) -> tuple[Results, Kept]:
+    return forward(loops, recurrence.empty_kept(operands) if keep else Kept(), operands)
 
 
-def _run_backward(
-    recurrence: Recurrence, loops: Loops, places: jax.Array | None, residuals: Residuals, cotangents: Results
-) -> Operands:
-    operands = backward(loops, residuals, cotangents)
-    return operands._replace(x=_placed(operands.x, places))
-
-
-def _placed(leaf: jax.Array, places: jax.Array | None) -> jax.Array:
-    """Returns the cells [S, ...] of the plan from those of dealt rows, zero in slack."""
-    return leaf if places is None else leaf.at[places].get(mode="fill", fill_value=0)
+def _run_backward(_: Recurrence, loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
+    return backward(loops, residuals, cotangents)

@@ -134,7 +134,8 @@ def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept
         carry, memory, y, kept = loop(0, stair.number, functools.partial(run.chunk, stair), state)
         if loops.real.borders is None:
             memory = tuple(write(leaf, rows, 0) for leaf, rows in zip(memory, carry[1:], strict=True))
-    return Results(y, loops.where_real((y[loops.real.last], *memory), wide)), kept
+    final = loops.where_real((y[loops.real.last], *memory), wide)
+    return Results(loops.real.restore(y), final), kept
 
 
 class _ForwardState(NamedTuple):
@@ -216,6 +217,7 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
         state = loop(0, count, functools.partial(run.chunk, stair, before[: stair.rows]), state)
         rows, dinitial, dx, dweights = state
         dcarry = tuple(write(leaf, row, 0) for leaf, row in zip(dcarry, rows, strict=True))
+    dx = loops.real.restore(dx)
     if not wide:
         return Operands(dweights, dx, jax.tree.map(jnp.zeros_like, initial))
     dinitial = dcarry if loops.real.borders is None else loops.where_real(dinitial, dfinal)
@@ -275,17 +277,24 @@ class _Backward(NamedTuple):
             start = read(kept.checkpoints[0], stair.checkpoint_row(index), stair.rows)
             memory = self._recall(window, entry and (entry[0], entry[1][1:]), update, own, start)
             before, after = (*before, memory), (*after, update[0] * memory + update[1])
-        linear = _pass_slack(live, cell.linearize(self.weights, activations, before, after))
-        da_gates = jnp.where(own, linear.da_gates, 0)
+        point = _Point(activations, before, after, own, live)
         d = jnp.where(own, real.read(window, self.cotangents.y), 0)
-        da_gates, d, linear = lax.optimization_barrier((da_gates, d, linear))
-        dcarry, da, d, history = self._pull_back(window, linear._replace(da_gates=da_gates), d, dcarry)
+        dcarry, da, d, history = self._pull_back(window, point, d, dcarry)
         dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
         h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
-        out = None if linear.out is None else jnp.where(own, linear.out, 0)
+        out = self._linearize(point).out
+        out = None if out is None else jnp.where(own, out, 0)
         if history:
             dinitial = tuple(window.collect(real.first, *each) for each in zip(history, dinitial, strict=True))
         return _BackwardState(dcarry, dinitial, dx, _add_gradients(dweights, x, h, out, da, d))
+
+    def _linearize(self, point: _Point) -> Linearization:
+        """Returns the derivatives of steps, which cotangents pass unchanged in slack."""
+        linear = self.loops.cell.linearize(self.weights, point.activations, point.before, point.after)
+        slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
+        given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
+        passed = {name: jnp.where(point.live, given[name], at) for name, at in slack.items() if name in given}
+        return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0))
 
     def _recall(
         self, window: Window, entry: Any, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
@@ -303,35 +312,60 @@ class _Backward(NamedTuple):
         return run_steps(window, step, start, (update, own, entry), outputs)[1].own
 
     def _pull_back(
-        self, window: Window, linear: Linearization, d: jax.Array, dcarry: Carry
+        self, window: Window, point: _Point, d: jax.Array, dcarry: Carry
     ) -> tuple[Carry, jax.Array, jax.Array, Carry]:
         """Runs the backward recurrence over a chunk, last step first.
 
         Returns:
-          dcarry before the chunk; da [M, G] and d [M, P] of its cells, written over the coefficients and the outputs'
-          cotangents from which they are computed; and the dcarry before each step, where it is collected.
+          dcarry before the chunk; da [M, G] and d [M, P] of its cells, written over what they are computed from; and
+          the dcarry before each step, where it is collected.
         """
         cell, transposed = self.loops.cell, self.transposed
         width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
         entry = self.loops.real.at_ends(window, self.cotangents.carry)
         collects = self.wide and entry is not None
 
-        def step(dcarry: Carry, xs: Any, own: Any) -> Any:
-            (linear, d, entry), (da_gates, own_d, _) = xs, own
+        def step(dcarry: Carry, xs: Any, old: Any) -> Any:
+            (at, d, entry), (da_gates, old_d, _) = xs, old
+            at = self._linearize(at) if in_steps else at._replace(da_gates=da_gates)
             dh, *dc = enter(entry, dcarry)
-            total = dh + (own_d if projects else d)
-            at = linear._replace(da_gates=da_gates)
+            total = dh + (old_d if projects else d)
             da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
             dh = da[:, -width_h:] @ transposed.w_h + at.dh_dh * total
             dcarry = (dh,) if earlier_dc is None else (dh, earlier_dc)
             return dcarry, (), (da, total if projects else (), dcarry if collects else ())
 
+        # On accelerators, in the steps: their operations are few, and the derivatives need no memory. CPUs are faster
+        # with few operations in a step.
+        in_steps = self.loops.stack > 0
+        if in_steps:
+            at: Any = point
+            da_gates = buffer(d, (window.size, self.weights.bias.shape[0]), 7)
+        else:
+            linear, d = lax.optimization_barrier((self._linearize(point)._replace(out=None), d))
+            at, da_gates = linear._replace(da_gates=None), linear.da_gates  # type: ignore[arg-type]
         history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in dcarry) if collects else ()
-        outputs = Outputs((), (linear.da_gates, d if projects else (), history))
-        xs = linear._replace(da_gates=None, out=None), None if projects else d, entry  # type: ignore[arg-type]
+        outputs = Outputs((), (da_gates, d if projects else (), history))
+        xs = at, None if projects else d, entry
         dcarry, outputs = run_steps(window, step, dcarry, xs, outputs, reverse=True, stack=self.loops.stack)
         da, total, history = outputs.own
         return dcarry, da, total if projects else d, history
+
+
+class _Point(NamedTuple):
+    """The cells of a chunk or a step, around which the recurrence is linearized.
+
+    Attributes:
+      activations, before, after: as `Cell.linearize` takes them.
+      own: bool [M, 1], which cells are real and belong to the chunk.
+      live: bool [M, 1], which are real.
+    """
+
+    activations: Activations
+    before: Carry
+    after: Carry
+    own: jax.Array
+    live: jax.Array
 
 
 def _add_gradients(
@@ -369,13 +403,6 @@ def _recall_in_parallel(
     after = (products * start[None] + sums).reshape(decay.shape)
     (before,) = enter(entry, (jnp.concatenate([start, after[: -len(start)]]),))
     return before
-
-
-def _pass_slack(live: jax.Array, linear: Linearization) -> Linearization:
-    """Sets the derivatives at slack, which cotangents pass unchanged. da_gates and out are zeroed where they are used."""
-    slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
-    given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
-    return linear._replace(**{name: jnp.where(live, given[name], at) for name, at in slack.items() if name in given})
 
 
 def _transpose(matrix: jax.Array) -> jax.Array:

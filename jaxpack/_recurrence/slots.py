@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpack._cells.cell import Carry
-from jaxpack._packed.gather import Indexed, cells_of, real_cells, slot_spans
+from jaxpack._packed.gather import CellMaps, Indexed, slot_spans
+from jaxpack._packed.maps import cells_of
 from jaxpack._recurrence.windows import Window
 
 
@@ -31,6 +31,30 @@ class Borders(NamedTuple):
     slots: jax.Array
 
 
+class Ranking(NamedTuple):
+    """The order of sequences by length.
+
+    Attributes:
+      order: int32 [B], the sequences, longest first.
+      ranks: int32 [B], the inverse: the place of each sequence in the order.
+    """
+
+    order: jax.Array
+    ranks: jax.Array
+
+
+class Places(NamedTuple):
+    """Where cells are that the recurrence goes over in another order than the batch has them.
+
+    Attributes:
+      sources: int32 [N], the cell of the batch for each cell of the recurrence; S for slack.
+      targets: int32 [S], the inverse; N for slack.
+    """
+
+    sources: jax.Array
+    targets: jax.Array
+
+
 class RealCells(NamedTuple):
     """The real cells of a batch, as all directions see them.
 
@@ -39,7 +63,8 @@ class RealCells(NamedTuple):
       spans: int32 [B], how many real cells each slot has.
       first, last: int32 [B], the first cell of each slot, and its last real one; of an empty slot, any cell.
       borders: None where each row is one slot.
-      sources: int32 [N], where each cell of dealt rows is among the cells of the batch, S for slack; else None.
+      ranking: the order of the sequences of a batch that runs without a plan.
+      places: where the cells of dealt rows are in the batch; None where both are the same.
     """
 
     mask: jax.Array
@@ -47,33 +72,45 @@ class RealCells(NamedTuple):
     first: jax.Array
     last: jax.Array
     borders: Borders | None
-    sources: jax.Array | None = None
+    ranking: Ranking | None = None
+    places: Places | None = None
 
     @classmethod
-    def of(cls, packed: Indexed) -> RealCells:
+    def of(cls, packed: Indexed, maps: CellMaps) -> RealCells:
         """Returns the real cells of a packed batch."""
-        plan, spans = packed.plan, slot_spans(packed)
-        slots = np.arange(plan.num_sequences)
+        spans = slot_spans(packed)
+        slots = jnp.arange(len(spans), dtype=jnp.int32)
+        last = cells_of(packed.plan, slots, jnp.maximum(spans - 1, 0))
         borders = None
-        if plan.starts:
-            begins, ends = (np.zeros(plan.size, bool) for _ in range(2))
-            begins[plan.slot_begins] = ends[plan.slot_ends] = True
-            borders = Borders(*map(jnp.asarray, (begins, ends, plan.cell_slots)))
-        last = cells_of(plan, slots, jnp.maximum(spans - 1, 0))
-        return cls(real_cells(packed), spans, jnp.asarray(plan.slot_begins), last, borders)
+        if packed.plan.starts:
+            cells = jnp.arange(packed.plan.size, dtype=jnp.int32)
+            borders = Borders(maps.steps == 0, maps.last[maps.slots] == cells, maps.slots)
+        return cls(maps.mask, spans, maps.first, last, borders)
+
+    @classmethod
+    def of_batch(cls, spans: jax.Array, max_length: int) -> RealCells:
+        """Returns the real cells of a padded batch [B, T], each row of which is followed by the next."""
+        steps = jnp.arange(max_length, dtype=jnp.int32)
+        first = jnp.arange(len(spans), dtype=jnp.int32) * max_length
+        order = jnp.argsort(-spans).astype(jnp.int32)
+        ranking = Ranking(order, jnp.argsort(order).astype(jnp.int32))
+        mask = (steps < spans[:, None]).reshape(-1)
+        return cls(mask, spans, first, first + jnp.maximum(spans - 1, 0), None, ranking)
 
     def read(self, window: Window, leaf: jax.Array) -> jax.Array:
-        """Returns a window's cells [M, ...] out of all cells [S, ...]."""
-        if self.sources is None:
-            return window.read(leaf)
-        return leaf.at[window.read(self.sources)].get(mode="fill", fill_value=0)
+        """Returns a window's cells [M, ...] out of all cells of the batch [S, ...]."""
+        return window.read(leaf) if self.places is None else _get(leaf, window.read(self.places.sources))
 
     def before(self, window: Window, leaf: jax.Array, first: jax.Array) -> jax.Array:
         """Returns the cells one step before the window's [M, ...]; `first` [rows, ...] precedes the stair."""
-        if self.sources is None:
+        if self.places is None:
             return window.before(leaf, first)
-        none = jnp.full(window.stair.rows, len(leaf), self.sources.dtype)
-        return leaf.at[window.before(self.sources, none)].get(mode="fill", fill_value=0)
+        sources = self.places.sources
+        return _get(leaf, window.before(sources, jnp.full(window.stair.rows, len(leaf), sources.dtype)))
+
+    def restore(self, leaf: jax.Array) -> jax.Array:
+        """Returns the cells of the batch [S, ...] from those of the recurrence."""
+        return leaf if self.places is None else _get(leaf, self.places.targets)
 
     def at_begins(self, window: Window, carry: Carry) -> Any:
         """Returns the initial carry where a slot begins in a window, for `enter`."""
@@ -95,3 +132,7 @@ def enter(entry: Any, carry: Carry) -> Carry:
         return carry
     here, values = entry
     return tuple(jnp.where(here, value, leaf) for value, leaf in zip(values, carry, strict=False))
+
+
+def _get(leaf: jax.Array, indices: jax.Array) -> jax.Array:
+    return leaf.at[indices].get(mode="fill", fill_value=0)

@@ -10,6 +10,8 @@ import oracles
 import pytest
 
 from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact, plan_padded, plan_rows
+from jaxpack._packed.inputs import batch_plan
+from jaxpack._packed.layout import lay_out
 from jaxpack._layers.stack import Stack, run_stack
 from jaxpack._recurrence.derivative import CPU, GPU, Schedules
 
@@ -49,13 +51,16 @@ def operands(name, plan, num_directions, poison):
         {key: rng.uniform(-0.5, 0.5, shape) for key, shape in cell.shapes(F, bias=True).items()}
         for _ in range(num_directions)
     ]
-    plan = plan_padded(B, max(LENGTHS) + 2) if PLANS[plan] is None else PLANS[plan]
-    packed = pack_padded_sequence(oracles.random_batch(LENGTHS, F, extra=2), LENGTHS, batch_first=True, plan=plan)
+    batch = oracles.random_batch(LENGTHS, F, extra=2)
+    if PLANS[plan] is None:
+        packed = lay_out(batch, jnp.array(LENGTHS), batch_plan(*batch.shape[:2]), sort=False)
+    else:
+        packed = pack_padded_sequence(batch, LENGTHS, batch_first=True, plan=PLANS[plan])
     packed = packed.replace(data=jnp.where(packed.mask[:, None], packed.data, poison))
     states, dstates = (
         jax.tree.map(lambda size: rng.standard_normal((num_directions, B, size)), cell.state_sizes) for _ in range(2)
     )
-    doutput = rng.standard_normal((plan.size, num_directions * cell.output_size))
+    doutput = rng.standard_normal((len(packed.data), num_directions * cell.output_size))
     return params, packed, states, (jnp.where(packed.mask[:, None], doutput, poison), dstates)
 
 
