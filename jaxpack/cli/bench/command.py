@@ -22,9 +22,10 @@ from jaxpack import plot
 from jaxpack.cli._files import STANDARD_INPUT, JsonFile, check_plot, name_of, read_lengths, write_json, writing
 from jaxpack.cli.bench.epoch import BATCH_SIZE, BATCHERS, measure_epoch
 from jaxpack.cli.bench.epoch_report import print_epoch
-from jaxpack.cli.bench.measure import HUGE_PAGES, Tell, measure
+from jaxpack.cli.bench.measure import HUGE_PAGES, measure
 from jaxpack.cli.bench.peers import PEERS
 from jaxpack.cli.bench.report import print_bench
+from jaxpack.cli.bench.turns import Tell
 from jaxpack.cli.bench.workloads import EPOCH, Workload, named_workload, workload_names
 
 _TUNABLES = "GLIBC_TUNABLES"
