@@ -35,6 +35,7 @@ def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
         "backend": jax.default_backend(),
         "device": device.device_kind,
+        "platform_version": device.client.platform_version,
         "libc": " ".join(platform.libc_ver()).strip() or None,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),
         "xla_flags": os.environ.get("XLA_FLAGS"),

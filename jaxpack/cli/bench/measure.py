@@ -40,7 +40,7 @@ from jaxpack.cli.bench.workloads import Workload
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # in the variable GLIBC_TUNABLES
 _LIMIT = "limit"  # the name of the products among the runs
 # Losses are about 1. Rounding in float32 moves them by 1e-6, tensor cores by 1e-4; bfloat16 keeps 8 bits.
-_LOSS_TOLERANCE = {"float32": 2e-3, "bfloat16": 1e-1}
+_LOSS_TOLERANCE = {"float32": 2e-3, "bfloat16": 5e-2}
 
 
 def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def measure(workload: Workload, names: Sequence[str], repeats: int, tell: Tell) 
         "machine": {**machine(), "load_before": load_before},
         "repeats": repeats,
         **found,
+        "missing": libraries.not_measured,
         "huge_pages": None,
     }
 
@@ -103,15 +104,19 @@ class Libraries:
             self.calls[name], self.losses[name] = calls, loss
 
     def time(self, turns: int, tell: Tell) -> dict[str, Any]:
-        """Times all that run in turns; returns `limit`, `peers` and `missing` of the result."""
+        """Times all that run in turns; returns `limit` and `peers` of the result."""
         runs: dict[Key, Run] = {(_LIMIT, key): run for key, run in self._products.items()}
         runs |= {(name, key): getattr(calls, key) for name, calls in self.calls.items() for key in PASSES}
         samples = take_turns(runs, turns, tell)
         return {
             "limit": self._limit(samples),
             "peers": [self._peer(name, samples) for name in self.calls],
-            "missing": [{"name": name, "reason": reason} for name, reason in self.missing.items()],
         }
+
+    @property
+    def not_measured(self) -> list[dict[str, str]]:
+        """The libraries that do not run, as `missing` of the result."""
+        return [{"name": name, "reason": reason} for name, reason in self.missing.items()]
 
     @functools.cached_property
     def _products(self) -> Mapping[str, Run]:

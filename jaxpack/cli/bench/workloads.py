@@ -112,7 +112,8 @@ class Workload:
     @functools.cached_property
     def params(self) -> dict[str, Any]:
         """The layer's weights, which torch gets too."""
-        return self.layer.init(jax.random.key(self.seed), self.dtype)
+        params = self.layer.init(jax.random.key(self.seed), "float32")
+        return jax.tree.map(lambda array: array.astype(self.dtype), params)
 
     def _normal(self, stream: int, features: int, scale: float = 1) -> np.ndarray:
         generator = np.random.default_rng([self.seed, stream])
@@ -138,7 +139,7 @@ def workload_names() -> tuple[str, ...]:
     return tuple(_WORKLOADS)
 
 
-def _lognormal(generator: np.random.Generator, batch_size: int = 64) -> np.ndarray:
+def lognormal_lengths(generator: np.random.Generator, batch_size: int = 64) -> np.ndarray:
     """Draws log-normal lengths: half are above 50, a sixth above 100."""
     return np.clip(np.round(generator.lognormal(np.log(50), 0.7, batch_size)), 1, 200).astype(np.int64)
 
@@ -147,7 +148,8 @@ def _uniform(generator: np.random.Generator) -> np.ndarray:
     return generator.integers(1, 100, 64, endpoint=True)
 
 
-def _equal(generator: np.random.Generator, batch_size: int = 64, length: int = 100) -> np.ndarray:
+def equal_lengths(generator: np.random.Generator, batch_size: int = 64, length: int = 100) -> np.ndarray:
+    """Returns lengths that are all the same."""
     return np.full(batch_size, length)
 
 
@@ -171,19 +173,19 @@ def _longtail(generator: np.random.Generator) -> np.ndarray:
 
 _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapping[str, Any]]] = MappingProxyType(
     {
-        "lognormal": (_lognormal, {}),
+        "lognormal": (lognormal_lengths, {}),
         "uniform": (_uniform, {}),
-        "equal": (_equal, {}),
+        "equal": (equal_lengths, {}),
         "vowels": (_vowels, {"features": 12, "hidden_size": 64}),
         "longtail": (_longtail, {}),
-        "bilstm2": (_lognormal, {"num_layers": 2, "bidirectional": True}),
-        "gru": (_lognormal, {"cell": "gru"}),
-        "rnn": (_lognormal, {"cell": "rnn"}),
+        "bilstm2": (lognormal_lengths, {"num_layers": 2, "bidirectional": True}),
+        "gru": (lognormal_lengths, {"cell": "gru"}),
+        "rnn": (lognormal_lengths, {"cell": "rnn"}),
         "words": (_words, {"features": 64, "hidden_size": 192}),
         "words-gru": (_words, {"cell": "gru", "features": 64, "hidden_size": 192}),
-        "small": (functools.partial(_lognormal, batch_size=8), {"features": 32, "hidden_size": 32}),
-        "wide": (functools.partial(_lognormal, batch_size=256), {"hidden_size": 512}),
-        "long": (functools.partial(_equal, batch_size=16, length=10_000), {}),
-        EPOCH: (functools.partial(_lognormal, batch_size=4096), {}),
+        "small": (functools.partial(lognormal_lengths, batch_size=8), {"features": 32, "hidden_size": 32}),
+        "wide": (functools.partial(lognormal_lengths, batch_size=256), {"hidden_size": 512}),
+        "long": (functools.partial(equal_lengths, batch_size=16, length=10_000), {}),
+        EPOCH: (functools.partial(lognormal_lengths, batch_size=4096), {}),
     }
 )
