@@ -1,6 +1,7 @@
 """`jaxpack bench gpu`: its cases, counts, budget and refusals, on a CPU at tiny sizes. No test asserts a time."""
 
 import functools
+import io
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from commands import bench, message
 from jax.experimental import rnn
+from rich.console import Console
 
 from jaxpack.cli.bench.calls import PASSES, Calls, Missing
 from jaxpack.cli.bench.cudnn_peer import flat_weights
@@ -21,6 +23,7 @@ from jaxpack.cli.bench.gpu import memory as gpu_memory
 from jaxpack.cli.bench.gpu import run as gpu_run
 from jaxpack.cli.bench.gpu import worker as gpu_worker
 from jaxpack.cli.bench.gpu.cases import GRAPHS, TINY, Case, all_cases
+from jaxpack.cli.bench.gpu.report import markdown, print_gpu
 from jaxpack.cli.bench.gpu.run import Options, measure_gpu
 from jaxpack.cli.bench.gpu.worker import Request, measure_case
 from jaxpack.cli.bench.peers import PEERS
@@ -213,7 +216,7 @@ def test_the_memory_of_a_run_is_seen_below_the_peak_of_an_earlier_one(monkeypatc
 def test_the_memory_of_torch_is_its_own_allocators(monkeypatch):
     device = Device()
     torch = SimpleNamespace(
-        is_available=lambda: True,
+        is_initialized=lambda: True,
         reset_peak_memory_stats=lambda: None,
         memory_allocated=lambda: 20,
         max_memory_allocated=lambda: 90,
@@ -223,6 +226,15 @@ def test_the_memory_of_torch_is_its_own_allocators(monkeypatch):
     monkeypatch.setattr(gpu_memory.jnp, "zeros", device.zeros)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=torch))
     assert gpu_memory.peak_bytes(lambda: None) == 70
+
+
+def test_a_device_that_is_full_has_no_peak_and_no_error(monkeypatch):
+    def full(size, dtype):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(gpu_memory.jnp, "zeros", full)
+    assert gpu_memory.peak_bytes(lambda: None) is None
 
 
 def test_a_device_that_does_not_count_has_no_peak():
@@ -419,8 +431,8 @@ def test_the_report_fits_80_columns_and_has_a_line_for_each_library(run):
 
 
 def test_the_markdown_has_a_line_for_each_case_and_a_column_for_each_library(run):
-    _, result, markdown = run
-    rows = [line.strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
+    _, result, text = run
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     headings = [cell.strip() for cell in rows[0]]
     assert {len(row) for row in rows} == {9}
     assert len(rows) == 2 * (2 + len(result["cases"]))
@@ -431,6 +443,55 @@ def test_the_markdown_has_a_line_for_each_case_and_a_column_for_each_library(run
             forward, training = (float(number.replace(",", "")) for number in cell.split("/"))
             assert forward == pytest.approx(peer["forward"]["us_per_step"], rel=0.01)
             assert training == pytest.approx(peer["training"]["us_per_step"], rel=0.01)
+
+
+def case_result(name, **options):
+    """Returns the result of a case with one library."""
+    times = {"us_per_step": 1234.5, "times_jaxpack": None, "times_limit": {"median": 2.5}}
+    peer = {"name": "flax.nnx", "forward": times, "training": times, "peak_bytes": None, "temp_bytes": None}
+    workload = {"lengths": [2, 7], "longest": 7, "tokens": 9, "batch_size": 2}
+    case = {"name": name, "workload": workload, "repeats": 3, "limit": dict.fromkeys(PASSES, times), "failed": []}
+    return {**case, "peers": [{**peer, "compile_seconds": None, **options}], "missing": []}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"peak_bytes": 3 * 2**20}, "3.00"),
+        ({"peak_bytes": 0, "temp_bytes": {"training": 2**20}}, "0.00"),
+        ({"temp_bytes": {"training": 2**22}}, "(4.00)"),
+        ({}, "-"),
+    ],
+)
+def test_memory_that_was_planned_and_not_measured_stands_in_parentheses(options, expected):
+    file = io.StringIO()
+    result = {"machine": None, "budget": 9, "seconds": 8.7, "cases": [case_result("a", **options)], "left_out": []}
+    print_gpu(result, Console(file=file, width=80))
+    (line,) = [line for line in file.getvalue().splitlines() if line.startswith("flax.nnx")]
+    assert line.split()[1:] == ["1,234", "-", "1,234", "-", "2.50", expected, "-"]
+    row = markdown(result).split("MiB of a training step")[1]
+    assert ("| " + expected.replace("-", "") + " |") in row
+
+
+def test_the_report_says_what_is_missing_and_left_out_and_why():
+    missing = {"name": "torch-packed", "reason": "not installed (torch)"}
+    cases = [{**case_result(name), "missing": [missing]} for name in "ab"]
+    cases[1]["missing"] = [missing, {"name": "jaxpack-rows", "reason": "failed: OutOfMemory"}]
+    cases[1]["failed"] = ["jaxpack-rows"]
+    left_out = [{"name": str(i), "reason": "no time was left"} for i in range(6)]
+    left_out.append({"name": "c", "reason": "Segmentation fault"})
+    file = io.StringIO()
+    print_gpu(
+        {"machine": None, "budget": 450, "seconds": 441.2, "cases": cases, "left_out": left_out},
+        Console(file=file, width=80),
+    )
+    text = file.getvalue()
+    assert "2 of 9 cases in 441 s, of a budget of 450 s" in text
+    assert "- torch-packed: not installed (torch)\n" in text
+    assert "- jaxpack-rows: failed: OutOfMemory (b)\n" in text
+    assert "- 6, since no time was left: 0, 1, 2, 3, ...\n" in text
+    assert "- 1, since Segmentation fault: c\n" in text
+    assert "jaxpack failed: jaxpack-rows (b)." in text
 
 
 def test_without_a_cuda_device_the_way_out_is_named(monkeypatch):

@@ -14,22 +14,25 @@ def peak_bytes(run: Callable[[], Any]) -> int | None:
     """Returns the most device memory that a run takes at once beyond what was in use before: temporaries and results.
 
     It adds up JAX's allocator and torch's, of which a run uses one. None where JAX's device does not count memory, as
-    on CPUs.
+    on CPUs, and where there is too little of it to measure.
     """
     device = jax.local_devices()[0]
     if not device.memory_stats():
         return None
     torch: Any = sys.modules.get("torch")
-    by_torch = torch is not None and torch.cuda.is_available()
-    ballast = _ballast(device)
-    before, torch_before = device.memory_stats()["bytes_in_use"], 0
-    if by_torch:
-        torch.cuda.reset_peak_memory_stats()
-        torch_before = torch.cuda.memory_allocated()
-    jax.block_until_ready(run())
+    cuda = torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+    try:
+        ballast = _ballast(device)
+        before, torch_before = device.memory_stats()["bytes_in_use"], 0
+        if cuda is not None:
+            cuda.reset_peak_memory_stats()
+            torch_before = cuda.memory_allocated()
+        jax.block_until_ready(run())
+    except jax.errors.JaxRuntimeError:  # out of memory
+        return None
     found = device.memory_stats()["peak_bytes_in_use"] - before
     ballast.delete()
-    return found + (torch.cuda.max_memory_allocated() - torch_before if by_torch else 0)
+    return found if cuda is None else found + cuda.max_memory_allocated() - torch_before
 
 
 def _ballast(device: jax.Device) -> jax.Array:
