@@ -149,10 +149,10 @@ def _huge_pages(result: Result) -> dict[str, Result]:
     return {} if other is None else {peer["name"]: peer for peer in other["peers"]}
 
 
-def start_table(title: str, *headings: str) -> Table:
-    """Returns a table of numbers, with names under its title."""
+def start_table(title: str, *headings: str, width: int = 20) -> Table:
+    """Returns a table of numbers, with names under its title; `width` is the least of the names' column."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(title, no_wrap=True, min_width=20)
+    table.add_column(title, no_wrap=True, min_width=width)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

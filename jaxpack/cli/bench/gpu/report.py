@@ -86,7 +86,7 @@ def _describe(case: Result) -> str:
 
 def _table(case: Result) -> Table:
     """Returns the table of a case."""
-    table = start_table("us per step", "forward", "x", "training", "x", "x limit", "MiB", "compile s")
+    table = start_table("us per step", "forward", "x", "training", "x", "x limit", "MiB", "compile s", width=15)
 
     def times(found: Result) -> list[str]:
         ratio = found["times_jaxpack"]
