@@ -1,7 +1,7 @@
-"""Counts what a program launches on an accelerator that is not there.
+"""Counts what a layer launches on an accelerator that is not there.
 
-cd tests
-../.venv/bin/python -m accelerators LSTM buckets h100 --training
+    cd tests
+    ../.venv/bin/python -m accelerators LSTM buckets h100 --training
 """
 
 import argparse
@@ -12,7 +12,7 @@ from accelerators.targets import TARGETS, missing
 
 
 def main() -> None:
-    """Prints the counts of the cases that the command line names."""
+    """Prints the counts of the case that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m accelerators", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("layer", choices=GATES)
     parser.add_argument("form", choices=FORMS, help="a plan, no plan, plain autodiff or flax.nnx")
@@ -26,12 +26,14 @@ def main() -> None:
     case = Case(options.target, options.layer, options.form, options.directions, options.dtype, options.training)
     found = count(case)
     print(case.name)
-    for name, each in zip(("forward", "backward"), found.passes, strict=False):
-        cycles = f", {each.cycles:,} cycles" if each.cycles else ""
-        print(f"  {name}: {each.kernels:.2f} kernels a step in loops{cycles}, {each.share:.1%} of the steps in loops")
+    passes = zip(("forward", "backward"), found.kernels, found.share, found.cycles, strict=False)
+    for name, kernels, share, cycles in passes:
+        estimate = f", {cycles:,} cycles" if cycles else ""
+        print(f"  {name}: {share:.1%} of the steps in loops, {kernels:.2f} kernels each{estimate}")
     print(f"  {found.launches:,} kernels in all, {found.loops} loops, {found.unknown_trips} of unknown trip count")
-    print(f"  {found.weight_gradients} weight gradients in loops, {found.ungraphed} loop bodies not one CUDA graph")
-    print(f"  {found.temporaries / 2**20:.1f} MiB of temporaries, compiled in {found.seconds:.1f} s")
+    print(f"  {found.graphs} of {found.innermost} innermost loops are CUDA graphs")
+    print(f"  {found.weight_gradients} weight gradients in loops")
+    print(f"  {found.temporaries / 2**20:.1f} MiB of temporaries, compiled in {found.seconds:.1f} CPU seconds")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is counted in a compiled program, and the graphs that a GPU makes of its loops."""
+"""What is counted in a compiled program."""
 
 import functools
 import pathlib
@@ -11,95 +11,87 @@ import jax
 
 from accelerators import targets
 from accelerators.cases import GATES, B, Case, D, H, program
-from accelerators.hlo import Launch, Product, Program
-
-
-class Pass(NamedTuple):
-    """What one pass over time costs: the forward one, or the backward one of a training step.
-
-    Attributes:
-      kernels: launches in loops for each of the steps that are in loops.
-      share: the part of the steps that is in loops, by their recurrent products.
-      cycles: the TPU compiler's estimate for a step in a loop; 0 on GPUs, whose compiler gives none.
-    """
-
-    kernels: float
-    share: float
-    cycles: int
+from accelerators.hlo import Program
+from accelerators.products import Product
 
 
 class Counts(NamedTuple):
-    """What is counted in a program.
+    """What is counted in a program. Tuples hold the forward pass and, for training, the backward pass.
 
     Attributes:
-      passes: forward, then for training backward.
-      launches: all kernels of the program.
-      loops: how many loops it has.
-      unknown_trips: how many of them have a trip count that the compiler does not know.
-      weight_gradients: how many matrix products inside loops have the shape of a weight.
-      ungraphed: how many innermost loops have a body that is not one CUDA graph; 0 on TPUs.
+      kernels: launches inside loops, for each step that is in a loop.
+      share: the part of the steps that is in loops, by their recurrent products.
+      cycles: the TPU compiler's estimate for a step in a loop; 0 on GPUs, whose compiler gives none.
+      launches: all kernels of the program, as often as they run.
+      loops: how many loops there are.
+      innermost: how many of them hold no other loop.
+      graphs: how many innermost loops have a body that is one CUDA graph.
+      unknown_trips: how many loops have a trip count that the compiler does not know.
+      weight_gradients: how many matrix products inside loops make the gradient of a weight.
       temporaries: bytes.
-      seconds: of tracing, lowering and compiling.
+      seconds: CPU seconds of tracing, lowering and compiling.
     """
 
-    passes: tuple[Pass, ...]
+    kernels: tuple[float, ...]
+    share: tuple[float, ...]
+    cycles: tuple[int, ...]
     launches: int
     loops: int
+    innermost: int
+    graphs: int
     unknown_trips: int
     weight_gradients: int
-    ungraphed: int
     temporaries: int
     seconds: float
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def count(case: Case) -> Counts:
     """Compiles a case and counts."""
     device = targets.device(case.target)
     made = program(case)
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), made.arguments)
-    with tempfile.TemporaryDirectory(prefix="jaxpack-thunks-") as folder:
-        # XLA writes what it launches, and in which graphs, to files only.
+    with tempfile.TemporaryDirectory(prefix="jaxpack-graphs-") as folder:
+        # XLA says in files alone what it puts into graphs.
         options: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": False}
-        start = time.perf_counter()
+        start = time.process_time()
         lowered = jax.jit(made.run).trace(*arguments).lower()
         compiled = lowered.compile(options if case.target in targets.GPUS else None)
-        seconds = time.perf_counter() - start
-        ungraphed = sum(1 for body in loop_bodies(pathlib.Path(folder)) if body != ["kCommandBuffer"])
-    parsed = Program.parse(compiled.as_text())
+        seconds = time.process_time() - start
+        written = "".join(path.read_text() for path in pathlib.Path(folder).glob("*_after_thunk_passes.txt"))
+    parsed = Program(compiled.as_text())
+    passes = [_count_pass(case, parsed, is_backward) for is_backward in (False, True)[: 1 + case.training]]
+    kernels, share, cycles = zip(*passes, strict=True)
+    in_loops = [product for launch in parsed.launches if launch.loops for product in launch.products]
     return Counts(
-        passes=tuple(_pass(case, parsed, is_backward) for is_backward in (False, True)[: 1 + case.training]),
+        kernels=kernels,
+        share=share,
+        cycles=cycles,
         launches=sum(launch.times for launch in parsed.launches),
         loops=len(parsed.loops),
+        innermost=sum(loop.is_innermost for loop in parsed.loops),
+        graphs=sum(body == ["kCommandBuffer"] for body in innermost_bodies(written)),
         unknown_trips=sum(loop.trips is None for loop in parsed.loops),
-        weight_gradients=sum(
-            is_weight_gradient(case, product) for each in parsed.launches if each.loops for product in each.products
-        ),
-        ungraphed=ungraphed,
+        weight_gradients=sum(is_weight_gradient(case, product) for product in in_loops),
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
-        seconds=seconds,
+        seconds=round(seconds, 1),
     )
 
 
-def _pass(case: Case, parsed: Program, is_backward: bool) -> Pass:
-    """Sums up a pass. A loop belongs to the pass of the outermost loop around it."""
-
-    def belongs(launch: Launch) -> bool:
-        return bool(launch.loops) and launch.loops[0].is_backward == is_backward
-
+def _count_pass(case: Case, parsed: Program, is_backward: bool) -> tuple[float, float, int]:
+    """Returns kernels and the share of steps, and cycles, of one pass. A loop belongs to that of its outermost loop."""
     products = [
-        (launch.times if launch.loops else 0, launch.times)
+        (launch.times * bool(launch.loops), launch.times)
         for launch in parsed.launches
         for product in launch.products
         if is_recurrent(case, product) and product.is_backward == is_backward
     ]
-    inside, every = (sum(column) for column in zip(*products, strict=True)) if products else (0, 0)
-    share = inside / every if every else 0.0
-    looped = [launch for launch in parsed.launches if belongs(launch)]
-    steps = share * case.steps or 1
+    inside, every = (sum(times) for times in zip(*products, strict=True))
+    looped = [each for each in parsed.launches if each.loops and each.loops[0].is_backward == is_backward]
+    steps = case.steps * inside / every or 1
     kernels = sum(launch.times for launch in looped) / steps
     cycles = sum(launch.times * launch.instruction.cycles for launch in looped) / steps
-    return Pass(round(kernels, 2), round(share, 3), round(cycles))
+    return round(kernels, 2), round(inside / every, 3), round(cycles)
 
 
 def is_recurrent(case: Case, product: Product) -> bool:
@@ -122,8 +114,8 @@ def _gates(case: Case) -> set[int]:
     return {number * H for number in range(1, GATES[case.layer] + 1)}
 
 
-def loop_bodies(folder: pathlib.Path) -> list[list[str]]:
-    """Returns the kinds of what each innermost loop of a GPU launches, from the files that XLA wrote.
+def innermost_bodies(written: str) -> list[list[str]]:
+    """Returns the kinds of what each innermost loop of a GPU launches, from what XLA writes about a program.
 
     A loop is written with its body indented, and a graph with its kernels:
 
@@ -134,12 +126,12 @@ def loop_bodies(folder: pathlib.Path) -> list[list[str]]:
             000: kCommandBuffer [source | sink]
                 020: kCustomKernel ...
     """
-    text = "".join(path.read_text() for path in folder.glob("*thunk_sequence_after_thunk_passes.txt"))
     bodies = []
-    for start in re.finditer(r"^( *)body:$", text, re.MULTILINE):
-        after = re.compile(rf"((?:^ {{{len(start.group(1)) + 1},}}.*\n)*)", re.MULTILINE).match(text, start.end() + 1)
-        thunks = re.findall(r"^( *)\d+: (k\w+)", after.group(1) if after else "", re.MULTILINE)
-        if "kWhile" not in [kind for _, kind in thunks]:
-            outermost = min((len(indent) for indent, _ in thunks), default=0)
-            bodies.append([kind for indent, kind in thunks if len(indent) == outermost])
+    for start in re.finditer(r"^( *)body:$", written, re.MULTILINE):
+        deeper = re.compile(rf"(?:^ {{{len(start.group(1)) + 1},}}.*\n?)*", re.MULTILINE)
+        block = deeper.match(written, start.end() + 1)
+        found = re.findall(r"^( *)\d+: (k\w+)", block.group() if block else "", re.MULTILINE)
+        if "kWhile" not in [kind for _, kind in found]:
+            outermost = min((len(indent) for indent, _ in found), default=0)
+            bodies.append([kind for indent, kind in found if len(indent) == outermost])
     return bodies
