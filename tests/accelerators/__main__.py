@@ -1,7 +1,7 @@
 """Counts what a layer launches on an accelerator that is not there.
 
-    cd tests
-    ../.venv/bin/python -m accelerators LSTM buckets h100 --training
+cd tests
+../.venv/bin/python -m accelerators LSTM buckets h100 --training
 """
 
 import argparse

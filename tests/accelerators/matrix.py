@@ -1,4 +1,4 @@
-"""Which programs the tests compile, out of the 306 that there are of the plans alone.
+"""Which programs the tests compile, of the 288 that plans, options and targets make.
 
 For an H100 all of them: every layer under every plan, in one direction and both, in float32 and bfloat16, forward and
 training. For each TPU every layer under every plan, forward and training, each with one of the four choices of

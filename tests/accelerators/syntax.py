@@ -31,7 +31,7 @@ class Instruction(NamedTuple):
         return found.group(1) if found else ""
 
     @property
-    def index(self) -> int | None:
+    def element(self) -> int | None:
         """Which element of a tuple a get-tuple-element takes; None for other instructions."""
         return int(self.attribute("index")) if self.opcode == "get-tuple-element" else None
 

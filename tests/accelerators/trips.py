@@ -19,12 +19,12 @@ def trips(loop: Instruction, around: Computation, condition: Computation, body: 
     if compare.opcode != "compare" or compare.attribute("direction") != "LT":
         return None
     counter, bound = (condition[name] for name in compare.operands)
-    if counter.index is None:
+    if counter.element is None:
         return None
     carried = _Carried(around, around[loop.operands[0]], body)
-    start = carried.initial(counter.index)
-    end = condition.constant(bound.name) if bound.index is None else carried.invariant(bound.index)
-    step = carried.step(counter.index)
+    start = carried.initial(counter.element)
+    end = condition.constant(bound.name) if bound.element is None else carried.invariant(bound.element)
+    step = carried.step(counter.element)
     return None if start is None or end is None or not step else max(0, math.ceil((end - start) / step))
 
 
@@ -48,7 +48,7 @@ class _Carried(NamedTuple):
     def invariant(self, index: int) -> int | None:
         """Returns an element that is a constant and stays as it is."""
         following = self.body.through_copies(self.body.root.operands[index])
-        return self.initial(index) if following.index == index else None
+        return self.initial(index) if following.element == index else None
 
     def step(self, index: int) -> int | None:
         """Returns the constant that the body adds to an element."""
@@ -57,8 +57,8 @@ class _Carried(NamedTuple):
             return None
         addends = [self.body.through_copies(name) for name in update.operands]
         values = [
-            self.body.constant(each.name) if each.index is None else self.invariant(each.index)
+            self.body.constant(each.name) if each.element is None else self.invariant(each.element)
             for each in addends
-            if each.index != index
+            if each.element != index
         ]
         return values[0] if len(values) == 1 else None
