@@ -8,7 +8,7 @@ import argparse
 
 from accelerators.cases import DTYPES, FORMS, GATES, Case
 from accelerators.counts import count
-from accelerators.targets import TARGETS, missing
+from accelerators.targets import GPUS, TARGETS, missing
 
 
 def main() -> None:
@@ -31,7 +31,8 @@ def main() -> None:
         estimate = f", {cycles:,} cycles" if cycles else ""
         print(f"  {name}: {share:.1%} of the steps in loops, {kernels:.2f} kernels each{estimate}")
     print(f"  {found.launches:,} kernels in all, {found.loops} loops, {found.unknown_trips} of unknown trip count")
-    print(f"  {found.graphs} of {found.innermost} innermost loops are CUDA graphs")
+    if case.target in GPUS:
+        print(f"  the bodies of {found.graphs} of {found.innermost} innermost loops are one CUDA graph each")
     print(f"  {found.weight_gradients} weight gradients in loops")
     print(f"  {found.temporaries / 2**20:.1f} MiB of temporaries, compiled in {found.seconds:.1f} CPU seconds")
 

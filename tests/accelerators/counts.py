@@ -81,17 +81,20 @@ def count(case: Case) -> Counts:
 def _count_pass(case: Case, parsed: Program, is_backward: bool) -> tuple[float, float, int]:
     """Returns kernels and the share of steps, and cycles, of one pass. A loop belongs to that of its outermost loop."""
     products = [
-        (launch.times * bool(launch.loops), launch.times)
+        launch
         for launch in parsed.launches
         for product in launch.products
         if is_recurrent(case, product) and product.is_backward == is_backward
     ]
-    inside, every = (sum(times) for times in zip(*products, strict=True))
+    every = sum(launch.times for launch in products)
+    if not every:
+        raise ValueError(f"{case.name} has no product of one step {'backward' if is_backward else 'forward'}.")
+    share = sum(launch.times for launch in products if launch.loops) / every
     looped = [each for each in parsed.launches if each.loops and each.loops[0].is_backward == is_backward]
-    steps = case.steps * inside / every or 1
+    steps = case.steps * share or 1
     kernels = sum(launch.times for launch in looped) / steps
     cycles = sum(launch.times * launch.instruction.cycles for launch in looped) / steps
-    return round(kernels, 2), round(inside / every, 3), round(cycles)
+    return round(kernels, 2), round(share, 3), round(cycles)
 
 
 def is_recurrent(case: Case, product: Product) -> bool:
