@@ -358,8 +358,8 @@ class RecurrentLayer(abc.ABC):
     def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
         rows = () if batch_size is None else (batch_size,)
         lead = (self.num_layers * self.num_directions, *rows)
-        if state is None:
-            return zero_state(self.cell.state_sizes, lead, like, dtype)
+        if state is None:  # of width 1: nothing is differentiated by it
+            return zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, like, dtype)
         return checked_state(state, self.cell.state_sizes, lead, dtype)
 
     def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:

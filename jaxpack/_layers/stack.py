@@ -50,7 +50,7 @@ def run_stack(
       stack: the static part.
       params: the parameters of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
       packed: data [S, F], in the dtype of the computation.
-      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order.
+      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros.
       dropout_key: None for no dropout.
 
     Returns:
@@ -58,7 +58,8 @@ def run_stack(
     """
     num_directions = stack.num_directions
     if not packed.plan.size:  # a batch of no sequences
-        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), state
+        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, stack.cell.state_sizes)
+        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), final
     plan, real, reverse = _cells(packed, stack.planned)
     recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.

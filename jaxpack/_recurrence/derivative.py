@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
@@ -20,7 +22,7 @@ from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.scan import scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.buffers import buffer
-from jaxpack._recurrence.deals import Deal, best_deal, deals_of
+from jaxpack._recurrence.deals import Deal, best_deal, dealt_cells, deals_of
 from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, forward
 from jaxpack._recurrence.slots import RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
@@ -116,6 +118,12 @@ class Recurrence(NamedTuple):
 
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def unplanned_cells(lengths: npt.ArrayLike, max_length: int) -> int:
+    """Returns how many cells a CPU computes for a padded batch [B, T] with concrete lengths and without a plan."""
+    deals = deals_of(len(np.asarray(lengths)), max_length, CPU.divisors, CPU.chunk_cells)
+    return dealt_cells(deals, lengths)
 
 
 def recur(

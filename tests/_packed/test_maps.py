@@ -117,7 +117,7 @@ def _label(data):
     [
         "padded",
         "buckets",
-        pytest.param("rows", marks=pytest.mark.xfail(strict=True, reason="_recurrence/slots.py reads plan.cell_slots")),
+        "rows",
         "none",
     ],
 )

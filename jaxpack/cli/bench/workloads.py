@@ -13,7 +13,7 @@ import numpy as np
 
 import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
-from jaxpack._recurrence.windows import ladder_cells
+from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.datasets import japanese_vowels
 
 EPOCH = "epoch"  # the name of the workload that is a corpus
@@ -89,7 +89,7 @@ class Workload:
 
     def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
         """Counts the cells that jaxpack computes under a plan, or without one."""
-        return ladder_cells(self.padded_plan, self.lengths) if plan is None else plan.size
+        return unplanned_cells(self.lengths, self.longest) if plan is None else plan.size
 
     @functools.cached_property
     def mask(self) -> np.ndarray:

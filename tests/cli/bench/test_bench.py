@@ -18,7 +18,7 @@ from commands import message
 
 import jaxpack
 from jaxpack import plan_buckets, plan_padded
-from jaxpack._recurrence.windows import ladder_cells
+from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.cli.bench import command as bench_file
 from jaxpack.cli.bench import measure as bench_measure
 from jaxpack.cli.bench import peers as bench_peers
@@ -145,8 +145,7 @@ def test_cells_are_counted(run):
     expected = {"jaxpack": packed, "jaxpack-in-out": packed, "torch-packed": LENGTHS.sum()}
     expected["jaxpack-buckets"] = plan_buckets(LENGTHS).size
     expected |= dict.fromkeys(["jaxpack.nnx-plan", "own-cell-plan"], packed)
-    ladder = ladder_cells(plan_padded(len(LENGTHS), LENGTHS.max()), LENGTHS)
-    expected |= dict.fromkeys(["jaxpack-no-plan", "jaxpack.nnx"], ladder)
+    expected |= dict.fromkeys(["jaxpack-no-plan", "jaxpack.nnx"], unplanned_cells(LENGTHS, LENGTHS.max()))
     for name, peer in run.peers.items():
         cells = expected.get(name, padded)
         assert peer["cells"] == cells
