@@ -339,8 +339,10 @@ class RecurrentLayer(abc.ABC):
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
                 f"number as lengths=. A batch is [B, T, {self.input_size}]."
             )
-        state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
-        batched = jax.tree.map(lambda leaf: leaf[:, None], state)
+        batched = None
+        if initial_state is not None:
+            state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
+            batched = jax.tree.map(lambda leaf: leaf[:, None], state)
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)

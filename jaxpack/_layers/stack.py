@@ -90,7 +90,7 @@ def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchSha
         maps = CellMaps.of(packed)
         return plan, RealCells.of(packed, maps), maps.reverse
     spans, shape = slot_spans(packed)[:, None], BatchShape(plan.num_sequences, plan.max_length)
-    steps = jnp.arange(shape.max_length, dtype=jnp.int32)
+    steps = jnp.arange(shape.max_length, dtype=jnp.int32)[None]
     first = jnp.arange(shape.num_sequences, dtype=jnp.int32)[:, None] * shape.max_length
     reverse = first + jnp.where(steps < spans, spans - 1 - steps, steps)
     return shape, RealCells.of_batch(spans[:, 0], shape.max_length), reverse.reshape(-1)

@@ -61,10 +61,10 @@ class Deal(NamedTuple):
         ends = jnp.cumsum(ranked, axis=0)
         # Of the sequences, longest first: the step at which each begins, and its row.
         starts = self._by_rank(ends - ranked)
-        columns = self._by_rank(jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), ranked.shape))
+        columns = self._by_rank(jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[None], ranked.shape))
         steps = jnp.arange(self.length, dtype=jnp.int32)[:, None]
         turn = sum((steps >= end[None]).astype(jnp.int32) for end in ends)  # [length, R]: how many have ended before
-        row = jnp.arange(rows, dtype=jnp.int32)
+        row = jnp.arange(rows, dtype=jnp.int32)[None]
         rank = jnp.minimum(turn * rows + jnp.where(turn % 2 == 1, rows - 1 - row, row), number - 1)
         slots, step = (leaf.reshape(-1) for leaf in (order[rank], steps - starts[rank]))
         real = (turn < self.rounds).reshape(-1) & (step < spans[slots])

@@ -90,7 +90,7 @@ class RealCells(NamedTuple):
     @classmethod
     def of_batch(cls, spans: jax.Array, max_length: int) -> RealCells:
         """Returns the real cells of a padded batch [B, T], each row of which is followed by the next."""
-        steps = jnp.arange(max_length, dtype=jnp.int32)
+        steps = jnp.arange(max_length, dtype=jnp.int32)[None]
         first = jnp.arange(len(spans), dtype=jnp.int32) * max_length
         order = jnp.argsort(-spans).astype(jnp.int32)
         ranking = Ranking(order, jnp.argsort(order).astype(jnp.int32))
