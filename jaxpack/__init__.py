@@ -6,6 +6,8 @@ from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
 from jaxpack._namespace import publish as _publish
+from jaxpack._packed.attention import attention, rotary
+from jaxpack._packed.conv import causal_conv
 from jaxpack._packed.convert import (
     pack_padded_sequence,
     pack_sequence,
@@ -29,6 +31,7 @@ from jaxpack._packed.reduce import (
     segment_sum,
     segment_var,
 )
+from jaxpack._packed.rows import Rows, from_rows, to_rows
 from jaxpack._packed.scan import packed_scan
 from jaxpack._packed.statistics import mean, std, var
 from jaxpack._packed.steps import broadcast_to_steps, concatenate, softmax
@@ -45,9 +48,13 @@ __all__ = [
     "BucketPlan",
     "CostModel",
     "PackedSequence",
+    "Rows",
+    "attention",
     "broadcast_to_steps",
+    "causal_conv",
     "concatenate",
     "first",
+    "from_rows",
     "gru_cell",
     "last",
     "lstm_cell",
@@ -64,6 +71,7 @@ __all__ = [
     "plan_rows",
     "reverse_sequences",
     "rnn_cell",
+    "rotary",
     "segment_argmax",
     "segment_argmin",
     "segment_logsumexp",
@@ -75,6 +83,7 @@ __all__ = [
     "segment_var",
     "softmax",
     "std",
+    "to_rows",
     "unchecked",
     "unpack_sequence",
     "unpad_sequence",

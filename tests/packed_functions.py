@@ -63,6 +63,11 @@ def _zeros(packed: PackedSequence) -> Array:
     return jnp.zeros((packed.plan.num_sequences, packed.data.shape[1]))
 
 
+def _heads(packed: PackedSequence) -> PackedSequence:
+    """The features as one head."""
+    return packed.replace(data=packed.data[:, None])
+
+
 FUNCTIONS = {
     "pack_padded_sequence": Function(
         lambda p, x: jaxpack.pack_padded_sequence(x, p.lengths, True, plan=p.plan), takes="padded"
@@ -90,6 +95,11 @@ FUNCTIONS = {
     "softmax": Function(lambda p, x: jaxpack.softmax(p)),
     "broadcast_to_steps": Function(lambda p, x: jaxpack.broadcast_to_steps(x[:, 0], p), programs=3),
     "concatenate": Function(lambda p, x: jaxpack.concatenate([p, p]), batches=2),
+    "causal_conv": Function(lambda p, x: jaxpack.causal_conv(p, np.array([[2.0] * 3, [1.0] * 3], np.float32))),
+    "to_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data, p), batches=2, programs=2),
+    "from_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data * 2, p), batches=2, programs=3),
+    "attention": Function(lambda p, x: jaxpack.attention(*3 * [_heads(p)], is_causal=True), batches=3, programs=2),
+    "rotary": Function(lambda p, x: jaxpack.rotary(p.replace(data=p.data[:, :2])), programs=None),
     "packed_scan": Function(
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None
     ),
