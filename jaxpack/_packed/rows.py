@@ -142,10 +142,13 @@ def out_of_rows(plan: BucketPlan, leaf: jax.Array) -> jax.Array:
 @functools.lru_cache(maxsize=64)
 def rows_plan(plan: BucketPlan) -> BucketPlan:
     """Returns a plan of one bucket with the same slots: slot i has at least the room that it has in the given plan."""
-    if plan.num_buckets == 1:
-        return plan
-    dealt = best_fit(Distinct.of(plan.room), plan.num_steps)
-    return BucketPlan((plan.num_steps,), (dealt.num_rows,), slot_starts(dealt, sort_rows=False))
+    return plan if plan.num_buckets == 1 else end_to_end(plan.room, plan.num_steps)
+
+
+def end_to_end(room: np.ndarray, width: int) -> BucketPlan:
+    """Returns a plan of one bucket of a width, whose slot i has at least room[i]: [B], not increasing, at least 1."""
+    dealt = best_fit(Distinct.of(room), width)
+    return BucketPlan((width,), (dealt.num_rows,), slot_starts(dealt, sort_rows=False))
 
 
 def ranks_in_row(plan: BucketPlan) -> np.ndarray:
