@@ -5,6 +5,7 @@ from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._linear.minimal import MinGRU, MinLSTM
 from jaxpack._namespace import publish as _publish
 from jaxpack._packed.convert import (
     pack_padded_sequence,
@@ -44,6 +45,8 @@ __all__ = [
     "RNN",
     "BucketPlan",
     "CostModel",
+    "MinGRU",
+    "MinLSTM",
     "PackedSequence",
     "broadcast_to_steps",
     "concatenate",
