@@ -6,6 +6,7 @@ from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
 from jaxpack._linear.minimal import MinGRU, MinLSTM
+from jaxpack._linear.scan import linear_scan
 from jaxpack._namespace import publish as _publish
 from jaxpack._packed.convert import (
     pack_padded_sequence,
@@ -53,6 +54,7 @@ __all__ = [
     "first",
     "gru_cell",
     "last",
+    "linear_scan",
     "lstm_cell",
     "mean",
     "pack_padded_sequence",

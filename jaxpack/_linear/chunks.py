@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._linear.reading import Reading
-from jaxpack._linear.solve import Block, Form, accumulator, solve, with_rows
+from jaxpack._linear.solve import Block, Form, accumulator, blocks_of, solve, with_rows
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -30,7 +30,7 @@ class Equations(Protocol):
     """The equations of a recurrence with a decay for each feature, on M cells; hashable."""
 
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the decay [M, *H], or [*H] for all cells, and what is injected [M, *H].
+        """Returns the decay [M, *H], or [1, *H] for all cells, and what is injected [M, *H].
 
         Args:
           params: the parameters.
@@ -217,7 +217,7 @@ def _chunk(
         inputs = jnp.where(start, decay * initial.astype(carry.dtype)[cells.slot] + inputs, inputs)
     fresh = cells.start | ~cells.real
     inputs = jnp.where(expand(cells.real, inputs), inputs, 0)
-    if decay.ndim == inputs.ndim:
+    if len(decay) == len(inputs):
         decay = jnp.where(expand(fresh, decay), 0, decay)
     h = solve(form, decay, inputs, fresh, carry)
     y = equations.readout(params, x, h)
@@ -246,8 +246,9 @@ def _forward(
     carries: list[Any] = [None] * plan.num_buckets
     carry = lax.full_like(x, 0, like.dtype, (0, *like.shape))
     final = lax.full_like(x, 0, like.dtype, (plan.num_sequences, *like.shape))
-    for k in reversed(range(plan.num_buckets)) if reverse else range(plan.num_buckets):
-        block = _block(plan, k)
+    blocks = blocks_of(plan)
+    for k in reversed(range(len(blocks))) if reverse else range(len(blocks)):
+        block = blocks[k]
         chunks = _Chunks.of(block, schedule, reverse)
         carry = with_rows(carry, lax.full_like(carry, 0, shape=(block.rows, *like.shape)))
 
@@ -279,8 +280,9 @@ def _backward(
     dx: list[Any] = [None] * plan.num_buckets
     dparams, dinitial = jax.tree.map(_wide_zeros, (params, initial))
     dcarry = carries[0][0, :0]
-    for k in range(plan.num_buckets) if reverse else reversed(range(plan.num_buckets)):
-        block = _block(plan, k)
+    blocks = blocks_of(plan)
+    for k in range(len(blocks)) if reverse else reversed(range(len(blocks))):
+        block = blocks[k]
         chunks = _Chunks.of(block, schedule, reverse)
         before = carries[k] if len(carries[k]) == chunks.number else carries[k][: chunks.number]
         dcarry = with_rows(dcarry, jnp.zeros_like(before[0]))
@@ -303,11 +305,6 @@ def _backward(
         dx[k] = chunks.join(dx_chunks)
     dparams, dinitial = jax.tree.map(lambda new, old: new.astype(old.dtype), (dparams, dinitial), (params, initial))
     return Operands(dparams, dx[0] if len(dx) == 1 else jnp.concatenate(dx), dinitial)
-
-
-def _block(plan: BucketPlan, k: int) -> Block:
-    bucket = plan.buckets[k]
-    return Block(bucket.offset, bucket.steps, bucket.rows)
 
 
 def _state_like(equations: Equations, params: PyTree, x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -24,7 +24,7 @@ class DiagonalLayer(LinearLayer):
 
     @abc.abstractmethod
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the decay a [M, *H], or [*H] for all cells, and the injected b [M, *H].
+        """Returns the decay a [M, *H], or [1, *H] for all cells, and the injected b [M, *H].
 
         Args:
           params: the parameters.

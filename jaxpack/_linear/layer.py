@@ -22,7 +22,7 @@ from jaxpack._checks import at_least_one
 from jaxpack._layers.params import check_params, check_sharding, floating
 from jaxpack._layers.stack import explain_forward_mode
 from jaxpack._layers.states import shapes_of
-from jaxpack._linear.inputs import Aligned, Lengths, align, clean
+from jaxpack._linear.inputs import Aligned, Lengths, align, check_resets, clean
 from jaxpack._packed.inputs import as_batch
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -210,7 +210,7 @@ class LinearLayer(abc.ABC):
 
     def _check_cells(self, aligned: Aligned) -> None:
         """Raises unless inputs and resets are of the right shape and kind."""
-        data, resets = aligned.packed.data, aligned.others["resets"]
+        data = aligned.packed.data
         if data.ndim != 2 or data.shape[-1] != self.input_size:
             lead = "[S, " if aligned.length is None else "[B, T, "
             shape = data.shape if aligned.length is None else ("B", "T", *data.shape[1:])
@@ -220,11 +220,7 @@ class LinearLayer(abc.ABC):
             )
         if jnp.issubdtype(data.dtype, jnp.complexfloating):
             raise TypeError(f"inputs must be real, got dtype {data.dtype}.")
-        if resets is not None and (resets.dtype != bool or resets.ndim != 1):
-            raise TypeError(
-                f"resets must be one bool a step, laid out as the inputs, got dtype {resets.dtype} and shape "
-                f"{resets.shape[1:]} a step."
-            )
+        check_resets(aligned)
 
     def _checked_state(self, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
         """Returns a given initial state in the layout and dtypes of the layer."""

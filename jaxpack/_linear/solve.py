@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._packed.broadcast import expand
+from jaxpack._plans.bucket_plan import BucketPlan
 
 
 class Block(NamedTuple):
@@ -31,6 +32,11 @@ class Block(NamedTuple):
         """Returns the block's cells of an array [S, ...] as [steps, rows, ...]."""
         part = lax.slice_in_dim(leaf, self.offset, self.offset + self.steps * self.rows)
         return part.reshape(self.steps, self.rows, *leaf.shape[1:])
+
+
+def blocks_of(plan: BucketPlan) -> tuple[Block, ...]:
+    """Returns a block for each bucket of a plan."""
+    return tuple(Block(bucket.offset, bucket.steps, bucket.rows) for bucket in plan.buckets)
 
 
 class Form(NamedTuple):
@@ -62,7 +68,7 @@ def solve(form: Form, decay: jax.Array, inputs: jax.Array, fresh: jax.Array, car
 
     Args:
       form: the static part.
-      decay: a [S, *F], 0 where fresh; or [*F], which all cells share.
+      decay: a [S, *F], 0 where fresh; or [1, *F], which all cells share. Axes of F may be 1.
       inputs: b [S, *F], of the same dtype; 0 in slack.
       fresh: bool [S], where the state starts anew.
       carry: [rows, *F], the state before the first block that is read.
@@ -109,9 +115,8 @@ def _linear(form: Form, decay: jax.Array, inputs: jax.Array, fresh: jax.Array, c
         )
     run = _parallel if form.parallel else _sequential
     parts: list[Any] = [None] * len(form.blocks)
-    shared = decay.ndim < inputs.ndim
     for k, block, zeros in form.order(carry):
-        a = decay if shared else block.of(decay)
+        a = decay if len(decay) == 1 else block.of(decay)
         h = run(a, block.of(inputs), block.of(fresh), with_rows(carry, zeros), form.reverse)
         parts[k] = h.reshape(-1, *h.shape[2:])
         carry = h[0] if form.reverse else h[-1]
@@ -127,21 +132,22 @@ def with_rows(carry: jax.Array, zeros: jax.Array) -> jax.Array:
 def _sequential(decay: jax.Array, inputs: jax.Array, fresh: jax.Array, carry: jax.Array, reverse: bool) -> jax.Array:
     """Goes over the steps of one block [T, R, *F]. Half-precision states are kept in float32 from step to step."""
     dtype = accumulator(inputs.dtype)
-    shared = decay.ndim < inputs.ndim
+    shared = decay if decay.ndim < inputs.ndim else None
 
     def step(h: jax.Array, cell: Any) -> tuple[jax.Array, jax.Array]:
         a, b, new = cell
-        a = (decay if shared else a).astype(dtype)
+        a = (a if shared is None else shared).astype(dtype)
         h = jnp.where(expand(new, h), 0, a * h) + b.astype(dtype)
         return h, h.astype(inputs.dtype)
 
-    cells = None if shared else decay, inputs, fresh
+    cells = (decay if shared is None else None), inputs, fresh
     return lax.scan(step, carry.astype(dtype), cells, reverse=reverse)[1]
 
 
 def _parallel(decay: jax.Array, inputs: jax.Array, fresh: jax.Array, carry: jax.Array, reverse: bool) -> jax.Array:
     """Composes the steps of one block [T, R, *F] in a tree (Blelloch 1990), each with whether it starts anew."""
     dtype = accumulator(inputs.dtype)
+    decay = decay if decay.ndim == inputs.ndim else decay[None]
     a, b = (jnp.broadcast_to(leaf, inputs.shape).astype(dtype) for leaf in (decay, inputs))
     new = expand(fresh, inputs)
     first = -1 if reverse else 0
