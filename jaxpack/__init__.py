@@ -5,6 +5,8 @@ from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._linear.minimal import MinGRU, MinLSTM
+from jaxpack._linear.scan import linear_scan
 from jaxpack._namespace import publish as _publish
 from jaxpack._packed.attention import attention, rotary
 from jaxpack._packed.conv import causal_conv
@@ -47,6 +49,8 @@ __all__ = [
     "RNN",
     "BucketPlan",
     "CostModel",
+    "MinGRU",
+    "MinLSTM",
     "PackedSequence",
     "Rows",
     "attention",
@@ -57,6 +61,7 @@ __all__ = [
     "from_rows",
     "gru_cell",
     "last",
+    "linear_scan",
     "lstm_cell",
     "mean",
     "pack_padded_sequence",

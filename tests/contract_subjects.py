@@ -158,6 +158,30 @@ def of_dropin(api, *cells):
     return Subject(params, run, states[0] if len(cells) == 1 else tuple(states), one, own_derivative=known)
 
 
+def of_linear(kind, layer, api=None, module=None):
+    """A layer that is linear in its state, or a module of Flax that holds one.
+
+    Args:
+      kind: the name of its equations in `oracles.linear_step`.
+      api: "linen" or "nnx", if it is a module.
+      module: makes the module.
+    """
+    apply, params = layer.apply, oracles.random_params(layer)
+    if api is not None:
+        call, params = APIS[api].pure(module(), jit=False)
+
+        def apply(params, inputs, state, lengths=None, **options):
+            return call(params, inputs, state, seq_lengths=lengths, **options)
+
+    def one(params, xs, state):
+        plain = params if api is None else params["params"] if api == "linen" else nnx.to_pure_dict(params)
+        final, ys = jax.lax.scan(functools.partial(oracles.linear_step, kind, layer, plain, xp=jnp), state, xs)
+        return ys, final
+
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape), layer.state_like(float))
+    return Subject(params, apply, state, one)
+
+
 def of_step(step, params, state):
     """A user's step in packed_scan.
 
@@ -213,7 +237,11 @@ STEPS: dict[str, Callable[[], Subject]] = {
         log_step, {"weight": np.array([0.3, -0.8, 1.2])}, {"mean": np.zeros(F), "total": np.zeros(())}
     ),
 }
-SUBJECTS = LAYERS | FLAX | STEPS
+LINEAR: dict[str, Callable[[], Subject]] = {
+    "MinGRU": lambda: of_linear("min_gru", jaxpack.MinGRU(F, H)),
+    "MinLSTM": lambda: of_linear("min_lstm", jaxpack.MinLSTM(F, H)),
+}
+SUBJECTS = LAYERS | FLAX | STEPS | LINEAR
 FLOAT64: dict[str, Any] = {"param_dtype": float, "rngs": nnx.Rngs(0)}
 
 

@@ -103,6 +103,7 @@ FUNCTIONS = {
     "packed_scan": Function(
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None
     ),
+    "linear_scan": Function(lambda p, x: jaxpack.linear_scan(p, p), batches=2, programs=2),
     "RNN.apply": Function(lambda p, x: _layer(p), differentiable=False, programs=None),
     "map": Function(lambda p, x: p.map(jnp.multiply, p), batches=2, programs=4),
     "astype": Function(lambda p, x: p.astype(jnp.float16), differentiable=False),
