@@ -7,6 +7,10 @@ from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
 from jaxpack._linear.minimal import MinGRU, MinLSTM
 from jaxpack._linear.scan import linear_scan
+from jaxpack._matrix.functions import gated_delta_rule, linear_attention
+from jaxpack._matrix.gated_delta_net import GatedDeltaNet
+from jaxpack._matrix.mamba2 import Mamba2
+from jaxpack._matrix.mlstm import MLSTM
 from jaxpack._namespace import publish as _publish
 from jaxpack._packed.attention import attention, rotary
 from jaxpack._packed.conv import causal_conv
@@ -46,9 +50,12 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU",
     "LSTM",
+    "MLSTM",
     "RNN",
     "BucketPlan",
     "CostModel",
+    "GatedDeltaNet",
+    "Mamba2",
     "MinGRU",
     "MinLSTM",
     "PackedSequence",
@@ -59,8 +66,10 @@ __all__ = [
     "concatenate",
     "first",
     "from_rows",
+    "gated_delta_rule",
     "gru_cell",
     "last",
+    "linear_attention",
     "linear_scan",
     "lstm_cell",
     "mean",

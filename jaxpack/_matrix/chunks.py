@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpack._packed.broadcast import expand, vary_like
-from jaxpack._packed.gather import Indexed, rearrange, real_cells
+from jaxpack._packed.gather import Indexed, real_cells, rearrange, slot_spans
 from jaxpack._packed.rows import end_to_end
 from jaxpack._packed.scan import scan_of, scan_slots
 from jaxpack._packed.slack import in_caller_order
@@ -67,7 +67,9 @@ def scan_chunks(
     plan = packed.plan
     chunks, cells, places = _layout(plan, size)
     real = real_cells(packed)
-    by_slot = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], vary_like(initial, arrays))
+    empty = (slot_spans(packed) == 0)[packed.unsorted_indices]
+    used = jax.tree.map(lambda leaf: jnp.where(expand(empty, leaf), 0, leaf), initial)  # others may be NaN
+    by_slot = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], vary_like(used, arrays))
 
     def gathered(leaf: jax.Array) -> jax.Array:
         leaf = jnp.where(expand(real, leaf), leaf, jnp.zeros_like(leaf))
@@ -87,7 +89,10 @@ def scan_chunks(
     everywhere = vary_like(jnp.ones(chunks.size, bool), inputs.real)
     (final, _), outputs = scan_slots(scan_of(step), carry, carry, inputs, everywhere, chunks)
     outputs = outputs.reshape(chunks.size * size, *outputs.shape[2:])
-    return rearrange(outputs, jnp.asarray(places), jnp.asarray(cells)), in_caller_order(packed, final)
+    final = jax.tree.map(
+        lambda leaf, old: jnp.where(expand(empty, leaf), old, leaf), in_caller_order(packed, final), initial
+    )
+    return rearrange(outputs, jnp.asarray(places), jnp.asarray(cells)), final
 
 
 def chunk_size(plan: BucketPlan, key_size: int, value_size: int, per_key: bool = False) -> int:

@@ -12,9 +12,9 @@ logarithms until their sums are known: with g = log a and D[t, s] = g_{s+1} + ..
     y_t = Σ_s (q_t · k_s) exp(D[t, s]) v_s + exp(D[t, 0]) S_0ᵀ q_t
     S_C = Σ_s exp(D[C, s]) k_s v_sᵀ + exp(D[C, 0]) S_0
 
-(Dao & Gu 2024, "Transformers are SSMs", section 6). The delta rule writes k_t u_tᵀ with u_t = β_t (v_t - a_t S_{t-1}ᵀ k_t).
-Its u of a chunk solve a unit lower triangular system (Yang et al. 2024, "Parallelizing linear transformers with the
-delta rule"), and the rest is linear attention with values u.
+(Dao & Gu 2024, "Transformers are SSMs", section 6). The delta rule writes k_t u_tᵀ with u_t = β_t (v_t - a_t S_{t-1}ᵀ
+k_t). Its u of a chunk solve a unit lower triangular system (Yang et al. 2024, "Parallelizing linear transformers with
+the delta rule"), and the rest is linear attention with values u.
 
 Axes: R rows, G groups of heads that share a key and a query, P heads of a group, C steps, K, V. Decays have a last axis
 of 1, or of K. Everything is computed in float32 or wider.
@@ -65,9 +65,9 @@ class _Decays(NamedTuple):
         if chunk.episodes is not None:
             episodes = chunk.episodes
             passes = passes & (episodes[:, :, None] == episodes[:, None, :])
-            begin = lax.cummax(jnp.where(jnp.diff(episodes, axis=1, prepend=0) > 0, jnp.arange(size), 0), 1)
-            before = [jnp.take_along_axis(part - each, _expanded(begin), -2) for part, each in zip(sums, (whole, g - whole), strict=True)]
-            into = sum(part - start for part, start in zip(sums, before, strict=True))
+            begin = lax.cummax(jnp.where(jnp.diff(episodes, axis=1, prepend=0) > 0, jnp.arange(size)[None], 0), 1)
+            parts = zip(sums, (whole, g - whole), strict=True)
+            into = sum(total - jnp.take_along_axis(total - part, _expanded(begin), -2) for total, part in parts)
             follows = _expanded(episodes == 0)
         within = jnp.where(jnp.asarray(passes)[:, None, None, :, :, None], within, -jnp.inf)
         return cls(within, into, within[..., -1, :, :], follows)
@@ -165,7 +165,8 @@ def mlstm(state: MLSTMState, initial: MLSTMState, chunk: Chunk) -> tuple[MLSTMSt
     outputs = both[..., :-1] / jnp.maximum(jnp.abs(both[..., -1:]), jnp.exp(-largest))
 
     out, before = decays.out + gate, before[..., -1:, :]
-    largest = jnp.maximum(jnp.maximum(out.max(-2, keepdims=True), before), 0)
+    least = jnp.where(chunk.real.any(1), 0, -jnp.inf).reshape(-1, 1, 1, 1, 1)  # without steps m stays as it is
+    largest = jnp.maximum(jnp.maximum(out.max(-2, keepdims=True), before), least)
     written = jnp.einsum("...sk,...sv->...kv", key * jnp.exp(out - largest), value)
     memory = written + jnp.exp(before - largest) * decays.last_seen(memory, start)
     return (memory, largest[..., 0, 0]), _steps(outputs, chunk)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxpack._checks import at_least_one
 from jaxpack._dtypes import as_jax
 from jaxpack._packed.broadcast import expand
-from jaxpack._packed.gather import cells_of, real_cells, rearrange, slot_fits, slot_lengths
+from jaxpack._packed.gather import cells_of, real_cells, rearrange, slot_fits, slot_lengths, slot_spans
 from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
@@ -124,18 +124,56 @@ def _packed_conv(packed: PackedSequence, taps: _Filter) -> tuple[PackedSequence,
 def _convolve(
     packed: PackedSequence, kernel: jax.Array, carry: jax.Array | None, dilation: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the data and the carry of `causal_conv`."""
+    return convolve(packed, kernel, carry, dilation)
+
+
+def convolve(
+    packed: PackedSequence,
+    kernel: jax.Array,
+    carry: jax.Array | None = None,
+    dilation: int = 1,
+    starts: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes the data and the carry of `causal_conv`.
+
+    Args:
+      packed, kernel, carry, dilation: as there, checked.
+      starts: bool [S], the cells that begin an episode, before which the inputs are the carry; None for none.
+    """
     data = packed.data if carry is None else packed.data.astype(jnp.result_type(packed.data, carry))
     kept = real_cells(packed) & slot_fits(packed)[packed.plan.cell_slots]
     data = jnp.where(expand(kept, data), data, 0)
     before = None if carry is None else carry.astype(data.dtype)[packed.sorted_indices]
+    used = None if before is None else jnp.where((slot_spans(packed) == 0)[:, None, None], 0, before)  # may be NaN
+    reach = (len(kernel) - 1) * dilation
+    since = None if starts is None or not reach else _steps_since(packed.plan, starts, reach)
     total: jax.Array | None = None
-    for entry, shifted in zip(kernel, _shifts(packed.plan, data, before, len(kernel), dilation), strict=True):
+    shifts = _shifts(packed.plan, data, used, len(kernel), dilation)
+    for j, (entry, shifted) in enumerate(zip(kernel, shifts, strict=True)):
+        back = reach - j * dilation
+        if since is not None and back:
+            shifted = jnp.where((since >= back)[:, None], shifted, _entry(used, packed.plan, j * dilation + since))
         term = shifted * entry[None] if entry.ndim == 1 else shifted @ entry
         total = term if total is None else total + term
     assert total is not None
-    reach = (len(kernel) - 1) * dilation
-    return zero_slack(packed, as_inexact(total)), in_caller_order(packed, _last_inputs(packed, data, before, reach))
+    last = _last_inputs(packed, data, before, since, reach)
+    return zero_slack(packed, as_inexact(total)), in_caller_order(packed, last)
+
+
+def _steps_since(plan: BucketPlan, starts: jax.Array, reach: int) -> jax.Array:
+    """Returns the steps from the last start of an episode to each cell, int32 [S]; at most reach."""
+    since = jnp.full(plan.size, reach, jnp.int32)
+    shifted = list(_shifts(plan, starts[:, None], None, reach, 1))  # the current step comes last
+    for back, began in enumerate(reversed(shifted)):
+        since = jnp.where(began[:, 0] & (since == reach), back, since)
+    return since
+
+
+def _entry(before: jax.Array | None, plan: BucketPlan, index: jax.Array) -> jax.Array | int:
+    """Returns an entry [S, F] of the inputs before the first step, [B, reach, F], for each cell."""
+    if before is None:
+        return 0
+    return before[plan.cell_slots, jnp.minimum(index, before.shape[1] - 1)]
 
 
 def _shifts(
@@ -179,16 +217,23 @@ def _moves_back(plan: BucketPlan, back: int, reach: int) -> tuple[np.ndarray, np
     return source, target[:-1]
 
 
-def _last_inputs(packed: PackedSequence, data: jax.Array, before: jax.Array | None, reach: int) -> jax.Array:
-    """Returns the last inputs of each slot, oldest first: [B, reach, F]."""
+def _last_inputs(
+    packed: PackedSequence, data: jax.Array, before: jax.Array | None, since: jax.Array | None, reach: int
+) -> jax.Array:
+    """Returns the last inputs of each slot, or of its last episode, oldest first: [B, reach, F]."""
     plan = packed.plan
     if not (plan.num_sequences and reach):
         return lax.full_like(data, 0, shape=(plan.num_sequences, reach, data.shape[1]))
     slots = np.arange(plan.num_sequences)[:, None]
-    lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)
-    steps = lengths[:, None] - reach + jnp.arange(reach, dtype=jnp.int32)[None]
-    inside = steps >= 0
+    lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)[:, None]
+    steps = lengths - reach + jnp.arange(reach, dtype=jnp.int32)[None]
+    taken = lengths
+    if since is not None:
+        last = since[cells_of(plan, slots, jnp.maximum(lengths - 1, 0))]
+        taken = jnp.where((last < reach) & (lengths > 0), last + 1, lengths)
+    index = taken + jnp.arange(reach, dtype=jnp.int32)[None]  # into the earlier inputs, followed by the steps taken
+    inside = index >= reach
     last = data[cells_of(plan, slots, jnp.where(inside, steps, 0))]
     if before is None:
         return jnp.where(inside[..., None], last, 0)
-    return jnp.where(inside[..., None], last, before[slots, jnp.where(inside, 0, reach + steps)])
+    return jnp.where(inside[..., None], last, before[slots, jnp.where(inside, 0, index)])
