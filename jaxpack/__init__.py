@@ -5,7 +5,9 @@ from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._linear.lru import LRU
 from jaxpack._linear.minimal import MinGRU, MinLSTM
+from jaxpack._linear.rglru import RGLRU
 from jaxpack._linear.scan import linear_scan
 from jaxpack._namespace import publish as _publish
 from jaxpack._packed.convert import (
@@ -42,7 +44,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU",
+    "LRU",
     "LSTM",
+    "RGLRU",
     "RNN",
     "BucketPlan",
     "CostModel",
