@@ -5,7 +5,9 @@ from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._linear.lru import LRU
 from jaxpack._linear.minimal import MinGRU, MinLSTM
+from jaxpack._linear.rglru import RGLRU
 from jaxpack._linear.scan import linear_scan
 from jaxpack._matrix.functions import gated_delta_rule, linear_attention
 from jaxpack._matrix.gated_delta_net import GatedDeltaNet
@@ -49,8 +51,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU",
+    "LRU",
     "LSTM",
     "MLSTM",
+    "RGLRU",
     "RNN",
     "BucketPlan",
     "CostModel",

@@ -95,11 +95,26 @@ def linear_step(kind, layer, params, state, x, xp=np):
     Returns:
       The new state and the output.
     """
-    get = {name: xp.asarray(value, np.float64) for name, value in params.items()}
+    get = jax.tree.map(lambda value: xp.asarray(value, np.float64), params)
 
     def sigmoid(a):
         return 1 / (1 + xp.exp(-a))
 
+    if kind == "lru":
+        modulus, phase = xp.exp(-xp.exp(get["nu_log"])), xp.exp(get["theta_log"])
+        gamma = xp.exp(get["gamma_log"])
+        re = modulus * (xp.cos(phase) * state[0] - xp.sin(phase) * state[1]) + gamma * (get["B_re"] @ x)
+        im = modulus * (xp.sin(phase) * state[0] + xp.cos(phase) * state[1]) + gamma * (get["B_im"] @ x)
+        return xp.stack([re, im]), get["C_re"] @ re - get["C_im"] @ im + get["D"] * x
+    if kind == "rglru":
+        gates = {}
+        for name in ("input_gate", "a_gate"):
+            parts = xp.split(x, layer.num_heads)
+            blocks = [part @ block for part, block in zip(parts, get[name]["w"], strict=True)]
+            gates[name] = sigmoid(xp.concatenate(blocks) + get[name]["b"].reshape(-1))
+        a = xp.exp(-8 * xp.log(1 + xp.exp(get["a_param"])) * gates["a_gate"])
+        h = a * state + xp.sqrt(1 - a**2) * gates["input_gate"] * x
+        return h, h
     if kind == "min_gru":
         z, v = xp.split(x @ get["weight"] + get["bias"], 2)
         h = (1 - sigmoid(z)) * state + sigmoid(z) * v

@@ -22,12 +22,16 @@ from jaxpack._types import PyTree
 class DiagonalLayer(LinearLayer):
     """A linear layer that states a, b and its output for each step; what they are in time follows from that."""
 
+    def prepare(self, params: PyTree) -> PyTree:
+        """Returns what `gates` and `readout` take as parameters, computed before the loops; by default the same."""
+        return params
+
     @abc.abstractmethod
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the decay a [M, *H], or [1, *H] for all cells, and the injected b [M, *H].
 
         Args:
-          params: the parameters.
+          params: the parameters, prepared.
           x: [M, F], the inputs of M cells.
           start: bool [M], where a sequence begins with a state of zeros.
         """
@@ -56,7 +60,8 @@ class DiagonalLayer(LinearLayer):
         reading = Reading.of(packed.replace(data=None), resets, direction.reverse)
         initial = None if state is None else self.enter(state)[order]
         used = None if initial is None else jnp.where(expand(reading.empty, initial), 0, initial)  # others may be NaN
-        operands, recurrence = Operands(params, packed.data, used), Recurrence(self, packed.plan, direction.reverse)
+        operands = Operands(self.prepare(params), packed.data, used)
+        recurrence = Recurrence(self, packed.plan, direction.reverse)
         y, final = run_chunks(recurrence, operands, reading, direction.forward_mode)
         if initial is not None:
             final = jnp.where(expand(reading.empty, final), initial.astype(final.dtype), final)
@@ -67,7 +72,8 @@ class DiagonalLayer(LinearLayer):
 
         Args:
           params: the parameters.
-          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis.
+          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis. None for the first
+            step of a sequence.
           x: [B, F], or [F].
 
         Returns:
@@ -76,16 +82,25 @@ class DiagonalLayer(LinearLayer):
         Raises:
           ValueError: if a shape does not match the layer.
         """
-        dtype = jnp.result_type(x, check_params(params, self.shapes, self))
+        dtype = jnp.result_type(x, check_params(params, self.shapes, self), float)
         x = jnp.asarray(x, dtype)
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
-        state = self._checked_state(state, x.shape[:-1], dtype)
+        given = None if state is None else self._checked_state(state, x.shape[:-1], dtype)
         if x.ndim == 1:
-            state, y = self.step(params, jax.tree.map(lambda leaf: leaf[None], state), x[None])
-            return jax.tree.map(lambda leaf: leaf[0], state), y[0]
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        decay, inputs = self.gates(params, x, jnp.zeros(len(x), bool))
-        wide = accumulator(inputs.dtype)
-        h = decay.astype(wide) * self.enter(state).astype(wide) + inputs.astype(wide)
-        return self.leave(h, dtype), self.readout(params, x, h).astype(dtype)
+            given, y = self.step(params, jax.tree.map(lambda leaf: leaf[None], given), x[None])
+            return jax.tree.map(lambda leaf: leaf[0], given), y[0]
+        prepared = self.prepare(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params))
+        decay, h = self.gates(prepared, x, jnp.full(len(x), given is None))
+        h = h.astype(accumulator(h.dtype))
+        if given is not None:
+            h += decay.astype(h.dtype) * self.enter(given).astype(h.dtype)
+        return self.leave(h, dtype), self.readout(prepared, x, h).astype(dtype)
+
+
+def split(key: jax.Array, number: int) -> jax.Array:
+    """Returns keys. Raises TypeError if the key is none."""
+    try:
+        return jax.random.split(key, number)
+    except TypeError as error:
+        raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error

@@ -100,7 +100,8 @@ class LinearLayer(abc.ABC):
 
         Args:
           params: the parameters.
-          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis.
+          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis. None for the first
+            step of a sequence.
           x: [B, F], or [F].
 
         Returns:
@@ -109,16 +110,6 @@ class LinearLayer(abc.ABC):
         Raises:
           ValueError: if a last axis does not match the layer.
         """
-
-    def zero_state(self, batch_size: int, dtype: Any = None) -> PyTree:
-        """Returns the state before the first step, zeros, for `step`.
-
-        Args:
-          batch_size: the number of sequences B.
-          dtype: the dtype of the computation. Default: JAX's float.
-        """
-        like = jnp.zeros((), floating(float if dtype is None else dtype))
-        return self._zeros((batch_size,), like)
 
     def apply(
         self,

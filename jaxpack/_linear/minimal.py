@@ -25,13 +25,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxpack._layers.params import floating
-from jaxpack._linear.diagonal import DiagonalLayer
+from jaxpack._linear.convert import Arrays, converted
+from jaxpack._linear.diagonal import DiagonalLayer, split
+from jaxpack._linear.solve import accumulator
 from jaxpack._types import PyTree
 
 _CANDIDATES = ("identity", "positive")
@@ -86,26 +89,28 @@ class _Minimal(DiagonalLayer):
             for each, (name, shape) in zip(keys, self.shapes.items(), strict=True)
         }
 
+    def _from_pytorch(self, state_dict: Mapping[str, Any], name: str, parts: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Returns parameters from the weight of a torch.nn.Linear; `parts` are its places of the gates and of v."""
+        if self.bias or self.candidate != "positive":
+            raise ValueError(
+                f"minGRU-pytorch has no bias and a positive candidate: make the layer with bias=False and "
+                f"candidate='positive', got {self}."
+            )
+        shape = self.shapes["weight"][::-1]
+        return converted(state_dict, {"weight": Arrays(name, shape, parts, transpose=True)})
+
     def project(self, params: PyTree, x: jax.Array) -> list[jax.Array]:
         """Returns the pre-activations of the gates and of v, each [M, H]."""
         projected = x @ params["weight"]
         if self.bias:
             projected = projected + params["bias"][None]
-        return jnp.split(projected, self.num_gates, axis=-1)
+        return jnp.split(projected.astype(accumulator(projected.dtype)), self.num_gates, axis=-1)
 
     def candidate_of(self, v: jax.Array) -> jax.Array:
         """Returns g(v)."""
         if self.candidate == "identity":
             return v
         return jnp.where(v >= 0, v + 0.5, jax.nn.sigmoid(v))
-
-
-def split(key: jax.Array, number: int) -> jax.Array:
-    """Returns keys. Raises TypeError if the key is none."""
-    try:
-        return jax.random.split(key, number)
-    except TypeError as error:
-        raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +142,24 @@ class MinGRU(_Minimal):
     def num_gates(self) -> int:
         """2: z and v."""
         return 2
+
+    def from_mingru_pytorch(self, state_dict: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns the parameters of a minGRU of minGRU-pytorch (lucidrains), without its output projection. Exact.
+
+        Examples:
+          >>> layer = jaxpack.MinGRU(2, 4, candidate="positive", bias=False)
+          >>> layer.from_mingru_pytorch({"to_hidden_and_gate.weight": np.ones((8, 2), np.float32)})["weight"].shape
+          (2, 8)
+
+        Args:
+          state_dict: tensors or arrays by name: to_hidden_and_gate.weight.
+
+        Raises:
+          KeyError: if names are missing or not known.
+          TypeError: if values are not floating numbers.
+          ValueError: if a shape is wrong, JAX would round a value, or the layer has a bias or another candidate.
+        """
+        return self._from_pytorch(state_dict, "to_hidden_and_gate.weight", (1, 0))
 
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns 1 - z and z v."""
@@ -173,6 +196,25 @@ class MinLSTM(_Minimal):
     def num_gates(self) -> int:
         """3: f, i and v."""
         return 3
+
+    def from_mingru_pytorch(self, state_dict: Mapping[str, Any]) -> dict[str, jax.Array]:
+        """Returns the parameters of a minLSTM of minGRU-pytorch (lucidrains), without its output projection. Exact.
+
+        Examples:
+          >>> layer = jaxpack.MinLSTM(2, 4, candidate="positive", bias=False)
+          >>> state_dict = {"to_hidden_and_f_i_gate.weight": np.ones((12, 2), np.float32)}
+          >>> layer.from_mingru_pytorch(state_dict)["weight"].shape
+          (2, 12)
+
+        Args:
+          state_dict: tensors or arrays by name: to_hidden_and_f_i_gate.weight.
+
+        Raises:
+          KeyError: if names are missing or not known.
+          TypeError: if values are not floating numbers.
+          ValueError: if a shape is wrong, JAX would round a value, or the layer has a bias or another candidate.
+        """
+        return self._from_pytorch(state_dict, "to_hidden_and_f_i_gate.weight", (1, 2, 0))
 
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns f / (f + i) and i v / (f + i)."""

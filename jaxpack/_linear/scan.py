@@ -137,4 +137,5 @@ def _scan(
     decay = vary_like(decay, inputs)
     h = solve(Form(blocks_of(plan), reverse), decay, inputs, reading.fresh, zeros[:0])
     final = jnp.where(expand(reading.empty, initial), initial, h[reading.last])
-    return h, final[packed.unsorted_indices]
+    # h is 0 in slack already. The selection drops the cotangents there.
+    return jnp.where(expand(reading.real, h), h, 0), final[packed.unsorted_indices]

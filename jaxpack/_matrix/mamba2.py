@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jaxpack._checks import at_least_one
 from jaxpack._layers.params import floating
-from jaxpack._linear.minimal import split
+from jaxpack._linear.diagonal import split
 from jaxpack._matrix.chunks import Rule
 from jaxpack._matrix.layer import Heads, MatrixLayer
 from jaxpack._matrix.parts import conv_bound, divided, inverse_softplus_steps, rms_normalised, uniform, wide

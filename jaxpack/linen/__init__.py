@@ -1,15 +1,17 @@
 """jaxpack in flax.linen: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
 from jaxpack._namespace import publish as _publish
-from jaxpack.linen._linear import MinGRU, MinLSTM
+from jaxpack.linen._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.linen._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.linen._rnn import RNN, Bidirectional
 from jaxpack.linen._stacks import GRU, LSTM, SimpleRNN
 
 __all__ = [
     "GRU",
+    "LRU",
     "LSTM",
     "MLSTM",
+    "RGLRU",
     "RNN",
     "Bidirectional",
     "GatedDeltaNet",

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -22,14 +23,16 @@ from flax.core import unfreeze
 from jax.typing import ArrayLike
 
 from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.lru import LRU as _LRU
 from jaxpack._linear.minimal import MinGRU as _MinGRU
 from jaxpack._linear.minimal import MinLSTM as _MinLSTM
+from jaxpack._linear.rglru import RGLRU as _RGLRU
 from jaxpack._packed.inputs import as_batch
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
-__all__ = ["MinGRU", "MinLSTM"]
+__all__ = ["LRU", "RGLRU", "MinGRU", "MinLSTM"]
 
 
 class _Linear(nn.Module):
@@ -94,7 +97,7 @@ class _Linear(nn.Module):
         """Runs one step, for step-by-step decoding.
 
         Args:
-          state: the state, as a call returns it, or `layer(input_size).zero_state(batch_size)`.
+          state: the state, as a call returns it; None for the first step of a sequence.
           x: [B, F], or [F].
 
         Returns:
@@ -163,3 +166,44 @@ class MinLSTM(_Linear):
     hidden_size: int
     candidate: str = "identity"
     bias: bool = True
+
+
+class LRU(_Linear):
+    """A linear recurrent unit. layer.apply(variables, packed) returns (output, h_n).
+
+    The attributes are those of jaxpack.LRU, without input_size; dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> layer = jaxpack.linen.LRU(4, r_min=0.9, r_max=0.999)
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+      >>> output, h_n = layer.apply(layer.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h_n.shape  # as wide as the input; real and imaginary parts of h
+      ((4, 2), (2, 2, 4))
+    """
+
+    layer_class = _LRU
+
+    hidden_size: int
+    r_min: float = 0.0
+    r_max: float = 1.0
+    max_phase: float = 2 * math.pi
+
+
+class RGLRU(_Linear):
+    """A real-gated linear recurrent unit. layer.apply(variables, packed) returns (output, h_n).
+
+    The attributes are those of jaxpack.RGLRU, without input_size; dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> layer = jaxpack.linen.RGLRU(4, num_heads=2)
+      >>> packed = jaxpack.pack_sequence([np.ones((3, 4)), np.ones((1, 4))])
+      >>> output, h_n = layer.apply(layer.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h_n.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _RGLRU
+
+    hidden_size: int
+    num_heads: int = 1
+    scale_first: bool = True

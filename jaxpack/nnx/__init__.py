@@ -1,15 +1,17 @@
 """jaxpack in flax.nnx: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
 from jaxpack._namespace import publish as _publish
-from jaxpack.nnx._linear import MinGRU, MinLSTM
+from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
 from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
 
 __all__ = [
     "GRU",
+    "LRU",
     "LSTM",
     "MLSTM",
+    "RGLRU",
     "RNN",
     "Bidirectional",
     "GatedDeltaNet",

@@ -22,13 +22,15 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.lru import LRU as _LRU
 from jaxpack._linear.minimal import MinGRU as _MinGRU
 from jaxpack._linear.minimal import MinLSTM as _MinLSTM
+from jaxpack._linear.rglru import RGLRU as _RGLRU
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
-__all__ = ["MinGRU", "MinLSTM"]
+__all__ = ["LRU", "RGLRU", "MinGRU", "MinLSTM"]
 
 
 class _Linear(nnx.Module):
@@ -96,7 +98,7 @@ class _Linear(nnx.Module):
         """Runs one step, for step-by-step decoding.
 
         Args:
-          state: the state, as a call returns it, or `layer.zero_state(batch_size)`.
+          state: the state, as a call returns it; None for the first step of a sequence.
           x: [B, F], or [F].
 
         Returns:
@@ -160,3 +162,35 @@ class MinLSTM(_Linear):
     """
 
     layer_class = _MinLSTM
+
+
+class LRU(_Linear):
+    """A linear recurrent unit. layer(packed) returns (output, h_n).
+
+    The arguments are those of jaxpack.LRU; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.LRU(2, 4, r_min=0.9, r_max=0.999, rngs=nnx.Rngs(0))
+      >>> output, h_n = layer(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h_n.shape  # as wide as the input; real and imaginary parts of h
+      ((4, 2), (2, 2, 4))
+    """
+
+    layer_class = _LRU
+
+
+class RGLRU(_Linear):
+    """A real-gated linear recurrent unit. layer(packed) returns (output, h_n).
+
+    The arguments are those of jaxpack.RGLRU; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.RGLRU(4, 4, num_heads=2, rngs=nnx.Rngs(0))
+      >>> output, h_n = layer(jaxpack.pack_sequence([np.ones((3, 4)), np.ones((1, 4))]))
+      >>> output.shape, h_n.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _RGLRU
