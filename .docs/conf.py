@@ -39,10 +39,23 @@ exclude_patterns = [".github/PULL_REQUEST_TEMPLATE.md"]
 contents = {
     "Start": ("", ["self", "coming-from"]),
     "Notebooks": ("notebooks/", ["*"]),
-    "Guides": ("guide/", ["plans", "packed", "feeding", "flax", "weights", "serving", "speed", "commands"]),
+    "Guides": ("guide/", ["plans", "packed", "feeding", "flax", "weights", "hybrids", "serving", "speed", "commands"]),
     "Reference": (
         "reference/",
-        ["plans", "packed", "layers", "cells", "flax", "interop", "data", "losses", "serving", "plot", "datasets"],
+        [
+            "plans",
+            "packed",
+            "layers",
+            "hybrids",
+            "cells",
+            "flax",
+            "interop",
+            "data",
+            "losses",
+            "serving",
+            "plot",
+            "datasets",
+        ],
     ),
     "Development": ("", ["how-it-works", "recurrence", "contributing", "code_of_conduct", "security", "changelog"]),
 }

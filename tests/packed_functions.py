@@ -100,6 +100,10 @@ FUNCTIONS = {
     "from_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data * 2, p), batches=2, programs=3),
     "attention": Function(lambda p, x: jaxpack.attention(*3 * [_heads(p)], is_causal=True), batches=3, programs=2),
     "rotary": Function(lambda p, x: jaxpack.rotary(p.replace(data=p.data[:, :2])), programs=None),
+    "linear_attention": Function(lambda p, x: jaxpack.linear_attention(*3 * [_heads(p)]), batches=3, programs=2),
+    "gated_delta_rule": Function(
+        lambda p, x: jaxpack.gated_delta_rule(*3 * [_heads(p)], p.replace(data=p.data[:, :1])), batches=4, programs=None
+    ),
     "packed_scan": Function(
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None
     ),

@@ -12,7 +12,7 @@ from jaxpack._matrix.chunks import chunk_size, scan_chunks
 from jaxpack._matrix.rules import delta_rule, linear_attention, mlstm
 
 G, P, K, V = 2, 2, 3, 4
-LENGTHS = (13, 1, 5, 0, 9)
+LENGTHS = (9, 1, 5, 0, 6)
 PLANS = {
     "stairs": jaxpack.plan_buckets(LENGTHS, 3),
     "rows": jaxpack.plan_rows(LENGTHS, 2),
@@ -30,12 +30,13 @@ def operands(kind, gates, seed=0):
     sequences = []
     for length in LENGTHS:
         arrays = {name: rng.standard_normal((length, *shape)) for name, shape in shapes.items()}
-        arrays["log_decay"] = -np.logaddexp(0, gates * np.sign(arrays["log_decay"]))
+        far = {name: np.sign(array) + array / 100 for name, array in arrays.items()}  # no two gates are equal
+        arrays["log_decay"] = -np.logaddexp(0, gates * far["log_decay"])
         if kind == "delta":
             arrays["beta"] = 1 / (1 + np.exp(-gates * arrays["beta"]))
             arrays["key"] /= np.linalg.norm(arrays["key"], axis=-1, keepdims=True)
         if kind == "mlstm":
-            arrays["log_input"] = gates * np.sign(arrays["log_input"])
+            arrays["log_input"] = gates * far["log_input"]
         sequences.append(arrays)
     state = rng.standard_normal((len(LENGTHS), G, P, K, V + (kind == "mlstm")))
     return sequences, (state, np.abs(state[..., 0, 0])) if kind == "mlstm" else state
@@ -97,7 +98,7 @@ def test_chunks_are_the_plain_recurrence_values_and_gradients_resets_included(ki
         return sum(losses)
 
     value, (dsequences, dinitial) = jax.jit(jax.value_and_grad(alone, (0, 1)))(sequences, initial)
-    for plan, size in (("stairs", 1), ("stairs", 4), ("rows", 4), ("rows", 16)):
+    for plan, size in (("stairs", 4), ("rows", 8)):
         everything = [
             arrays | {"starts": s, "weights": w} for arrays, s, w in zip(sequences, starts, weights, strict=True)
         ]
