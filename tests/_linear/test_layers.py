@@ -103,7 +103,8 @@ def test_steps_equal_the_whole(kind):
     layer = LAYERS[kind]
     params, (batch, _) = layer.init(jax.random.key(0)), batch_for(layer)
     output, final = jax.jit(layer.apply)(params, batch)
-    step, state = jax.jit(layer.step), None
+    step: Any = jax.jit(layer.step)
+    state: Any = None
     for t in range(T):
         state, y = step(params, state, batch[:, t])
         np.testing.assert_allclose(y, output[:, t], rtol=1e-12, atol=1e-12)
@@ -123,7 +124,7 @@ def test_rglru_leaves_the_first_input_unscaled_on_request_also_after_resets():
     gate = 1 / (1 + np.exp(-(batch @ params["input_gate"]["w"][0] + params["input_gate"]["b"][0])))
     for row, t in ((0, 0), (1, 0), (1, 3), (3, 0)):
         np.testing.assert_allclose(output[row, t], (gate * batch)[row, t], rtol=1e-12)
-    state = None
+    state: Any = None
     for t in range(2):
         state, _ = layer.step(params, state, batch[:, t])
     np.testing.assert_allclose(state[3], final[3], rtol=1e-12)
@@ -149,7 +150,8 @@ def test_gates_at_50_are_stable_in_values_and_gradients(kind, dtype):
     gradients, output = run(params, batch)
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves((gradients, output)))
     exact: Any = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, batch))
-    expected, _ = oracle(kind, *exact, np.zeros((B, layer.hidden_size)), lengths=np.full(B, T))
+    start, lengths = np.zeros((B, layer.hidden_size)), np.full(B, T)
+    expected, _ = oracle(kind, exact[0], exact[1], start, lengths=lengths)
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     np.testing.assert_allclose(np.asarray(output, np.float64), expected, rtol=tolerance, atol=1e-30)
 
