@@ -138,7 +138,7 @@ class RGLRU(DiagonalLayer):
                 "RecurrentGemma does not scale the input of the first step: make the layer with scale_first=False."
             )
         shapes: Any = self.shapes
-        nested = "a_param" in params
+        nested = not any(name.startswith("recurrent_") for name in params)
         names = {"input_gate": "input_gate", "a_gate": "a_gate" if nested else "recurrent_gate"}
         entries: dict[str, Any] = {"a_param": Arrays("a_param" if nested else "recurrent_param", shapes["a_param"])}
         for gate, name in names.items():

@@ -145,7 +145,10 @@ def _sequential(decay: jax.Array, inputs: jax.Array, fresh: jax.Array, carry: ja
 
 
 def _parallel(decay: jax.Array, inputs: jax.Array, fresh: jax.Array, carry: jax.Array, reverse: bool) -> jax.Array:
-    """Composes the steps of one block [T, R, *F] in a tree (Blelloch 1990), each with whether it starts anew."""
+    """Composes the steps of one block [T, R, *F] in a tree (Blelloch 1990), each with whether it starts anew.
+
+    Steps among which one starts anew have a = 0 together, also if one of them has NaN: a is a factor in the transpose.
+    """
     dtype = accumulator(inputs.dtype)
     decay = decay if decay.ndim == inputs.ndim else decay[None]
     a, b = (jnp.broadcast_to(leaf, inputs.shape).astype(dtype) for leaf in (decay, inputs))
@@ -155,7 +158,8 @@ def _parallel(decay: jax.Array, inputs: jax.Array, fresh: jax.Array, carry: jax.
 
     def compose(early: Any, late: Any) -> Any:
         (a1, b1, new1), (a2, b2, new2) = early, late
-        return jnp.where(new2, 0, a1 * a2), jnp.where(new2, 0, a2 * b1) + b2, new1 | new2
+        new = new1 | new2
+        return jnp.where(new, 0, a1 * a2), jnp.where(new2, 0, a2 * b1) + b2, new
 
     return lax.associative_scan(compose, (a, b, new), reverse=reverse)[1].astype(inputs.dtype)
 
