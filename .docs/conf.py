@@ -39,11 +39,10 @@ exclude_patterns = [".github/PULL_REQUEST_TEMPLATE.md"]
 contents = {
     "Start": ("", ["self", "coming-from"]),
     "Notebooks": ("notebooks/", ["*"]),
-<<<<<<< HEAD
-    "Guides": ("guide/", ["plans", "packed", "feeding", "flax", "weights", "hybrids", "serving", "speed", "commands"]),
-=======
-    "Guides": ("guide/", ["plans", "packed", "linear", "feeding", "flax", "weights", "serving", "speed", "commands"]),
->>>>>>> h18-linear
+    "Guides": (
+        "guide/",
+        ["plans", "packed", "linear", "hybrids", "feeding", "flax", "weights", "serving", "speed", "commands"],
+    ),
     "Reference": (
         "reference/",
         [

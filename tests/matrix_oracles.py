@@ -17,7 +17,7 @@ def _softplus(a, xp):
 
 def _mamba2(layer, p, state, u, xp):
     last, memory = state
-    num_heads, per_group = layer.heads.count, layer.heads.per_group
+    num_heads, per_group = layer.heads.num_heads, layer.heads.per_group
     z, xbc, delta = xp.split(u @ p["in_proj"], (layer.hidden_size, layer.hidden_size + layer.conv_size))
     window = xp.concatenate([last, xbc[None]])
     xbc = _silu((window * p["conv_kernel"]).sum(0) + p["conv_bias"], xp)

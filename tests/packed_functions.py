@@ -63,9 +63,10 @@ def _zeros(packed: PackedSequence) -> Array:
     return jnp.zeros((packed.plan.num_sequences, packed.data.shape[1]))
 
 
-def _heads(packed: PackedSequence) -> PackedSequence:
-    """The features as one head."""
-    return packed.replace(data=packed.data[:, None])
+def _attend(function: Callable[..., Any], packed: PackedSequence, *others: PackedSequence, **options: Any) -> Any:
+    """A function of queries, keys and values, all of them the features as one head."""
+    heads = packed.replace(data=packed.data[:, None])
+    return function(heads, heads, heads, *others, **options)
 
 
 FUNCTIONS = {
@@ -98,11 +99,11 @@ FUNCTIONS = {
     "causal_conv": Function(lambda p, x: jaxpack.causal_conv(p, np.array([[2.0] * 3, [1.0] * 3], np.float32))),
     "to_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data, p), batches=2, programs=2),
     "from_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data * 2, p), batches=2, programs=3),
-    "attention": Function(lambda p, x: jaxpack.attention(*3 * [_heads(p)], is_causal=True), batches=3, programs=2),
+    "attention": Function(lambda p, x: _attend(jaxpack.attention, p, is_causal=True), batches=3, programs=2),
     "rotary": Function(lambda p, x: jaxpack.rotary(p.replace(data=p.data[:, :2])), programs=None),
-    "linear_attention": Function(lambda p, x: jaxpack.linear_attention(*3 * [_heads(p)]), batches=3, programs=2),
+    "linear_attention": Function(lambda p, x: _attend(jaxpack.linear_attention, p), batches=3, programs=2),
     "gated_delta_rule": Function(
-        lambda p, x: jaxpack.gated_delta_rule(*3 * [_heads(p)], p.replace(data=p.data[:, :1])), batches=4, programs=None
+        lambda p, x: _attend(jaxpack.gated_delta_rule, p, p.replace(data=p.data[:, :1])), batches=4, programs=None
     ),
     "packed_scan": Function(
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None

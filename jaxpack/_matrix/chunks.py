@@ -26,7 +26,7 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
-_STATE_COST = 8  # reading and writing a state costs as much as this number of products with it
+_STATE_COST = 32  # saving, reading and writing a state costs as much as this number of products with it
 
 
 class Chunk(NamedTuple):

@@ -122,7 +122,7 @@ def _call(
     size = aligned.packed.plan.num_sequences
     if initial_state is not None:
         initial_state = as_jax(initial_state, "initial_state")
-        expected = (size, heads.count, heads.key_size, heads.value_size)
+        expected = (size, heads.num_heads, heads.key_size, heads.value_size)
         if initial_state.shape != expected:
             raise ValueError(
                 f"{name}: initial_state must be [B, H, K, V] = {list(expected)}, got shape {list(initial_state.shape)}."
@@ -165,7 +165,7 @@ def _run(rule: Rule, heads: Heads, aligned: Aligned, initial: jax.Array | None) 
     wide = jnp.promote_types(dtype, jnp.float32)
     packed = clean(aligned.packed, aligned.agree, dtype)
     value = packed.data
-    rows, count = packed.plan.num_sequences, heads.count
+    rows, count = packed.plan.num_sequences, heads.num_heads
     state = (rows, count, heads.key_size, heads.value_size)
     initial = lax.full_like(value, 0, wide, state) if initial is None else initial.astype(wide)
     if not packed.plan.size:  # a batch of no sequences

@@ -36,7 +36,7 @@ class Heads(NamedTuple):
     value_size: int
 
     @property
-    def count(self) -> int:
+    def num_heads(self) -> int:
         """The number of heads."""
         return self.groups * self.per_group
 
@@ -85,7 +85,7 @@ class MatrixLayer(LinearLayer):
     def matrices_like(self, dtype: Any) -> PyTree:
         """Returns the matrices of one sequence as users have them: [heads, K, V], as jax.ShapeDtypeStruct."""
         _, _, key_size, value_size = self.heads
-        return jax.ShapeDtypeStruct((self.heads.count, key_size, value_size), dtype)
+        return jax.ShapeDtypeStruct((self.heads.num_heads, key_size, value_size), dtype)
 
     def enter(self, matrices: PyTree) -> PyTree:
         """Returns the rule's state, leaves [B, G, P, ...], from matrices as users have them."""
@@ -93,7 +93,7 @@ class MatrixLayer(LinearLayer):
 
     def leave(self, state: PyTree) -> PyTree:
         """Returns matrices as users have them from the rule's state."""
-        return state.reshape(-1, self.heads.count, *state.shape[3:])
+        return state.reshape(-1, self.heads.num_heads, *state.shape[3:])
 
     def state_like(self, dtype: Any) -> PyTree:
         """Returns the state of one sequence: the convolution's last inputs, and the matrices."""

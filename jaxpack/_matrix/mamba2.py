@@ -102,7 +102,7 @@ class Mamba2(MatrixLayer):
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter."""
-        num_heads = self.heads.count
+        num_heads = self.heads.num_heads
         return {
             "in_proj": (self.input_size, self.hidden_size + self.conv_size + num_heads),
             "conv_kernel": (self.kernel_size, self.conv_size),

@@ -57,8 +57,10 @@ class _Decays(NamedTuple):
         """
         g = _heads(_wide(chunk.arrays["log_decay"]))
         whole = lax.stop_gradient(jnp.round(g))
-        sums = [jnp.cumsum(part, -2) for part in (whole, g - whole)]
-        within = sum(part[..., :, None, :] - part[..., None, :, :] for part in sums)
+        parts = (whole, g - whole)
+        sums = [jnp.cumsum(part, -2) for part in parts]
+        coarse, fine = (each[..., :, None, :] - each[..., None, :, :] for each in sums)
+        within = coarse + fine
         size = g.shape[-2]
         passes = np.tril(np.ones((size, size), bool))[None]
         into, follows = sums[0] + sums[1], None
@@ -66,8 +68,9 @@ class _Decays(NamedTuple):
             episodes = chunk.episodes
             passes = passes & (episodes[:, :, None] == episodes[:, None, :])
             begin = lax.cummax(jnp.where(jnp.diff(episodes, axis=1, prepend=0) > 0, jnp.arange(size)[None], 0), 1)
-            parts = zip(sums, (whole, g - whole), strict=True)
-            into = sum(total - jnp.take_along_axis(total - part, _expanded(begin), -2) for total, part in parts)
+            starts = (each - part for each, part in zip(sums, parts, strict=True))
+            coarse, fine = (jnp.take_along_axis(each, _expanded(begin), -2) for each in starts)
+            into = (sums[0] - coarse) + (sums[1] - fine)
             follows = _expanded(episodes == 0)
         within = jnp.where(jnp.asarray(passes)[:, None, None, :, :, None], within, -jnp.inf)
         return cls(within, into, within[..., -1, :, :], follows)

@@ -1,6 +1,7 @@
 """Mamba2, GatedDeltaNet and MLSTM: decoding, episodes, directions, converters, errors. The contract tests the rest."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from matrix_oracles import matrix_step
 import jaxpack
 
 F, T = 3, 7
-LAYERS = {
+LAYERS: dict[str, Any] = {
     "mamba2": jaxpack.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3),
     "gated_delta_net": jaxpack.GatedDeltaNet(F, 4, 2, key_size=3, num_key_heads=1, kernel_size=3),
     "mlstm": jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3),
@@ -91,7 +92,7 @@ def test_initial_parameters_have_their_shapes_and_run_in_float32(kind):
     assert (np.abs(output) > 0).any()
 
 
-CONVERTERS = {
+CONVERTERS: dict[str, Any] = {
     "mamba2": (
         LAYERS["mamba2"].from_mamba_ssm,
         {
