@@ -108,9 +108,8 @@ class MatrixLayer(LinearLayer):
         starts = None if resets is None else Reading.of(bare, resets, direction.reverse).start
         if cells is not None:
             x, starts = rearrange(x, cells, cells), None if starts is None else rearrange(starts, cells, cells)
-        if state is None:
-            state = self._zeros((packed.plan.num_sequences,), x)
-        carry, matrices = state[0], jax.tree.map(wide, state[1])
+        carry = None if state is None else state[0]  # a convolution of slices, not of gathers
+        matrices = jax.tree.map(wide, (self._zeros((packed.plan.num_sequences,), x) if state is None else state)[1])
         entering, kept = self.project(params, x)
         kernel, bias = self.kernel(params)
         convolved, carry = convolve(packed.replace(data=entering), kernel, carry, starts=starts)
