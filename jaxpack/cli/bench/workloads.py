@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._linear.layer import LinearLayer
 from jaxpack._recurrence.windows import ladder_cells
 from jaxpack.datasets import japanese_vowels
 
@@ -20,6 +22,9 @@ EPOCH = "epoch"  # the name of the workload that is a corpus
 
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
+)
+LINEAR_LAYERS: Mapping[str, Callable[[int, int], LinearLayer]] = MappingProxyType(
+    {"lru": jaxpack.LRU, "mingru": jaxpack.MinGRU, "rglru": jaxpack.RGLRU}
 )
 
 
@@ -30,7 +35,7 @@ class Workload:
     Attributes:
       name: the workload's name.
       lengths: int [B], the lengths of all sequences.
-      cell: "lstm", "gru" or "rnn".
+      cell: "lstm", "gru" or "rnn"; or "lru", "mingru" or "rglru", which are one layer in one direction.
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
     """
@@ -45,8 +50,10 @@ class Workload:
     seed: int = 0
 
     @property
-    def layer(self) -> RecurrentLayer:
-        """The layer of jaxpack."""
+    def layer(self) -> Any:
+        """The layer of jaxpack, a RecurrentLayer or a LinearLayer."""
+        if self.cell in LINEAR_LAYERS:
+            return LINEAR_LAYERS[self.cell](self.features, self.hidden_size)
         sizes = self.features, self.hidden_size, self.num_layers
         return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
 
@@ -72,8 +79,8 @@ class Workload:
         The forward pass takes a product and a sum for each token and each weight of a matrix. The backward pass takes
         twice as many, for the gradients of inputs and of weights.
         """
-        shapes = [shape for group in self.layer.shapes.values() for shape in group.values()]
-        weights = sum(int(np.prod(shape)) for shape in shapes if len(shape) == 2)
+        leaves = jax.tree_util.tree_leaves_with_path(self.layer.shapes, is_leaf=lambda node: isinstance(node, tuple))
+        weights = sum(math.prod(shape) for path, shape in leaves if len(shape) > 1 and path[-1].key != "b")
         forward = 2 * weights * self.tokens
         return {"forward": forward, "training": 3 * forward}
 
@@ -99,7 +106,10 @@ class Workload:
 
     def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
         """Counts the cells that jaxpack computes under a plan, or without one."""
-        return ladder_cells(self.padded_plan, self.lengths) if plan is None else plan.size
+        if plan is None:
+            padded = self.padded_plan
+            return padded.size if self.cell in LINEAR_LAYERS else ladder_cells(padded, self.lengths)
+        return plan.size
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
@@ -184,6 +194,9 @@ _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapp
         "bilstm2": (_lognormal, {"num_layers": 2, "bidirectional": True}),
         "gru": (_lognormal, {"cell": "gru"}),
         "rnn": (_lognormal, {"cell": "rnn"}),
+        "lru": (_lognormal, {"cell": "lru"}),
+        "mingru": (_lognormal, {"cell": "mingru"}),
+        "rglru": (_lognormal, {"cell": "rglru", "features": 256}),
         "small": (functools.partial(_lognormal, batch_size=8), {"features": 32, "hidden_size": 32}),
         "wide": (functools.partial(_lognormal, batch_size=256), {"hidden_size": 512}),
         "long": (functools.partial(_equal, batch_size=16, length=10_000), {}),
