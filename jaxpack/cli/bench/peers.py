@@ -21,9 +21,11 @@ from flax import nnx
 
 import jaxpack
 import jaxpack.nnx
+from jaxpack._matrix.layer import MatrixLayer
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, num_threads, of_cell
 from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
 from jaxpack.cli.bench.linear_peers import associative_scan, masked_scan, padded_calls
+from jaxpack.cli.bench.matrix_peers import step_calls
 from jaxpack.cli.bench.workloads import Workload
 
 Build = Callable[[Workload], Calls]
@@ -155,7 +157,7 @@ def _associative_scan(workload: Workload) -> Calls:
 @peer("masked_scan")
 def _masked_scan(workload: Workload) -> Calls:
     """Runs jax.lax.scan on the padded batch with a mask, for layers with a linear recurrence."""
-    return padded_calls(workload, masked_scan)
+    return step_calls(workload) if isinstance(workload.layer, MatrixLayer) else padded_calls(workload, masked_scan)
 
 
 @peer("torch-packed")

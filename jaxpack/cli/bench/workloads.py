@@ -24,7 +24,13 @@ LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
 )
 LINEAR_LAYERS: Mapping[str, Callable[[int, int], LinearLayer]] = MappingProxyType(
-    {"lru": jaxpack.LRU, "mingru": jaxpack.MinGRU, "rglru": jaxpack.RGLRU}
+    {
+        "lru": jaxpack.LRU,
+        "mingru": jaxpack.MinGRU,
+        "rglru": jaxpack.RGLRU,
+        "mamba2": jaxpack.Mamba2,
+        "delta": jaxpack.GatedDeltaNet,
+    }
 )
 
 
@@ -35,7 +41,7 @@ class Workload:
     Attributes:
       name: the workload's name.
       lengths: int [B], the lengths of all sequences.
-      cell: "lstm", "gru" or "rnn"; or "lru", "mingru" or "rglru", which are one layer in one direction.
+      cell: "lstm", "gru" or "rnn"; or one of `LINEAR_LAYERS`, which are one layer in one direction.
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
     """
@@ -197,6 +203,8 @@ _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapp
         "lru": (_lognormal, {"cell": "lru"}),
         "mingru": (_lognormal, {"cell": "mingru"}),
         "rglru": (_lognormal, {"cell": "rglru", "features": 256}),
+        "mamba2": (_lognormal, {"cell": "mamba2"}),
+        "delta": (_lognormal, {"cell": "delta"}),
         "small": (functools.partial(_lognormal, batch_size=8), {"features": 32, "hidden_size": 32}),
         "wide": (functools.partial(_lognormal, batch_size=256), {"hidden_size": 512}),
         "long": (functools.partial(_equal, batch_size=16, length=10_000), {}),

@@ -42,6 +42,8 @@ NAMES = (
     "lru",
     "mingru",
     "rglru",
+    "mamba2",
+    "delta",
     "small",
     "wide",
     "long",
@@ -282,6 +284,17 @@ def test_torch_runs_the_other_cells_too(cell):
     for name in ("torch-packed", "torch-padded"):
         loss = PEERS[name](tiny(cell=cell)).training()[0].item()
         assert loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["mamba2", "delta"])
+def test_a_layer_of_matrix_states_has_a_peer_that_steps_over_the_padded_batch(cell):
+    workload = tiny(cell=cell, hidden_size=64)
+    for name in ("jaxpack", "masked_scan"):
+        loss, (_, gradient) = PEERS[name](workload).training()
+        assert loss.item() == pytest.approx(expected_loss(workload), abs=1e-5), name
+        assert np.isfinite(gradient).all()
+    with pytest.raises(Missing, match=f"{cell} has none"):
+        PEERS["associative_scan"](workload)
 
 
 @pytest.mark.parametrize("cell", ["lru", "rglru"])
