@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,30 +68,19 @@ def causal_conv(
     if isinstance(inputs, PackedSequence):
         if lengths is not None:
             raise TypeError("inputs are packed, and carry their lengths: do not give lengths=.")
-        packed = check_packed(inputs, "causal_conv")
-        return _packed_conv(packed, _checked(packed, kernel, carry, dilation))
+        return _packed_conv(check_packed(inputs, "causal_conv"), kernel, carry, dilation)
     batch = as_batch(inputs, "inputs")
     size, steps = batch_shape(batch, "inputs")
     plan, lengths = padded_plan(size, steps), np.full(size, steps) if lengths is None else lengths
     packed = lay_out(batch, *lengths_and_plan(lengths, plan, size, steps), sort=False)
-    output, carry = _packed_conv(packed, _checked(packed, kernel, carry, dilation))
+    output, carry = _packed_conv(packed, kernel, carry, dilation)
     return pad(output, jnp.zeros((), output.dtype), steps), carry
 
 
-class _Filter(NamedTuple):
-    """The arguments of a convolution, checked: kernel [K, F] or [K, F, G], carry, and the dilation."""
-
-    kernel: jax.Array
-    carry: jax.Array | None
-    dilation: int
-
-    @property
-    def reach(self) -> int:
-        """The number of earlier steps that an output depends on."""
-        return (len(self.kernel) - 1) * self.dilation
-
-
-def _checked(packed: PackedSequence, kernel: jax.Array, carry: ArrayLike | None, dilation: int) -> _Filter:
+def _packed_conv(
+    packed: PackedSequence, kernel: jax.Array, carry: ArrayLike | None, dilation: int
+) -> tuple[PackedSequence, jax.Array]:
+    """Validates the arguments of a convolution against a checked batch, and computes it."""
     shape = jnp.shape(packed.data)
     if len(shape) != 2:
         raise ValueError(f"causal_conv takes inputs with one axis of features, [S, F] or [B, T, F], got {packed!r}.")
@@ -112,12 +101,8 @@ def _checked(packed: PackedSequence, kernel: jax.Array, carry: ArrayLike | None,
             f"{packed.plan.num_steps}: its first entry would have no effect. Is its first axis K? If it is, pass the "
             f"inputs before each sequence as carry {list(expected)}, zeros if there are none."
         )
-    return _Filter(kernel, carry, dilation)
-
-
-def _packed_conv(packed: PackedSequence, taps: _Filter) -> tuple[PackedSequence, jax.Array]:
-    output, carry = _convolve(packed, taps.kernel, taps.carry, taps.dilation)
-    return packed.replace(data=output), carry
+    output, after = _convolve(packed, kernel, carry, dilation)
+    return packed.replace(data=output), after
 
 
 @functools.partial(jax.jit, static_argnames="dilation")
@@ -191,7 +176,7 @@ def _shifts(
         elif before is None and plan.num_buckets == 1:
             cells = min(back * plan.rows[0], plan.size)
             moved = lax.pad(data[: plan.size - cells], jnp.zeros((), data.dtype), ((cells, 0, 0), (0, 0, 0)))
-            yield jnp.where(expand(jnp.asarray(plan.cell_steps >= back), data), moved, 0)
+            yield jnp.where(expand(jnp.asarray(plan.cell_steps >= back), data), moved, jnp.zeros_like(moved))
         else:
             source, target = _moves_back(plan, back, 0 if before is None else reach)
             joined = data if before is None else jnp.concatenate([data, before.reshape(-1, data.shape[1])])
