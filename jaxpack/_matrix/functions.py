@@ -67,7 +67,8 @@ def linear_attention(
     2024, "Transformers are SSMs".
     """
     given = {"query": query, "key": key, "log_decay": log_decay}
-    return _call("linear_attention", linear_rule, value, given, initial_state, lengths, plan)
+    aligned = align("linear_attention", value, given, lengths, plan)
+    return _call("linear_attention", linear_rule, aligned, initial_state)
 
 
 def gated_delta_rule(
@@ -110,14 +111,12 @@ def gated_delta_rule(
     delta networks".
     """
     given = {"query": query, "key": key, "beta": beta, "log_decay": log_decay}
-    return _call("gated_delta_rule", delta_rule, value, given, initial_state, lengths, plan)
+    aligned = align("gated_delta_rule", value, given, lengths, plan)
+    return _call("gated_delta_rule", delta_rule, aligned, initial_state)
 
 
-def _call(
-    name: str, rule: Rule, value: Any, given: dict[str, Any], initial_state: Any, lengths: Lengths, plan: Any
-) -> tuple[Any, jax.Array]:
-    """Validates the arguments of a function and runs its rule."""
-    aligned = align(name, value, given, lengths, plan)
+def _call(name: str, rule: Rule, aligned: Aligned, initial_state: Any) -> tuple[Any, jax.Array]:
+    """Validates the shapes of a function's arguments and runs its rule."""
     heads = _heads_of(name, rule, aligned)
     size = aligned.packed.plan.num_sequences
     if initial_state is not None:
