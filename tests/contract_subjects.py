@@ -240,13 +240,9 @@ STEPS: dict[str, Callable[[], Subject]] = {
     ),
 }
 LINEAR: dict[str, Callable[[], Subject]] = {
-    "MinGRU": lambda: of_linear("min_gru", jaxpack.MinGRU(F, H)),
     "MinLSTM": lambda: of_linear("min_lstm", jaxpack.MinLSTM(F, H)),
-    "LRU": lambda: of_linear("lru", jaxpack.LRU(F, H + 1)),
     "RGLRU": lambda: of_linear("rglru", jaxpack.RGLRU(F, F, num_heads=3)),
-    "linen.RGLRU": lambda: of_linear(
-        "rglru", jaxpack.RGLRU(F, F, scale_first=True), "linen", lambda: jaxpack.linen.RGLRU(F)
-    ),
+    "linen.LRU": lambda: of_linear("lru", jaxpack.LRU(F, H + 1), "linen", lambda: jaxpack.linen.LRU(H + 1)),
     "nnx.MinGRU": lambda: of_linear(
         "min_gru", jaxpack.MinGRU(F, H), "nnx", lambda: jaxpack.nnx.MinGRU(F, H, **FLOAT64)
     ),

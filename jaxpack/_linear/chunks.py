@@ -4,6 +4,9 @@ A chunk computes everything from its inputs: decays, what is injected, states an
 and stays in a CPU's cache. The forward pass saves the inputs and the state before each chunk. The backward pass goes
 over the chunks in the other direction, computes each again, and differentiates it, so its memory does not grow with
 the width of the gates or of the state. Accelerators take a bucket at once, in the parallel form.
+
+Without a plan the batch is one padded block, sorted by length. A chunk then runs with as many rows as have steps in it,
+rounded up to one of a few levels, each of which is compiled.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from jaxpack._linear.reading import Reading
@@ -24,6 +29,7 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
 CHUNK_CELLS = 512
+_LEVELS = (1, 0.7, 0.45, 0.28, 0.14, 0)  # shares of the rows; at least one row
 
 
 class Equations(Protocol):
@@ -48,22 +54,32 @@ class Schedule(NamedTuple):
     Attributes:
       chunk_cells: about how many cells a chunk has; None for a whole bucket.
       parallel: whether steps run in the parallel form; None for the form that suits the platform.
+      follow_lengths: whether chunks leave out rows without steps, where there is no plan.
     """
 
     chunk_cells: int | None
     parallel: bool | None
+    follow_lengths: bool = False
 
 
-CPU, ACCELERATOR = Schedule(CHUNK_CELLS, False), Schedule(None, True)
+CPU, ACCELERATOR = Schedule(CHUNK_CELLS, False, True), Schedule(None, True)
 PLAIN = Schedule(None, None)
 
 
 class Recurrence(NamedTuple):
-    """The static part of a recurrence: its equations, the plan of its cells, and whether it reads them from the end."""
+    """The static part of a recurrence.
+
+    Attributes:
+      equations: the equations.
+      plan: the plan of the cells.
+      reverse: whether rows are read from their end.
+      planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
+    """
 
     equations: Equations
     plan: BucketPlan
     reverse: bool
+    planned: bool = True
 
 
 class Operands(NamedTuple):
@@ -131,20 +147,57 @@ class _Chunks(NamedTuple):
     Attributes:
       block: the block.
       steps, number: the chunks.
-      form: the static part of the recurrence in a chunk.
+      levels: the numbers of rows that a chunk may run with, from all rows down.
     """
 
     block: Block
     steps: int
     number: int
-    form: Form
+    levels: tuple[int, ...]
 
     @classmethod
-    def of(cls, block: Block, schedule: Schedule, reverse: bool) -> _Chunks:
+    def of(cls, block: Block, schedule: Schedule, planned: bool = True) -> _Chunks:
         """Returns the chunks of a block."""
         steps = chunk_steps(block, schedule.chunk_cells)
-        form = Form((Block(0, steps, block.rows),), reverse, schedule.parallel)
-        return cls(block, steps, -(-block.steps // steps), form)
+        shares = _LEVELS if schedule.follow_lengths and not planned else _LEVELS[:1]
+        levels = sorted({max(1, math.ceil(block.rows * share)) for share in shares}, reverse=True)
+        return cls(block, steps, -(-block.steps // steps), tuple(levels))
+
+    def run(self, function: Callable[..., Any], real: jax.Array, *arguments: Any) -> Any:
+        """Returns function(rows, *arguments) for the lowest level that has all rows with steps in a chunk.
+
+        Args:
+          function: it returns the same types for each level.
+          real: bool [steps * rows], the chunk's cells that hold a step.
+          arguments: further arguments.
+        """
+        if len(self.levels) == 1:
+            return function(self.levels[0], *arguments)
+        rows = self.block.rows
+        alive = jnp.max(jnp.where(real.reshape(self.steps, rows).any(0), jnp.arange(1, rows + 1), 0))
+        level = jnp.sum(alive <= jnp.array(self.levels[1:]))
+        return lax.switch(level, [functools.partial(function, each) for each in self.levels], *arguments)
+
+    def narrow(self, leaf: jax.Array, rows: int) -> jax.Array:
+        """Returns the first rows of a chunk's cells [steps * rows, ...]."""
+        if rows == self.block.rows:
+            return leaf
+        cells = leaf.reshape(self.steps, self.block.rows, *leaf.shape[1:])
+        return cells[:, :rows].reshape(-1, *leaf.shape[1:])
+
+    def widen(self, leaf: jax.Array, rows: int) -> jax.Array:
+        """Returns a chunk's cells from those of its first rows, with zeros in the others."""
+        missing = self.block.rows - rows
+        if not missing:
+            return leaf
+        cells = leaf.reshape(self.steps, rows, *leaf.shape[1:])
+        return jnp.pad(cells, ((0, 0), (0, missing)) + ((0, 0),) * (leaf.ndim - 1)).reshape(-1, *leaf.shape[1:])
+
+    def places(self, last: jax.Array, cells: _Cells, rows: int) -> jax.Array:
+        """Returns where each slot's last cell is among the first rows of a chunk, int32 [B]; -1 for elsewhere."""
+        step, row = jnp.divmod(last - (cells.number[0] - 1), self.block.rows)
+        here = (step >= 0) & (step < self.steps) & (row < rows)
+        return jnp.where(here, step * rows + row, -1)
 
     def split(self, leaf: jax.Array) -> jax.Array:
         """Returns the block's cells of an array [S, ...] by chunk [number, steps * rows, ...]."""
@@ -194,13 +247,13 @@ class _Cells(NamedTuple):
 
 
 def _chunk(
-    form: Form, equations: Equations, last: jax.Array, operands: Operands, cells: _Cells, carry: jax.Array
+    form: Form, equations: Equations, places: jax.Array, operands: Operands, cells: _Cells, carry: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs one chunk.
 
     Args:
       form, equations: the static part.
-      last: the cell of each slot that is read last.
+      places: where the chunk has the cell of each slot that is read last; -1 for elsewhere.
       operands: the arrays, with the chunk's inputs.
       cells: the chunk's cells.
       carry: the state of each row before the chunk.
@@ -224,22 +277,15 @@ def _chunk(
     rows = len(carry)
     after = h[:rows] if form.reverse else h[-rows:]
     y = jnp.where(cells.real[:, None], y, 0)  # whose transpose drops the cotangents of slack
-    return y.astype(x.dtype), after, _ending(last, cells, h)
-
-
-def _ending(last: jax.Array, cells: _Cells, h: jax.Array) -> jax.Array:
-    """Returns the state of each slot at its last cell, if the chunk has that cell, else 0."""
-    first = cells.number[0] - 1
-    at = last - first
-    here = (at >= 0) & (at < len(h))
-    return jnp.where(expand(here, h), h[jnp.clip(at, 0, len(h) - 1)], 0)
+    ending = jnp.where(expand(places >= 0, h), h[jnp.maximum(places, 0)], 0)
+    return y.astype(x.dtype), after, ending
 
 
 def _forward(
     schedule: Schedule, recurrence: Recurrence, operands: Operands, reading: Reading
 ) -> tuple[Results, tuple[jax.Array, ...]]:
     """Runs all chunks. Returns the results, and the state before each chunk, by block as CPUs have them."""
-    equations, plan, reverse = recurrence
+    equations, plan, reverse, planned = recurrence
     params, x, initial = operands
     like = _state_like(equations, params, x)
     cells = _Cells.of(plan, x, reading)
@@ -250,17 +296,24 @@ def _forward(
     blocks = blocks_of(plan)
     for k in reversed(range(len(blocks))) if reverse else range(len(blocks)):
         block = blocks[k]
-        chunks = _Chunks.of(block, schedule, reverse)
+        chunks = _Chunks.of(block, schedule, planned)
         carry = with_rows(carry, lax.full_like(carry, 0, shape=(block.rows, *like.shape)))
 
-        def body(state: Any, here: _Cells, form: Form = chunks.form) -> Any:
+        def run(rows: int, here: _Cells, carry: jax.Array, chunks: _Chunks = chunks) -> Any:
+            form = Form((Block(0, chunks.steps, rows),), reverse, schedule.parallel)
+            places = chunks.places(reading.last, here, rows)
+            few = jax.tree.map(lambda leaf: chunks.narrow(leaf, rows), here)
+            y, after, ending = _chunk(form, equations, places, Operands(params, few.x, initial), few, carry[:rows])
+            return chunks.widen(y, rows), with_rows(after, jnp.zeros_like(carry)), ending
+
+        def body(state: Any, here: _Cells, chunks: _Chunks = chunks, run: Any = run) -> Any:
             carry, final = state
-            y, after, ending = _chunk(form, equations, reading.last, Operands(params, here.x, initial), here, carry)
+            y, after, ending = chunks.run(run, here.real, here, carry)
             return (after, final + ending), (y, carry)
 
         (carry, final), (y, before) = lax.scan(body, (carry, final), jax.tree.map(chunks.split, cells), reverse=reverse)
         outputs[k] = chunks.join(y)
-        number = _Chunks.of(block, CPU, reverse).number
+        number = _Chunks.of(block, CPU).number
         carries[k] = before if len(before) == number else jnp.broadcast_to(before[:1], (number, *before.shape[1:]))
     y = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
     return Results(y, final), tuple(carries)
@@ -275,7 +328,7 @@ def _backward(
     cotangents: Results,
 ) -> Operands:
     """Returns the cotangents of the operands."""
-    equations, plan, reverse = recurrence
+    equations, plan, reverse, planned = recurrence
     params, x, initial = operands
     cells = _Cells.of(plan, x, reading)
     dx: list[Any] = [None] * plan.num_buckets
@@ -284,19 +337,26 @@ def _backward(
     blocks = blocks_of(plan)
     for k in range(len(blocks)) if reverse else reversed(range(len(blocks))):
         block = blocks[k]
-        chunks = _Chunks.of(block, schedule, reverse)
+        chunks = _Chunks.of(block, schedule, planned)
         before = carries[k] if len(carries[k]) == chunks.number else carries[k][: chunks.number]
         dcarry = with_rows(dcarry, jnp.zeros_like(before[0]))
 
-        def body(state: Any, given: Any, form: Form = chunks.form) -> Any:
-            dparams, dinitial, dcarry = state
+        def run(rows: int, given: Any, dcarry: jax.Array, chunks: _Chunks = chunks) -> Any:
             here, before, dy = given
+            form = Form((Block(0, chunks.steps, rows),), reverse, schedule.parallel)
+            places = chunks.places(reading.last, here, rows)
+            few = jax.tree.map(lambda leaf: chunks.narrow(leaf, rows), here)
 
-            def run(operands: Operands, before: jax.Array) -> Any:
-                return _chunk(form, equations, reading.last, operands, here, before)
+            def forward(operands: Operands, before: jax.Array) -> Any:
+                return _chunk(form, equations, places, operands, few, before)
 
-            _, pull = jax.vjp(run, Operands(params, here.x, initial), before)
-            one, dcarry = pull((dy, dcarry, cotangents.final))
+            _, pull = jax.vjp(forward, Operands(params, few.x, initial), before[:rows])
+            one, dbefore = pull((chunks.narrow(dy, rows), dcarry[:rows], cotangents.final))
+            return one._replace(x=chunks.widen(one.x, rows)), with_rows(dbefore, jnp.zeros_like(dcarry))
+
+        def body(state: Any, given: Any, chunks: _Chunks = chunks, run: Any = run) -> Any:
+            dparams, dinitial, dcarry = state
+            one, dcarry = chunks.run(run, given[0].real, given, dcarry)
             dparams, dinitial = jax.tree.map(jnp.add, (dparams, dinitial), (one.params, one.initial))
             return (dparams, dinitial, dcarry), one.x
 
@@ -306,6 +366,15 @@ def _backward(
         dx[k] = chunks.join(dx_chunks)
     dparams, dinitial = jax.tree.map(lambda new, old: new.astype(old.dtype), (dparams, dinitial), (params, initial))
     return Operands(dparams, dx[0] if len(dx) == 1 else jnp.concatenate(dx), dinitial)
+
+
+def ladder_cells(plan: BucketPlan, lengths: npt.ArrayLike) -> int:
+    """Returns how many cells CPUs compute without a plan, for concrete lengths that fit the padded plan."""
+    (block,) = blocks_of(plan)
+    chunks = _Chunks.of(block, CPU, planned=False)
+    starts = np.arange(chunks.number)[:, None] * chunks.steps
+    alive = (np.asarray(lengths)[None] > starts).sum(1)
+    return sum(chunks.steps * min(level for level in chunks.levels if level >= count) for count in alive.tolist())
 
 
 def _state_like(equations: Equations, params: PyTree, x: jax.Array) -> jax.ShapeDtypeStruct:

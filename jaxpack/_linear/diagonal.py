@@ -61,7 +61,7 @@ class DiagonalLayer(LinearLayer):
         initial = None if state is None else self.enter(state)[order]
         used = None if initial is None else jnp.where(expand(reading.empty, initial), 0, initial)  # others may be NaN
         operands = Operands(self.prepare(params), packed.data, used)
-        recurrence = Recurrence(self, packed.plan, direction.reverse)
+        recurrence = Recurrence(self, packed.plan, direction.reverse, direction.planned)
         y, final = run_chunks(recurrence, operands, reading, direction.forward_mode)
         if initial is not None:
             final = jnp.where(expand(reading.empty, final), initial.astype(final.dtype), final)

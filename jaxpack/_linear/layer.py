@@ -35,10 +35,12 @@ class Direction(NamedTuple):
     Attributes:
       reverse: whether each sequence is read from its end.
       forward_mode: whether the call must be differentiable in forward mode.
+      planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
     """
 
     reverse: bool = False
     forward_mode: bool = False
+    planned: bool = True
 
 
 class LinearLayer(abc.ABC):
@@ -139,7 +141,8 @@ class LinearLayer(abc.ABC):
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
           initial_state: in the layout of the final state. Default: zeros.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
-          plan: for padded inputs, the static shape to run under. Default: the padded batch.
+          plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
+            lengths. On CPUs it leaves out most of the padding as it runs, elsewhere it runs the padded batch.
           resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the initial
             state. Default: each sequence is one episode.
           reverse: set True to read each sequence, or each of its episodes, from its end.
@@ -176,7 +179,8 @@ class LinearLayer(abc.ABC):
         state = None if initial_state is None else self._checked_state(initial_state, rows, dtype)
         if alone and state is not None:
             state = jax.tree.map(lambda leaf: leaf[None], state)
-        direction = Direction(bool(reverse), bool(forward_mode))
+        planned = alone or plan is not None or isinstance(batch, PackedSequence)
+        direction = Direction(bool(reverse), bool(forward_mode), planned)
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
             outputs, final = _run(self, direction, jnp.dtype(dtype).name, params, aligned._replace(length=None), state)
         laid_out: Any = aligned.laid_out(aligned.packed.replace(data=outputs))

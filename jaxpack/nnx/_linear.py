@@ -70,7 +70,7 @@ class _Linear(nnx.Module):
           inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
           initial_state: in the layout of the final state. Default: zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
-          plan: the jaxpack.BucketPlan for padded inputs. Default: the padded batch.
+          plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: bool, one a step, laid out as the inputs: True where an episode begins.
           reverse: set True to read each sequence from its end.
           forward_mode: set True to differentiate this call in forward mode.

@@ -73,20 +73,19 @@ def test_outputs_are_numpys_in_both_directions_with_resets(kind, reverse, monkey
 
 @pytest.mark.usefixtures("_x64")
 @pytest.mark.parametrize("kind", ["lru", "rglru"])
-def test_chunks_and_platforms_give_the_same_gradients(kind, monkeypatch):
+def test_chunks_platforms_and_no_plan_give_the_same_gradients(kind, monkeypatch):
     layer = LAYERS[kind]
     params, (batch, state) = oracles.random_params(layer), batch_for(layer)
     found = []
-    for schedule in (chunks.Schedule(4, False), chunks.Schedule(512, False), chunks.ACCELERATOR):
+    padded, ladder = FIXED_PLANS["padded"], chunks.Schedule(10, False, follow_lengths=True)
+    for schedule, plan in ((chunks.Schedule(4, False), padded), (ladder, None), (chunks.ACCELERATOR, padded)):
         monkeypatch.setattr(chunks, "CPU", schedule)
         for reverse in (False, True):
 
             @jax.jit
-            def gradients(params, batch, state, reverse=reverse):
+            def gradients(params, batch, state, plan=plan, reverse=reverse):
                 def loss(*operands):
-                    output, final = layer.apply(
-                        *operands, lengths=jnp.asarray(LENGTHS), plan=FIXED_PLANS["padded"], reverse=reverse
-                    )
+                    output, final = layer.apply(*operands, lengths=jnp.asarray(LENGTHS), plan=plan, reverse=reverse)
                     return jnp.sum(jnp.sin(output)) + jnp.sum(final**2)
 
                 return jax.value_and_grad(loss, (0, 1, 2))(params, batch, state)
@@ -209,6 +208,14 @@ def test_memory_of_training_does_not_grow_with_gates_or_states(kind):
     # The inputs without slack, the gradient of inputs by chunk, and chunks; decays or states of all steps would add
     # one array each, and those of LRU two.
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * packed.data.nbytes
+
+
+def test_without_a_plan_most_of_the_padding_is_left_out():
+    lengths = np.clip(np.random.default_rng(0).lognormal(np.log(50), 0.7, 64), 1, 200).astype(int)
+    padded = jaxpack.plan_padded(64, int(lengths.max()))
+    assert padded.size > 2.5 * lengths.sum()
+    assert lengths.sum() <= chunks.ladder_cells(padded, lengths) < 1.35 * lengths.sum()
+    assert chunks.ladder_cells(jaxpack.plan_padded(64, 200), np.full(64, 200)) == 64 * 200
 
 
 def test_chunks_divide_a_block_where_they_can():

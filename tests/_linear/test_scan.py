@@ -217,8 +217,8 @@ def test_the_backward_pass_saves_decays_and_states_alone():
         return jnp.sum(states.data * weights)
 
     compiled: Any = jax.jit(jax.grad(loss, (0, 1))).lower(packed.data, packed.data, packed.data).compile()
-    # Decays that are zero where sequences begin, states, and the backward pass's states one step earlier.
-    assert compiled.memory_analysis().temp_size_in_bytes < 3.5 * array
+    # Decays that are zero where sequences begin, states, and as much again while the backward pass runs.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4.5 * array
 
 
 def test_half_precision_keeps_the_state_in_float32():

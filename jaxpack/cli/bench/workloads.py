@@ -14,6 +14,7 @@ import numpy as np
 
 import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
 from jaxpack._linear.layer import LinearLayer
 from jaxpack._recurrence.windows import ladder_cells
 from jaxpack.datasets import japanese_vowels
@@ -113,8 +114,8 @@ class Workload:
     def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
         """Counts the cells that jaxpack computes under a plan, or without one."""
         if plan is None:
-            padded = self.padded_plan
-            return padded.size if self.cell in LINEAR_LAYERS else ladder_cells(padded, self.lengths)
+            count = linear_ladder_cells if self.cell in LINEAR_LAYERS else ladder_cells
+            return count(self.padded_plan, self.lengths)
         return plan.size
 
     @functools.cached_property
