@@ -5,7 +5,17 @@ from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._linear.lru import LRU
+from jaxpack._linear.minimal import MinGRU, MinLSTM
+from jaxpack._linear.rglru import RGLRU
+from jaxpack._linear.scan import linear_scan
+from jaxpack._matrix.functions import gated_delta_rule, linear_attention
+from jaxpack._matrix.gated_delta_net import GatedDeltaNet
+from jaxpack._matrix.mamba2 import Mamba2
+from jaxpack._matrix.mlstm import MLSTM
 from jaxpack._namespace import publish as _publish
+from jaxpack._packed.attention import attention, rotary
+from jaxpack._packed.conv import causal_conv
 from jaxpack._packed.convert import (
     pack_padded_sequence,
     pack_sequence,
@@ -29,6 +39,7 @@ from jaxpack._packed.reduce import (
     segment_sum,
     segment_var,
 )
+from jaxpack._packed.rows import Rows, from_rows, to_rows
 from jaxpack._packed.scan import packed_scan
 from jaxpack._packed.statistics import mean, std, var
 from jaxpack._packed.steps import broadcast_to_steps, concatenate, softmax
@@ -40,16 +51,30 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU",
+    "LRU",
     "LSTM",
+    "MLSTM",
+    "RGLRU",
     "RNN",
     "BucketPlan",
     "CostModel",
+    "GatedDeltaNet",
+    "Mamba2",
+    "MinGRU",
+    "MinLSTM",
     "PackedSequence",
+    "Rows",
+    "attention",
     "broadcast_to_steps",
+    "causal_conv",
     "concatenate",
     "first",
+    "from_rows",
+    "gated_delta_rule",
     "gru_cell",
     "last",
+    "linear_attention",
+    "linear_scan",
     "lstm_cell",
     "mean",
     "pack_padded_sequence",
@@ -64,6 +89,7 @@ __all__ = [
     "plan_rows",
     "reverse_sequences",
     "rnn_cell",
+    "rotary",
     "segment_argmax",
     "segment_argmin",
     "segment_logsumexp",
@@ -75,6 +101,7 @@ __all__ = [
     "segment_var",
     "softmax",
     "std",
+    "to_rows",
     "unchecked",
     "unpack_sequence",
     "unpad_sequence",

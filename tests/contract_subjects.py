@@ -16,6 +16,7 @@ import numpy as np
 import oracles
 from flax import nnx
 from flax_apis import APIS, F, H
+from matrix_oracles import matrix_step
 from own_cell import LeakyRNN
 
 import jaxpack
@@ -158,6 +159,31 @@ def of_dropin(api, *cells):
     return Subject(params, run, states[0] if len(cells) == 1 else tuple(states), one, own_derivative=known)
 
 
+def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step):
+    """A layer that is linear in its state, or a module of Flax that holds one.
+
+    Args:
+      kind: the name of its equations in `step`.
+      api: "linen" or "nnx", if it is a module.
+      module: makes the module.
+      step: the oracle, which computes one step of one sequence.
+    """
+    apply, params = layer.apply, oracles.random_params(layer)
+    if api is not None:
+        call, params = APIS[api].pure(module(), jit=False)
+
+        def apply(params, inputs, state, lengths=None, **options):
+            return call(params, inputs, state, seq_lengths=lengths, **options)
+
+    def one(params, xs, state):
+        plain = params if api is None else params["params"] if api == "linen" else nnx.to_pure_dict(params)
+        final, ys = jax.lax.scan(functools.partial(step, kind, layer, plain, xp=jnp), state, xs)
+        return ys, final
+
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape), layer.state_like(float))
+    return Subject(params, apply, state, one, own_derivative=step is oracles.linear_step)
+
+
 def of_step(step, params, state):
     """A user's step in packed_scan.
 
@@ -213,7 +239,38 @@ STEPS: dict[str, Callable[[], Subject]] = {
         log_step, {"weight": np.array([0.3, -0.8, 1.2])}, {"mean": np.zeros(F), "total": np.zeros(())}
     ),
 }
-SUBJECTS = LAYERS | FLAX | STEPS
+LINEAR: dict[str, Callable[[], Subject]] = {
+    "MinLSTM": lambda: of_linear("min_lstm", jaxpack.MinLSTM(F, H)),
+    "RGLRU": lambda: of_linear("rglru", jaxpack.RGLRU(F, F, num_heads=3)),
+    "linen.LRU": lambda: of_linear("lru", jaxpack.LRU(F, H + 1), "linen", lambda: jaxpack.linen.LRU(H + 1)),
+    "nnx.MinGRU": lambda: of_linear(
+        "min_gru", jaxpack.MinGRU(F, H), "nnx", lambda: jaxpack.nnx.MinGRU(F, H, **FLOAT64)
+    ),
+}
+MATRIX: dict[str, Callable[[], Subject]] = {
+    "Mamba2": lambda: of_linear(
+        "mamba2", jaxpack.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3), step=matrix_step
+    ),
+    "GatedDeltaNet": lambda: of_linear(
+        "gated_delta_net", jaxpack.GatedDeltaNet(F, 4, 2, key_size=3, num_key_heads=1, kernel_size=3), step=matrix_step
+    ),
+    "MLSTM": lambda: of_linear("mlstm", jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3), step=matrix_step),
+    "nnx.Mamba2": lambda: of_linear(
+        "mamba2",
+        jaxpack.Mamba2(F, 4, head_size=2, state_size=2),
+        "nnx",
+        lambda: jaxpack.nnx.Mamba2(F, 4, head_size=2, state_size=2, **FLOAT64),
+        matrix_step,
+    ),
+    "linen.MLSTM": lambda: of_linear(
+        "mlstm",
+        jaxpack.MLSTM(F, 4, 2, block_size=2),
+        "linen",
+        lambda: jaxpack.linen.MLSTM(4, 2, block_size=2, param_dtype=float),
+        matrix_step,
+    ),
+}
+SUBJECTS = LAYERS | FLAX | STEPS | LINEAR | MATRIX
 FLOAT64: dict[str, Any] = {"param_dtype": float, "rngs": nnx.Rngs(0)}
 
 

@@ -30,10 +30,11 @@ def random_batch(lengths, features, seed=0, dtype=np.float64, extra=0):
 def random_params(layer, dtype=float):
     """A layer's parameters, none of them zero."""
     rng = np.random.default_rng(0)
-    return {
-        group: {name: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype) for name, shape in entries.items()}
-        for group, entries in layer.shapes.items()
-    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.uniform(-0.5, 0.5, shape), dtype),
+        layer.shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
 
 
 def pack(batch, lengths):
@@ -82,6 +83,46 @@ def cell_step(kind, params, state, x, xp=np):
     c = sigmoid(f) * state[1] + sigmoid(i) * xp.tanh(g)
     h = sigmoid(o) * xp.tanh(c)
     return (h @ get["weight_hr"] if "weight_hr" in get else h), c
+
+
+def linear_step(kind, layer, params, state, x, xp=np):
+    """Computes one step of a layer that is linear in its state, for one sequence, by the equations of its paper.
+
+    Args:
+      layer: the layer, for its options.
+      xp: NumPy, in whose float64 it computes, or jax.numpy.
+
+    Returns:
+      The new state and the output.
+    """
+    get = jax.tree.map(lambda value: xp.asarray(value, np.float64), params)
+
+    def sigmoid(a):
+        return 1 / (1 + xp.exp(-a))
+
+    if kind == "lru":
+        modulus, phase = xp.exp(-xp.exp(get["nu_log"])), xp.exp(get["theta_log"])
+        gamma = xp.exp(get["gamma_log"])
+        re = modulus * (xp.cos(phase) * state[0] - xp.sin(phase) * state[1]) + gamma * (get["B_re"] @ x)
+        im = modulus * (xp.sin(phase) * state[0] + xp.cos(phase) * state[1]) + gamma * (get["B_im"] @ x)
+        return xp.stack([re, im]), get["C_re"] @ re - get["C_im"] @ im + get["D"] * x
+    if kind == "rglru":
+        gates = {}
+        for name in ("input_gate", "a_gate"):
+            parts = xp.split(x, layer.num_heads)
+            blocks = [part @ block for part, block in zip(parts, get[name]["w"], strict=True)]
+            gates[name] = sigmoid(xp.concatenate(blocks) + get[name]["b"].reshape(-1))
+        a = xp.exp(-8 * xp.log(1 + xp.exp(get["a_param"])) * gates["a_gate"])
+        h = a * state + xp.sqrt(1 - a**2) * gates["input_gate"] * x
+        return h, h
+    if kind == "min_gru":
+        z, v = xp.split(x @ get["weight"] + get["bias"], 2)
+        h = (1 - sigmoid(z)) * state + sigmoid(z) * v
+        return h, h
+    f, i, v = xp.split(x @ get["weight"] + get["bias"], 3)
+    f, i = sigmoid(f), sigmoid(i)
+    h = (f * state + i * v) / (f + i)
+    return h, h
 
 
 def scanned(step, params, sequence, state):

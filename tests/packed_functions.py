@@ -63,6 +63,12 @@ def _zeros(packed: PackedSequence) -> Array:
     return jnp.zeros((packed.plan.num_sequences, packed.data.shape[1]))
 
 
+def _attend(function: Callable[..., Any], packed: PackedSequence, *others: PackedSequence, **options: Any) -> Any:
+    """A function of queries, keys and values, all of them the features as one head."""
+    heads = packed.replace(data=packed.data[:, None])
+    return function(heads, heads, heads, *others, **options)
+
+
 FUNCTIONS = {
     "pack_padded_sequence": Function(
         lambda p, x: jaxpack.pack_padded_sequence(x, p.lengths, True, plan=p.plan), takes="padded"
@@ -90,9 +96,19 @@ FUNCTIONS = {
     "softmax": Function(lambda p, x: jaxpack.softmax(p)),
     "broadcast_to_steps": Function(lambda p, x: jaxpack.broadcast_to_steps(x[:, 0], p), programs=3),
     "concatenate": Function(lambda p, x: jaxpack.concatenate([p, p]), batches=2),
+    "causal_conv": Function(lambda p, x: jaxpack.causal_conv(p, np.array([[2.0] * 3, [1.0] * 3], np.float32))),
+    "to_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data, p), batches=2, programs=2),
+    "from_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data * 2, p), batches=2, programs=3),
+    "attention": Function(lambda p, x: _attend(jaxpack.attention, p, is_causal=True), batches=3, programs=2),
+    "rotary": Function(lambda p, x: jaxpack.rotary(p.replace(data=p.data[:, :2])), programs=None),
+    "linear_attention": Function(lambda p, x: _attend(jaxpack.linear_attention, p), batches=3, programs=2),
+    "gated_delta_rule": Function(
+        lambda p, x: _attend(jaxpack.gated_delta_rule, p, p.replace(data=p.data[:, :1])), batches=4, programs=None
+    ),
     "packed_scan": Function(
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None
     ),
+    "linear_scan": Function(lambda p, x: jaxpack.linear_scan(p, p), batches=2, programs=2),
     "RNN.apply": Function(lambda p, x: _layer(p), differentiable=False, programs=None),
     "map": Function(lambda p, x: p.map(jnp.multiply, p), batches=2, programs=4),
     "astype": Function(lambda p, x: p.astype(jnp.float16), differentiable=False),

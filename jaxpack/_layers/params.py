@@ -84,7 +84,8 @@ def check_params(params: PyTree, shapes: Shapes, layer: object) -> Any:
             if name in found and found[name] != shape
         ]
         raise (TypeError if set(expected) != set(found) else ValueError)(
-            f"params do not match {layer}: {'; '.join(wrong[:4])}. Make them with init(key) or from_torch(state_dict)."
+            f"params do not match {layer}: {'; '.join(wrong[:4])}. Make them with init(key), or convert them "
+            f"from another library with a from_... method of the layer."
         )
     return jnp.result_type(*jax.tree.leaves(params))
 

@@ -1,9 +1,24 @@
 """jaxpack in flax.nnx: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
 from jaxpack._namespace import publish as _publish
+from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
+from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
 from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
 
-__all__ = ["GRU", "LSTM", "RNN", "Bidirectional", "SimpleRNN"]
+__all__ = [
+    "GRU",
+    "LRU",
+    "LSTM",
+    "MLSTM",
+    "RGLRU",
+    "RNN",
+    "Bidirectional",
+    "GatedDeltaNet",
+    "Mamba2",
+    "MinGRU",
+    "MinLSTM",
+    "SimpleRNN",
+]
 
 _publish(__name__)

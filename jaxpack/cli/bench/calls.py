@@ -38,6 +38,13 @@ class Calls(NamedTuple):
     same_weights: bool = False
 
 
+def of_cell(table: Mapping[str, Any], cell: str) -> Any:
+    """Returns a library's entry for a cell. Raises Missing if it has none."""
+    if cell not in table:
+        raise Missing(f"it has no {cell}")
+    return table[cell]
+
+
 def num_threads() -> int:
     """Counts the CPUs that this process may use. XLA uses all of them, and torch is given as many threads."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 
 import jaxpack
-from jaxpack.cli.bench.calls import Calls, Missing, jax_calls
+from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, of_cell
 from jaxpack.cli.bench.workloads import Workload
 
 _CELLS: Mapping[str, str] = MappingProxyType({"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"})
@@ -56,7 +56,7 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
     """
     if own_cell and workload.cell != "lstm":
         raise Missing("the user-defined cell is an LSTM")
-    cell = PeepholeCell if own_cell else getattr(nnx, _CELLS[workload.cell])
+    cell = PeepholeCell if own_cell else getattr(nnx, of_cell(_CELLS, workload.cell))
     rngs = nnx.Rngs(workload.seed)
     options = {} if plan is None else {"plan": plan}
     dtypes: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
 
 def linen_calls(workload: Workload) -> Calls:
     """Makes the calls of a stack of RNN or Bidirectional of flax.linen, with seq_lengths."""
-    cell = getattr(linen, _CELLS[workload.cell])
+    cell = getattr(linen, of_cell(_CELLS, workload.cell))
 
     def layer() -> Any:
         rnns = [linen.RNN(cell(workload.hidden_size)) for _ in range(workload.layer.num_directions)]

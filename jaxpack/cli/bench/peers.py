@@ -21,9 +21,12 @@ from flax import nnx
 
 import jaxpack
 import jaxpack.nnx
-from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, num_threads
+from jaxpack._matrix.layer import MatrixLayer
+from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, num_threads, of_cell
 from jaxpack.cli.bench.cudnn_peer import cudnn_calls
 from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
+from jaxpack.cli.bench.linear_peers import associative_scan, masked_scan, padded_calls
+from jaxpack.cli.bench.matrix_peers import step_calls
 from jaxpack.cli.bench.workloads import Workload
 
 Build = Callable[[Workload], Calls]
@@ -152,6 +155,18 @@ def _jax_cudnn(workload: Workload) -> Calls:
     return cudnn_calls(workload)
 
 
+@peer("associative_scan")
+def _associative_scan(workload: Workload) -> Calls:
+    """Runs jax.lax.associative_scan on the padded batch, for layers with a linear recurrence."""
+    return padded_calls(workload, associative_scan)
+
+
+@peer("masked_scan")
+def _masked_scan(workload: Workload) -> Calls:
+    """Runs jax.lax.scan on the padded batch with a mask, for layers with a linear recurrence."""
+    return step_calls(workload) if isinstance(workload.layer, MatrixLayer) else padded_calls(workload, masked_scan)
+
+
 @peer("torch-packed")
 def _torch_packed(workload: Workload) -> Calls:
     """Runs torch.nn.LSTM, GRU or RNN on a PackedSequence."""
@@ -198,7 +213,7 @@ def _torch_calls(
     device = _torch_device(torch)
     modules = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}
     sizes = workload.features, workload.hidden_size, workload.num_layers
-    module = modules[workload.cell](*sizes, bidirectional=workload.bidirectional)
+    module = of_cell(modules, workload.cell)(*sizes, bidirectional=workload.bidirectional)
     state = workload.layer.to_torch(workload.params)
     module.to(getattr(torch, workload.dtype)).load_state_dict(
         {name: _tensor(workload, array) for name, array in state.items()}
@@ -251,10 +266,10 @@ def _haiku(workload: Workload) -> Calls:
     if workload.cell == "rnn":
         raise Missing("haiku.VanillaRNN is a relu, not a tanh")
     hk = importlib.import_module("haiku")
-    cells = {"lstm": hk.LSTM, "gru": hk.GRU}
+    kind = of_cell({"lstm": hk.LSTM, "gru": hk.GRU}, workload.cell)
 
     def unroll(inputs: jax.Array) -> jax.Array:
-        cell = cells[workload.cell](workload.hidden_size)
+        cell = kind(workload.hidden_size)
         outputs, _ = hk.dynamic_unroll(cell, inputs, cell.initial_state(inputs.shape[0]), time_major=False)
         return outputs
 
@@ -285,10 +300,11 @@ def _keras(workload: Workload) -> Calls:
     if keras.backend.backend() != "jax":
         raise Missing(f"its backend is {keras.backend.backend()}: set KERAS_BACKEND=jax")
     cells = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
+    kind = of_cell(cells, workload.cell)
     keras.utils.set_random_seed(workload.seed)
 
     def layer(features: int) -> Any:
-        made = cells[workload.cell](workload.hidden_size, return_sequences=True)
+        made = kind(workload.hidden_size, return_sequences=True)
         made = keras.layers.Bidirectional(made) if workload.bidirectional else made
         made.build((workload.batch_size, workload.longest, features))
         return made

@@ -1,6 +1,7 @@
 """The product limit of `jaxpack bench`: the matrix products that a layer needs at least, each as one large product.
 
-For each layer and direction with weights W [F, G] and U [H, G], and N real steps in all, they are
+For each layer and direction with weights W [F, G] and U [H, G], and N real steps in all, they are (for linear layers, of
+each matrix)
 
     forward    gates              [x h] [W; U]          [N, F+H] x [F+H, G]
     training   the same, and
@@ -14,10 +15,12 @@ limit leaves out that each step waits for the last one, slack, and everything th
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 
+from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack.cli.bench.calls import PASSES
 from jaxpack.cli.bench.workloads import Workload
 
@@ -29,11 +32,20 @@ def product_shapes(workload: Workload) -> dict[str, list[Shape]]:
     steps = workload.tokens
     forward: list[Shape] = []
     backward: list[Shape] = []
-    for weights in workload.layer.shapes.values():
-        (features, gates), (hidden, _) = weights["weight_ih"], weights["weight_hh"]
-        forward.append((steps, features + hidden, gates))
-        backward += [(steps, gates, features + hidden), (features + hidden, steps, gates)]
+    for rows, columns in _weights(workload):
+        forward.append((steps, rows, columns))
+        backward += [(steps, columns, rows), (rows, steps, columns)]
     return dict(zip(PASSES, (forward, forward + backward), strict=True))
+
+
+def _weights(workload: Workload) -> list[tuple[int, int]]:
+    """Returns the shapes of the matrices that each step is multiplied with."""
+    if isinstance(workload.layer, RecurrentLayer):
+        pairs = [(each["weight_ih"], each["weight_hh"]) for each in workload.layer.shapes.values()]
+        return [(features + hidden, gates) for (features, gates), (hidden, _) in pairs]
+    leaves = jax.tree_util.tree_leaves_with_path(workload.layer.shapes, is_leaf=lambda node: isinstance(node, tuple))
+    matrices = [shape for path, shape in leaves if len(shape) > 1 and path[-1].key != "b"]
+    return [shape[-2:] for shape in matrices for _ in range(math.prod(shape[:-2]))]  # blocks are matrices of their own
 
 
 def count_flops(shapes: list[Shape]) -> int:

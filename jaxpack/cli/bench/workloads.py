@@ -13,6 +13,8 @@ import numpy as np
 
 import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
+from jaxpack._linear.layer import LinearLayer
 from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.datasets import japanese_vowels
 
@@ -20,6 +22,15 @@ EPOCH = "epoch"  # the name of the workload that is a corpus
 
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
+)
+LINEAR_LAYERS: Mapping[str, Callable[[int, int], LinearLayer]] = MappingProxyType(
+    {
+        "lru": jaxpack.LRU,
+        "mingru": jaxpack.MinGRU,
+        "rglru": jaxpack.RGLRU,
+        "mamba2": jaxpack.Mamba2,
+        "delta": jaxpack.GatedDeltaNet,
+    }
 )
 
 
@@ -30,7 +41,7 @@ class Workload:
     Attributes:
       name: the workload's name.
       lengths: int [B], the lengths of all sequences.
-      cell: "lstm", "gru" or "rnn".
+      cell: "lstm", "gru" or "rnn"; or one of `LINEAR_LAYERS`, which are one layer in one direction.
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
       dtype: "float32" or "bfloat16", of all of these and of the computation.
@@ -47,8 +58,10 @@ class Workload:
     dtype: str = "float32"
 
     @property
-    def layer(self) -> RecurrentLayer:
-        """The layer of jaxpack."""
+    def layer(self) -> Any:
+        """The layer of jaxpack, a RecurrentLayer or a LinearLayer."""
+        if self.cell in LINEAR_LAYERS:
+            return LINEAR_LAYERS[self.cell](self.features, self.hidden_size)
         sizes = self.features, self.hidden_size, self.num_layers
         return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
 
@@ -89,7 +102,11 @@ class Workload:
 
     def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
         """Counts the cells that jaxpack computes under a plan, or without one."""
-        return unplanned_cells(self.lengths, self.longest) if plan is None else plan.size
+        if plan is not None:
+            return plan.size
+        if self.cell in LINEAR_LAYERS:
+            return linear_ladder_cells(self.padded_plan, self.lengths)
+        return unplanned_cells(self.lengths, self.longest)
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
@@ -183,6 +200,11 @@ _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapp
         "rnn": (lognormal_lengths, {"cell": "rnn"}),
         "words": (_words, {"features": 64, "hidden_size": 192}),
         "words-gru": (_words, {"cell": "gru", "features": 64, "hidden_size": 192}),
+        "lru": (lognormal_lengths, {"cell": "lru"}),
+        "mingru": (lognormal_lengths, {"cell": "mingru"}),
+        "rglru": (lognormal_lengths, {"cell": "rglru", "features": 256}),
+        "mamba2": (lognormal_lengths, {"cell": "mamba2"}),
+        "delta": (lognormal_lengths, {"cell": "delta"}),
         "small": (functools.partial(lognormal_lengths, batch_size=8), {"features": 32, "hidden_size": 32}),
         "wide": (functools.partial(lognormal_lengths, batch_size=256), {"hidden_size": 512}),
         "long": (functools.partial(equal_lengths, batch_size=16, length=10_000), {}),

@@ -44,6 +44,11 @@ NAMES = (
     "rnn",
     "words",
     "words-gru",
+    "lru",
+    "mingru",
+    "rglru",
+    "mamba2",
+    "delta",
     "small",
     "wide",
     "long",
@@ -286,6 +291,32 @@ def test_torch_runs_the_other_cells_too(cell):
     for name in ("torch-packed", "torch-padded"):
         loss = PEERS[name](tiny(cell=cell)).training()[0].item()
         assert loss == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["mamba2", "delta"])
+def test_a_layer_of_matrix_states_has_a_peer_that_steps_over_the_padded_batch(cell):
+    workload = tiny(cell=cell, hidden_size=64)
+    for name in ("jaxpack", "masked_scan"):
+        loss, (_, gradient) = PEERS[name](workload).training()
+        assert loss.item() == pytest.approx(expected_loss(workload), abs=1e-5), name
+        assert np.isfinite(gradient).all()
+    with pytest.raises(Missing, match=f"{cell} has none"):
+        PEERS["associative_scan"](workload)
+
+
+@pytest.mark.parametrize("cell", ["lru", "rglru"])
+def test_a_linear_layer_has_peers_that_scan_the_padded_batch(cell):
+    workload = tiny(cell=cell, hidden_size=FEATURES)
+    expected = expected_loss(workload)
+    for name in ("jaxpack", "associative_scan", "masked_scan"):
+        loss, (_, gradient) = PEERS[name](workload).training()
+        assert loss.item() == pytest.approx(expected, abs=1e-5), name
+        assert np.isfinite(gradient).all()
+    for name in ("flax.nnx", "flax.linen", "jaxpack.nnx"):
+        with pytest.raises(Missing, match=f"it has no {cell}"):
+            PEERS[name](workload)
+    with pytest.raises(Missing, match="lstm has none"):
+        PEERS["masked_scan"](tiny())
 
 
 def test_training_gives_the_gradients_of_weights_and_of_every_real_input(run):

@@ -1,0 +1,243 @@
+"""LinearLayer: the base of the layers whose recurrence is linear in the state.
+
+A layer is a frozen specification. Its parameters are a plain pytree; its state, for all sequences or for one, is a
+pytree as well, in the layout that `state_like` gives. A subclass adds its equations: `shapes`, `init`, `state_like`,
+`run` for whole sequences, and `step` for one step of decoding. The modules of jaxpack.nnx and jaxpack.linen are made
+from the specification alone.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxpack._checks import at_least_one
+from jaxpack._layers.params import check_params, check_sharding, floating
+from jaxpack._layers.stack import explain_forward_mode
+from jaxpack._layers.states import shapes_of
+from jaxpack._linear.inputs import Aligned, Lengths, align, check_resets, clean
+from jaxpack._packed.inputs import as_batch
+from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._types import PyTree
+
+
+class Direction(NamedTuple):
+    """How a call reads its sequences: the static part of `LinearLayer.run`.
+
+    Attributes:
+      reverse: whether each sequence is read from its end.
+      forward_mode: whether the call must be differentiable in forward mode.
+      planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
+    """
+
+    reverse: bool = False
+    forward_mode: bool = False
+    planned: bool = True
+
+
+class LinearLayer(abc.ABC):
+    """A layer with a recurrence that is linear in its state: the base class of LRU, MinGRU, MinLSTM and RGLRU."""
+
+    input_size: int
+    hidden_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "hidden_size"):
+            at_least_one(name, getattr(self, name))
+
+    @property
+    @abc.abstractmethod
+    def output_size(self) -> int:
+        """The width of the output."""
+
+    @property
+    @abc.abstractmethod
+    def shapes(self) -> dict[str, Any]:
+        """The shape of every parameter, as a pytree with the structure of the parameters."""
+
+    @abc.abstractmethod
+    def init(self, key: jax.Array, dtype: Any = None) -> PyTree:
+        """Draws parameters.
+
+        Args:
+          key: a JAX random key.
+          dtype: a floating dtype. Default: JAX's (float32, or float64 under x64).
+
+        Raises:
+          TypeError: if key is not a random key, or dtype is not floating.
+        """
+
+    @abc.abstractmethod
+    def state_like(self, dtype: Any) -> PyTree:
+        """Returns the state of one sequence, computed in a dtype, as a pytree of jax.ShapeDtypeStruct."""
+
+    @abc.abstractmethod
+    def run(
+        self, params: PyTree, packed: PackedSequence, state: PyTree, resets: jax.Array | None, direction: Direction
+    ) -> tuple[jax.Array, PyTree]:
+        """Runs the recurrence over a batch of at least one sequence.
+
+        Args:
+          params: the parameters, in the dtype of the computation or a wider one.
+          packed: data [S, F], in the dtype of the computation; zero in slack, NaN in sequences that do not fit.
+          state: the initial state, leaves [B, ...] in the caller's order; None for zeros.
+          resets: bool [S], the first steps of episodes, False in slack; None if each sequence is one.
+          direction: how to read the sequences.
+
+        Returns:
+          The outputs [S, O], zero in slack; and the final state, leaves [B, ...] in the caller's order.
+        """
+
+    @abc.abstractmethod
+    def step(self, params: PyTree, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
+        """Runs one step, for step-by-step decoding.
+
+        Args:
+          params: the parameters.
+          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis. None for the first
+            step of a sequence.
+          x: [B, F], or [F].
+
+        Returns:
+          The new state, and the output [B, O], or [O].
+
+        Raises:
+          ValueError: if a last axis does not match the layer.
+        """
+
+    def apply(
+        self,
+        params: PyTree,
+        inputs: PackedSequence | ArrayLike,
+        initial_state: PyTree = None,
+        *,
+        lengths: Lengths = None,
+        plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
+        reverse: bool = False,
+        dtype: Any = None,
+        forward_mode: bool = False,
+    ) -> tuple[Any, PyTree]:
+        """Runs the layer.
+
+        Examples:
+          >>> layer = jaxpack.MinGRU(2, 4)
+          >>> params = layer.init(jax.random.key(0))
+          >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
+          >>> output, state = layer.apply(params, packed)
+          >>> output.shape, state.shape  # packed as the inputs are; a state for each sequence
+          ((4, 4), (2, 4))
+
+        Args:
+          params: the parameters, as `init` returns them.
+          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
+          initial_state: in the layout of the final state. Default: zeros.
+          lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
+          plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
+            lengths. On CPUs it leaves out most of the padding as it runs, elsewhere it runs the padded batch.
+          resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the initial
+            state. Default: each sequence is one episode.
+          reverse: set True to read each sequence, or each of its episodes, from its end.
+          dtype: a floating dtype to compute in, to which inputs, parameters and states are cast. Default: the result
+            type of inputs and parameters.
+          forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize).
+
+        Returns:
+          A pair (output, final state).
+
+          The output has the layout of the inputs, [..., output_size], with zeros past each length. The final state is
+          the one after the step that is read last, leaves [B, ...] in the caller's row order; for one sequence without
+          a batch axis. Sequences that do not fit the plan are NaN in both.
+
+        Raises:
+          ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, or a parameter
+            is sharded under an explicit mesh.
+          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, inputs
+            or states are complex, resets are not bool, or the call is differentiated in forward mode without
+            forward_mode.
+        """
+        params_dtype = check_params(params, self.shapes, self)
+        check_sharding(params)
+        batch = inputs if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
+        alone = not isinstance(batch, PackedSequence) and jnp.ndim(batch) == 2
+        if alone:
+            batch, lengths, resets = self._as_batch_of_one(batch, lengths, plan, resets)
+        aligned = align(f"{type(self).__name__}.apply", batch, {"resets": resets}, lengths, plan)
+        self._check_cells(aligned)
+        data = aligned.packed.data
+        dtype = jnp.result_type(data, params_dtype) if dtype is None else floating(dtype)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        rows = () if alone else (aligned.packed.plan.num_sequences,)
+        state = None if initial_state is None else self._checked_state(initial_state, rows, dtype)
+        if alone and state is not None:
+            state = jax.tree.map(lambda leaf: leaf[None], state)
+        planned = alone or plan is not None or isinstance(batch, PackedSequence)
+        direction = Direction(bool(reverse), bool(forward_mode), planned)
+        with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
+            outputs, final = _run(self, direction, jnp.dtype(dtype).name, params, aligned._replace(length=None), state)
+        laid_out: Any = aligned.laid_out(aligned.packed.replace(data=outputs))
+        return (laid_out[0], jax.tree.map(lambda leaf: leaf[0], final)) if alone else (laid_out, final)
+
+    def _zeros(self, lead: tuple[int, ...], like: jax.Array) -> PyTree:
+        """Returns zeros for a state, made from an array so that they have its sharding."""
+        return jax.tree.map(
+            lambda leaf: lax.full_like(like, 0, leaf.dtype, (*lead, *leaf.shape)), self.state_like(like.dtype)
+        )
+
+    def _as_batch_of_one(self, sequence: Any, lengths: Any, plan: Any, resets: Any) -> tuple[Any, Any, Any]:
+        """Returns one sequence [T, F] as a batch, with its length and resets."""
+        if plan is not None or np.ndim(0 if lengths is None else lengths) or isinstance(resets, PackedSequence):
+            raise ValueError(
+                f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan=, one "
+                f"number as lengths= and resets [T]. A batch is [B, T, {self.input_size}]."
+            )
+        if lengths is not None:
+            lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
+        return sequence[None], lengths, None if resets is None else as_batch(resets, "resets")[None]
+
+    def _check_cells(self, aligned: Aligned) -> None:
+        """Raises unless inputs and resets are of the right shape and kind."""
+        data = aligned.packed.data
+        if data.ndim != 2 or data.shape[-1] != self.input_size:
+            lead = "[S, " if aligned.length is None else "[B, T, "
+            shape = data.shape if aligned.length is None else ("B", "T", *data.shape[1:])
+            raise ValueError(
+                f"inputs must be {lead}{self.input_size}] (input_size={self.input_size}), got shape "
+                f"({', '.join(map(str, shape))})."
+            )
+        if jnp.issubdtype(data.dtype, jnp.complexfloating):
+            raise TypeError(f"inputs must be real, got dtype {data.dtype}.")
+        check_resets(aligned)
+
+    def _checked_state(self, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
+        """Returns a given initial state in the layout and dtypes of the layer."""
+        expected = jax.tree.map(lambda leaf: (*rows, *leaf.shape), self.state_like(dtype))
+        given = jax.tree.map(jnp.asarray, state)
+        if jax.tree.map(jnp.shape, given) != expected:
+            raise ValueError(
+                f"initial_state must have the layout of the final state of {self}, {expected} (B first), got "
+                f"{shapes_of(given)}."
+            )
+        if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in jax.tree.leaves(given)):
+            raise TypeError("initial_state must be real, got a complex array.")
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), given, self.state_like(dtype))
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "direction", "dtype"))
+def _run(
+    layer: LinearLayer, direction: Direction, dtype: str, params: PyTree, aligned: Aligned, state: PyTree
+) -> tuple[jax.Array, PyTree]:
+    """Runs a layer on cells. Jitted, so each plan is one compilation."""
+    packed = clean(aligned.packed, aligned.agree, dtype)
+    if not packed.plan.size:  # a batch of no sequences
+        state = layer._zeros((0,), packed.data) if state is None else state
+        return lax.full_like(packed.data, 0, shape=(0, layer.output_size)), state
+    return layer.run(params, packed, state, aligned.others["resets"], direction)

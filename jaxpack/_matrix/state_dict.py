@@ -1,0 +1,45 @@
+"""Conversion of PyTorch's state dicts to flat parameters: names mapped, weights transposed, nothing rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpack._dtypes import without_torch
+from jaxpack._layers.state_dict import exactly
+
+
+def from_names(
+    shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str], state_dict: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    """Returns parameters from tensors or NumPy arrays, whose axes are those of the parameters, reversed.
+
+    Args:
+      shapes: the shape of every parameter.
+      names: the names in the state dict of parameters that have another one there.
+      state_dict: the tensors by name. A kernel [K, F] of a convolution is its weight [F, 1, K].
+
+    Raises:
+      KeyError: if keys are missing or not known.
+      TypeError: if values are not floating numbers.
+      ValueError: if a shape is wrong, or JAX would round a value.
+    """
+    by_name = {names.get(name, name): name for name in shapes}
+    missing, extra = [k for k in by_name if k not in state_dict], [k for k in state_dict if k not in by_name]
+    if missing or extra:
+        found = [f"missing {missing}"] * bool(missing) + [f"not known {extra}"] * bool(extra)
+        raise KeyError(f"state_dict does not match the layer: {'; '.join(found)}. Pass the tensors of one layer.")
+    params = {}
+    for key, name in by_name.items():
+        array = np.asarray(without_torch(state_dict[key]))
+        expected = shapes[name][::-1]
+        if "conv" in key and len(expected) == 2:
+            expected = (expected[0], 1, expected[1])
+        if array.shape != expected:
+            raise ValueError(f"state_dict[{key!r}] must have shape {expected}, got {array.shape}.")
+        params[name] = jnp.asarray(exactly(array, f"state_dict[{key!r}]").T.reshape(shapes[name]))
+    return params
