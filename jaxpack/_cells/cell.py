@@ -10,8 +10,8 @@ depends on the input alone and is one matrix product for many cells; `activate` 
 computes the next carry from the gates. Where the carry has a memory c, it is linear in c given the gates,
 c' = decay * c + inject, so that it can be computed again without a product.
 
-The backward pass linearizes many steps at once around the values of the forward pass, so that each sequential step costs
-one product. With d = dh + dy, the cotangent of h' from later steps and from the output, and dc that of a memory c':
+The backward pass linearizes steps around the values of the forward pass, so that each sequential step costs one
+product. With d = dh + dy, the cotangent of h' from later steps and from the output, and dc that of a memory c':
 
     dc  = dc + dh_dc * d                      the cotangent of c', now with the part that reaches it through h'
     da  = da_gates * (d or dc, gate by gate)  the cotangent of the gates' pre-activations
@@ -133,7 +133,7 @@ class Cell:
         raise NotImplementedError
 
     def update(self, activations: Activations) -> tuple[jax.Array, jax.Array]:
-        """Returns decay and inject [..., H] of the memory c' = decay * c + inject. Only cells with a memory have them."""
+        """Returns decay and inject [..., H] of the memory: c' = decay * c + inject. For cells with a memory."""
         raise NotImplementedError
 
     def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:

@@ -1,8 +1,8 @@
 """Rows laid out as the program runs: how a recurrence without a plan goes over a padded batch [B, T].
 
-The sequences, longest first, are dealt to R rows to and fro, as cards are: the first R to rows 0, 1, ..., R - 1, the next
-R to rows R - 1, ..., 0, and so on. The rows then have nearly equal sums of lengths. One loop goes over them until the
-longest row ends; where a sequence begins, it begins anew.
+The sequences, longest first, are dealt to R rows to and fro, as cards are: the first R to rows 0, 1, ..., R - 1, the
+next R to rows R - 1, ..., 0, and so on. The rows then have nearly equal sums of lengths. One loop goes over them until
+the longest row ends; where a sequence begins, it begins anew.
 
 R is static, and which R computes the fewest cells depends on the lengths: many rows where all are long, few where the
 longest is much longer than the mean. A program holds a loop for each R, and takes the best as it runs.
@@ -10,6 +10,7 @@ longest is much longer than the mean. A program holds a loop for each R, and tak
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -108,12 +109,12 @@ def deals_of(
     return tuple(deals)
 
 
-def best_deal(deals: tuple[Deal, ...], ranked: jax.Array) -> jax.Array:
+def best_deal(deals: Sequence[Deal], ranked: jax.Array) -> jax.Array:
     """Returns the index of the deal that computes the fewest cells."""
     return jnp.argmin(jnp.stack([deal.chunks(ranked) * (deal.steps * deal.rows) for deal in deals]))
 
 
-def dealt_cells(deals: tuple[Deal, ...], lengths: npt.ArrayLike) -> int:
+def dealt_cells(deals: Sequence[Deal], lengths: npt.ArrayLike) -> int:
     """Returns how many cells the best deal computes for concrete lengths."""
     ranked = jnp.sort(jnp.asarray(lengths), descending=True)
     return min(int(deal.chunks(ranked)) * deal.steps * deal.rows for deal in deals)

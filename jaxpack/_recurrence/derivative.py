@@ -22,7 +22,7 @@ from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.scan import scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.buffers import buffer
-from jaxpack._recurrence.deals import Deal, best_deal, dealt_cells, deals_of
+from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
 from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, forward
 from jaxpack._recurrence.slots import RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
@@ -111,7 +111,7 @@ class Recurrence(NamedTuple):
         if not self.cell.reads_activations or _bytes(activations) > KEPT_BYTES:
             activations = ()
         rows = max(map(checkpoint_rows, stairs))
-        checkpoints = tuple(jax.ShapeDtypeStruct((rows, size), x.dtype) for size in sizes[1:])
+        checkpoints: Any = tuple(jax.ShapeDtypeStruct((rows, size), x.dtype) for size in sizes[1:])
         leaves, tree = jax.tree.flatten(Kept(activations, checkpoints))
         return jax.tree.unflatten(tree, [buffer(x, leaf.shape, 10 + i) for i, leaf in enumerate(leaves)])
 
@@ -176,8 +176,10 @@ def _plain(recurrence: Recurrence, directions: Directions, real: RealCells) -> t
         carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
     else:
         number, length = recurrence.plan
-        cells = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
-        carries, outputs = scan_slots(scan_of(step), carries, zeros, *cells, BucketPlan((length,), (number,)))
+        cells: Any = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
+        carries, outputs = scan_slots(
+            scan_of(step), carries, zeros, cells[0], cells[1], BucketPlan((length,), (number,))
+        )
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
 
@@ -256,12 +258,13 @@ def _on_each_platform(
 
     def on(schedule: Schedule, real: RealCells, *operands: Any) -> Any:
         each, layouts = list(zip(*operands, strict=True)), recurrence.layouts(schedule)
-        ranked = None if real.ranking is None else real.spans[real.ranking.order]
+        ranked: Any = None if real.ranking is None else real.spans[real.ranking.order]
 
         def run_all(layout: Deal | tuple[Stair, ...]) -> tuple[Any, ...]:
-            stairs, cells = layout, real
             if isinstance(layout, Deal):
                 stairs, cells = (layout.stair(layout.chunks(ranked)),), layout.cells(real)
+            else:
+                stairs, cells = layout, real
             loops = Loops(recurrence.cell.on(schedule.platform), stairs, schedule.stack, cells)
             one = functools.partial(run, recurrence, loops)
             if not schedule.fuse_directions or len(each) == 1:
@@ -271,7 +274,8 @@ def _on_each_platform(
 
         if len(layouts) == 1:
             return run_all(layouts[0])
-        return lax.switch(best_deal(layouts, ranked), [functools.partial(run_all, deal) for deal in layouts])
+        deals = [layout for layout in layouts if isinstance(layout, Deal)]
+        return lax.switch(best_deal(deals, ranked), [functools.partial(run_all, deal) for deal in deals])
 
     cpu, gpu, tpu = (functools.partial(on, schedule) for schedule in recurrence.schedules)
     tpus = {} if isinstance(recurrence.plan, BucketPlan) else {"tpu": tpu}

@@ -267,11 +267,11 @@ class _Backward(NamedTuple):
         own = live & window.own
         x = jnp.where(live, real.read(window, self.residuals.operands.x), 0)
         entry = real.at_begins(window, self.residuals.operands.carry)
-        before = enter(entry, (real.before(window, y, first),))
+        before: Carry = enter(entry, (real.before(window, y, first),))
         activations = jax.tree.map(window.read, kept.activations)
         if not jax.tree.leaves(activations):
             activations = cell.activate(self.weights, cell.project(self.weights, x), before[0])
-        after = (real.read(window, y),)
+        after: Carry = (real.read(window, y),)
         if kept.checkpoints:
             update = cell.update(activations)
             start = read(kept.checkpoints[0], stair.checkpoint_row(index), stair.rows)
@@ -343,7 +343,7 @@ class _Backward(NamedTuple):
             da_gates = buffer(d, (window.size, self.weights.bias.shape[0]), 7)
         else:
             linear, d = lax.optimization_barrier((self._linearize(point)._replace(out=None), d))
-            at, da_gates = linear._replace(da_gates=None), linear.da_gates  # type: ignore[arg-type]
+            at, da_gates = linear._replace(da_gates=None), linear.da_gates
         history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in dcarry) if collects else ()
         outputs = Outputs((), (da_gates, d if projects else (), history))
         xs = at, None if projects else d, entry

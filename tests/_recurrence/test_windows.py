@@ -82,6 +82,7 @@ def test_the_best_deal_computes_at_most_a_third_more_than_real_cells(seed):
 
 
 def test_no_deal_computes_slack_at_equal_lengths():
+    assert CPU.chunk_cells
     assert unplanned_cells(np.full(64, 100), 104) <= 6400 + CPU.chunk_cells
 
 

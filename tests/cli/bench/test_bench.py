@@ -17,7 +17,7 @@ from commands import bench as invoke
 from commands import message
 
 import jaxpack
-from jaxpack import plan_buckets, plan_padded
+from jaxpack import plan_buckets
 from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.cli.bench import command as bench_file
 from jaxpack.cli.bench import measure as bench_measure
