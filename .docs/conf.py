@@ -83,7 +83,7 @@ html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {name: f"jaxpack.cells.{name}" for name in ("Activations", "Carry", "Params", "Tanh")}
+autodoc_type_aliases = {name: f"jaxpack.cells.{name}" for name in ("Carry", "Params", "Tanh")}
 autodoc_type_aliases |= {name: name for name in ("ArrayLike", "InitializerByGate", "PyTree")}
 autodoc_type_aliases["npt.ArrayLike"] = "ArrayLike"
 default_role = "py:obj"  # `name` is a link where it names an object of ours, and code elsewhere

@@ -27,9 +27,10 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxpack._types import PyTree
+
 Params = dict[str, jax.Array]
 Carry = tuple[jax.Array, ...]  # (h,), or (h, c) with a memory c
-Activations = Any  # an array [..., A], or a pytree of such arrays
 
 C = TypeVar("C", bound="Cell")
 
@@ -124,15 +125,15 @@ class Cell:
         """Returns the input's share of the gates' pre-activations, without the bias: [..., F] -> [..., X]."""
         return x @ fused.w_x
 
-    def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> Activations:
-        """Returns the gates after their nonlinearities, from a projected input [..., X] and h [..., P]."""
+    def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> PyTree:
+        """Returns the gates after their nonlinearities, arrays [..., A], from a projected input [..., X] and h [..., P]."""
         raise NotImplementedError
 
-    def advance(self, fused: Fused, activations: Activations, carry: Carry) -> Carry:
+    def advance(self, fused: Fused, activations: PyTree, carry: Carry) -> Carry:
         """Returns the next carry."""
         raise NotImplementedError
 
-    def update(self, activations: Activations) -> tuple[jax.Array, jax.Array]:
+    def update(self, activations: PyTree) -> tuple[jax.Array, jax.Array]:
         """Returns decay and inject [..., H] of the memory: c' = decay * c + inject. For cells with a memory."""
         raise NotImplementedError
 
@@ -140,7 +141,7 @@ class Cell:
         """Runs a whole step: `activate`, then `advance`."""
         return self.advance(fused, self.activate(fused, projected, carry[0]), carry)
 
-    def linearize(self, fused: Fused, activations: Activations, before: Carry, after: Carry) -> Linearization:
+    def linearize(self, fused: Fused, activations: PyTree, before: Carry, after: Carry) -> Linearization:
         """Returns the derivatives of M steps.
 
         Args:

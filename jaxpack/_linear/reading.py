@@ -42,7 +42,7 @@ class Reading(NamedTuple):
         start = steps == (ends - 1 if reverse else 0)
         if resets is not None:
             start |= resets[_next_cells(plan)] if reverse else resets
-        slots = np.arange(plan.num_sequences)
+        slots = jnp.arange(plan.num_sequences)
         last = cells_of(plan, slots, jnp.zeros_like(spans) if reverse else jnp.maximum(spans - 1, 0))
         return cls(real, start & real, last, spans == 0)
 

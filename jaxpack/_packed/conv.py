@@ -209,7 +209,7 @@ def _last_inputs(
     plan = packed.plan
     if not (plan.num_sequences and reach):
         return lax.full_like(data, 0, shape=(plan.num_sequences, reach, data.shape[1]))
-    slots = np.arange(plan.num_sequences)[:, None]
+    slots = jnp.arange(plan.num_sequences)[:, None]
     lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)[:, None]
     steps = lengths - reach + jnp.arange(reach, dtype=jnp.int32)[None]
     taken = lengths

@@ -92,7 +92,8 @@ def reverse(packed: PackedSequence) -> PyTree:
 
 def _is_batch(packed: PackedSequence, length: int) -> bool:
     """Returns whether the cells are those of a padded batch [B, length] as it is in memory."""
-    return not packed._is_sorted and packed.plan == batch_plan(packed.plan.num_sequences, length)
+    number = packed.plan.num_sequences
+    return not packed._is_sorted and number * length > 0 and packed.plan == batch_plan(number, length)
 
 
 def _places_of_cells(packed: PackedSequence, length: int) -> jax.Array:

@@ -56,6 +56,8 @@ class Deal(NamedTuple):
 
     def cells(self, batch: RealCells) -> RealCells:
         """Returns the cells of the rows from those of the batch."""
+        if self.rows == self.num_sequences:
+            return self._of_single_sequences(batch)
         assert batch.ranking is not None
         number, rows, spans, (order, ranks) = self.num_sequences, self.rows, batch.spans, batch.ranking
         ranked = self._by_row(spans[order])
@@ -78,6 +80,18 @@ class Deal(NamedTuple):
         time = jnp.arange(self.max_length, dtype=jnp.int32)[None]
         places = jnp.where(time < spans[:, None], first[:, None] + time * rows, self.length * rows)
         return RealCells(real, spans, first, last, borders, None, Places(sources, places.reshape(-1)))
+
+    def _of_single_sequences(self, batch: RealCells) -> RealCells:
+        """Returns the cells of rows that hold one sequence each, in the batch's own order."""
+        rows, size = self.rows, self.length * self.rows
+        row, step = jnp.arange(rows, dtype=jnp.int32), jnp.arange(self.length, dtype=jnp.int32)
+        time = step[None, : self.max_length]
+        real = step[:, None] < batch.spans[None]
+        sources = jnp.where(real, row[None] * self.max_length + step[:, None], rows * self.max_length)
+        targets = jnp.where(time < batch.spans[:, None], row[:, None] + time * rows, size)
+        last = row + jnp.maximum(batch.spans - 1, 0) * rows
+        places = Places(sources.reshape(-1), targets.reshape(-1))
+        return RealCells(real.reshape(-1), batch.spans, row, last, None, None, places)
 
     def _by_row(self, ranked: jax.Array) -> jax.Array:
         """Returns values of the sequences, longest first, in the rows to which they are dealt [rounds, R]."""

@@ -176,10 +176,9 @@ def _plain(recurrence: Recurrence, directions: Directions, real: RealCells) -> t
         carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
     else:
         number, length = recurrence.plan
-        cells: Any = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
-        carries, outputs = scan_slots(
-            scan_of(step), carries, zeros, cells[0], cells[1], BucketPlan((length,), (number,))
-        )
+        projected, real_mask = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
+        plan = BucketPlan((length,), (number,))
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, plan)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
 
@@ -261,6 +260,7 @@ def _on_each_platform(
         ranked: Any = None if real.ranking is None else real.spans[real.ranking.order]
 
         def run_all(layout: Deal | tuple[Stair, ...]) -> tuple[Any, ...]:
+            stairs: tuple[Stair, ...]
             if isinstance(layout, Deal):
                 stairs, cells = (layout.stair(layout.chunks(ranked)),), layout.cells(real)
             else:

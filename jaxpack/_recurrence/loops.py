@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._cells.cell import Activations, Carry, Cell, Fused, Linearization
+from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
 from jaxpack._recurrence.buffers import Outputs, buffer, loop, read, run_steps, write
 from jaxpack._recurrence.slots import RealCells, enter
 from jaxpack._recurrence.windows import Stair, Window
+from jaxpack._types import PyTree
 
 
 class Operands(NamedTuple):
@@ -57,7 +58,7 @@ class Kept(NamedTuple):
       checkpoints: the memory c at the start of each chunk, leaves [checkpoint_rows, H].
     """
 
-    activations: Activations = ()
+    activations: PyTree = ()
     checkpoints: Carry = ()
 
 
@@ -361,7 +362,7 @@ class _Point(NamedTuple):
       live: bool [M, 1], which are real.
     """
 
-    activations: Activations
+    activations: PyTree
     before: Carry
     after: Carry
     own: jax.Array

@@ -105,8 +105,11 @@ class RealCells(NamedTuple):
         """Returns the cells one step before the window's [M, ...]; `first` [rows, ...] precedes the stair."""
         if self.places is None:
             return window.before(leaf, first)
-        sources = self.places.sources
-        return _get(leaf, window.before(sources, jnp.full(window.stair.rows, len(leaf), sources.dtype)))
+        sources, rows = self.places.sources, window.stair.rows
+        before = _get(leaf, window.before(sources, jnp.full(rows, len(leaf), sources.dtype)))
+        if self.borders is not None:
+            return before
+        return jnp.concatenate([jnp.where(window.start == 0, first, before[:rows]), before[rows:]])
 
     def restore(self, leaf: jax.Array) -> jax.Array:
         """Returns the cells of the batch [S, ...] from those of the recurrence."""

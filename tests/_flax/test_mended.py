@@ -87,8 +87,10 @@ def _scan_outputs(jaxpr, shape):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
             found += sum(var.aval.shape == shape for var in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                found += _scan_outputs(inner, shape) if hasattr(inner, "eqns") else 0
+        inner = [
+            each for value in equation.params.values() for each in (value if isinstance(value, tuple) else [value])
+        ]
+        jaxprs = [each for each in (getattr(each, "jaxpr", each) for each in inner) if hasattr(each, "eqns")]
+        counts = [_scan_outputs(each, shape) for each in jaxprs]
+        found += max(counts, default=0) if equation.primitive.name == "cond" else sum(counts)  # of platforms, one runs
     return found

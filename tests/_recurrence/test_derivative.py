@@ -120,6 +120,15 @@ def test_equals_autodiff_under_other_plans(name, plan):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("divisors", [(1,), (2,), (1, 2, 4, 8)])
+def test_every_deal_equals_autodiff(divisors, monkeypatch):
+    schedule = CPU._replace(chunk_cells=7, divisors=divisors)
+    monkeypatch.setitem(SCHEDULES, f"deals {divisors}", schedule)
+    case = ("projected", "none", 1)
+    assert_close(pulled_back(*case, f"deals {divisors}"), pulled_back(*case))
+
+
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("plan", ["rows", "none"])
 def test_equals_autodiff_under_other_plans_as_accelerators_run(plan):
     assert_close(pulled_back("projected", plan, 2, "accelerator"), pulled_back("projected", plan, 2))

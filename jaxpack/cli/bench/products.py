@@ -1,7 +1,7 @@
 """The product limit of `jaxpack bench`: the matrix products that a layer needs at least, each as one large product.
 
-For each layer and direction with weights W [F, G] and U [H, G], and N real steps in all, they are (for linear layers, of
-each matrix)
+For each layer and direction with weights W [F, G] and U [H, G], and N real steps in all, they are (for linear layers:
+of each matrix)
 
     forward    gates              [x h] [W; U]          [N, F+H] x [F+H, G]
     training   the same, and
