@@ -39,7 +39,10 @@ exclude_patterns = [".github/PULL_REQUEST_TEMPLATE.md"]
 contents = {
     "Start": ("", ["self", "coming-from"]),
     "Notebooks": ("notebooks/", ["*"]),
-    "Guides": ("guide/", ["plans", "packed", "feeding", "flax", "weights", "serving", "speed", "commands"]),
+    "Guides": (
+        "guide/",
+        ["plans", "packed", "feeding", "flax", "weights", "serving", "speed", "accelerators", "commands"],
+    ),
     "Reference": (
         "reference/",
         ["plans", "packed", "layers", "cells", "flax", "interop", "data", "losses", "serving", "plot", "datasets"],
