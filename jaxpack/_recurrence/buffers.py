@@ -73,11 +73,14 @@ def _stacked(
         return jnp.pad(tiled, [(0, extra), *[(0, 0)] * (tiled.ndim - 1)]) if extra else tiled
 
     def flat(leaf: jax.Array) -> jax.Array:
-        return leaf[:steps].reshape(steps * rows, *leaf.shape[2:])
+        return leaf[:steps].reshape(steps * rows, *leaf.shape[2 + reverse :])
 
     def step(carry: Any, xs: Any) -> Any:
         cells, within = xs
         after, *new = body(carry, *cells)
+        # XLA merges the zeros that two scans of one shape start from, and so keeps those of the backward pass from the
+        # forward pass on. An axis more tells them apart.
+        new = jax.tree.map(lambda leaf: leaf[None], new) if reverse else new
         return (jax.tree.map(lambda a, b: jnp.where(within, a, b), after, carry) if extra else after), new
 
     cells = jax.tree.map(tile, (xs, outputs.own)), jnp.arange(steps + extra) < steps
@@ -91,7 +94,7 @@ def _unrolled(steps: int, most: int) -> tuple[int, int]:
 
     An added step costs about as much as the two kernels of an iteration.
     """
-    extra = {unroll: -steps % unroll for unroll in range(1, min(most, steps) + 1)}
+    extra = {unroll: -steps % unroll for unroll in range(1, max(1, min(most, steps - 1)) + 1)}
     best = min(extra, key=lambda unroll: (extra[unroll] + (steps + extra[unroll]) // unroll, -unroll))
     return best, extra[best]
 

@@ -37,6 +37,7 @@ class Schedule(NamedTuple):
       platform: "cpu", "gpu" or "tpu".
       chunk_cells: about how many cells a chunk has; None for a whole bucket.
       stack: 0 to write the outputs of steps in place, else the most steps in an iteration of a scan that stacks them.
+      bodies: how many steps the iterations of all stairs together have at most, if each has more than one.
       fuse_directions: whether both directions of a layer run in one loop, as a batch of two.
       divisors: without a plan, the numbers of rows to choose from as the program runs, as divisors of B; (1,) computes
         all padding.
@@ -45,15 +46,21 @@ class Schedule(NamedTuple):
     platform: str
     chunk_cells: int | None
     stack: int
+    bodies: int
     fuse_directions: bool
     divisors: tuple[int, ...]
 
+    def stack_of(self, stairs: tuple[Stair, ...]) -> int:
+        """Returns the most steps in an iteration, 0 to write in place, where so many stairs are compiled."""
+        return self.stack and max(1, min(self.stack, self.bodies // len(stairs)))
 
-CPU = Schedule("cpu", chunk_cells=512, stack=0, fuse_directions=False, divisors=(1, 2, 4, 8))
+
+CPU = Schedule("cpu", chunk_cells=512, stack=0, bodies=0, fuse_directions=False, divisors=(1, 2, 4, 8))
 # A loop whose trip count follows the lengths would ask the host at every step whether to go on.
-GPU = Schedule("gpu", chunk_cells=None, stack=16, fuse_directions=True, divisors=(1,))
+# An iteration launches two or three kernels beside two or three a step, and each of its steps takes time to compile.
+GPU = Schedule("gpu", chunk_cells=None, stack=16, bodies=24, fuse_directions=True, divisors=(1,))
 # Under a plan, TPUs run as GPUs do.
-TPU = Schedule("tpu", chunk_cells=4096, stack=8, fuse_directions=True, divisors=(1, 2, 4, 8))
+TPU = Schedule("tpu", chunk_cells=4096, stack=8, bodies=24, fuse_directions=True, divisors=(1, 2, 4, 8))
 
 
 class Schedules(NamedTuple):
@@ -265,7 +272,7 @@ def _on_each_platform(
                 stairs, cells = (layout.stair(layout.chunks(ranked)),), layout.cells(real)
             else:
                 stairs, cells = layout, real
-            loops = Loops(recurrence.cell.on(schedule.platform), stairs, schedule.stack, cells)
+            loops = Loops(recurrence.cell.on(schedule.platform), stairs, schedule.stack_of(stairs), cells)
             one = functools.partial(run, recurrence, loops)
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))

@@ -177,6 +177,8 @@ class _Forward(NamedTuple):
         def step(carry: Carry, xs: Any, _: Any) -> Any:
             projected, live, entry = xs
             before = enter(entry, carry)
+            if self.loops.stack:  # one kernel before each product: XLA would compute c again from earlier steps
+                before = lax.optimization_barrier(before)
             activations = cell.activate(self.weights, projected, before[0])
             h, *memory = cell.advance(self.weights, activations, before)
             # A row of its own keeps its memory in slack, so that its last one is final.
