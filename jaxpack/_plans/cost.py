@@ -56,7 +56,7 @@ class CostModel:
     def for_platform(cls, platform: str | None = None, *, training: bool = True) -> CostModel:
         """Returns the estimates for an LSTM with B=64, F=128, H=256 in float32 on a platform.
 
-        CPU_NOTE
+        Those for CPUs were measured on 2 cores.
 
         Those for GPUs and TPUs are computed, not measured. GPU: a step is 2.3 kernels forward and 3.3 backward (read
         from programs compiled for an H100), 0.5 more each way where sequences share rows, at 4 microseconds a kernel;
