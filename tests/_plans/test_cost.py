@@ -58,7 +58,7 @@ def test_a_forward_pass_costs_less_than_a_training_step(platform, field):
 def test_a_cost_model_by_platform_takes_its_names_and_its_default():
     assert CostModel.for_platform("cuda") == CostModel.for_platform("rocm") == CostModel.for_platform("gpu")
     assert CostModel.for_platform() == CostModel.for_platform(jax.default_backend())
-    with pytest.raises(ValueError, match="platform must be one of cpu, gpu, cuda, rocm, tpu.* got 'h100'"):
+    with pytest.raises(ValueError, match=r"platform must be one of cpu, gpu, cuda, rocm, tpu.* got 'h100'"):
         CostModel.for_platform("h100")
 
 

@@ -374,7 +374,7 @@ def test_a_planner_takes_a_platform_or_a_cost_model(planner):
     assert planner(lengths) == planner(lengths, platform=jax.default_backend())
     with pytest.raises(ValueError, match=r"not both: cost_model=CostModel\.for_platform\('gpu'\)"):
         planner(lengths, platform="gpu", cost_model=costs)
-    with pytest.raises(ValueError, match="platform must be one of .* got 'h100'"):
+    with pytest.raises(ValueError, match=r"platform must be one of .* got 'h100'"):
         planner(lengths, platform="h100")
 
 

@@ -208,7 +208,7 @@ def test_a_corpus_is_planned_for_a_platform_and_by_default_for_jaxs():
 
 @pytest.mark.parametrize("planned", [plan_cover, plan_family])
 def test_a_platform_is_one_that_is_known_and_no_planner_is_beside_it(planned):
-    with pytest.raises(ValueError, match="platform must be one of .* got 'h100'"):
+    with pytest.raises(ValueError, match=r"platform must be one of .* got 'h100'"):
         planned([4, 2], 2, platform="h100")
     with pytest.raises(ValueError, match=r"platform or planner, not both.*plan_best, platform='gpu'"):
         planned([4, 2], 2, platform="gpu", planner=plan_buckets)
