@@ -18,7 +18,7 @@ import numpy.typing as npt
 from jaxpack._checks import at_least_one, concrete_lengths
 from jaxpack._plans.best_fit import DealtRows, Distinct, best_fit, slot_starts
 from jaxpack._plans.bucket_plan import INDEX_MAX, SPLIT, BucketPlan
-from jaxpack._plans.cost import CostModel
+from jaxpack._plans.cost import CostModel, cost_model_for
 
 _WIDER = 32  # plan_rows tries rows wider by 1/32 each time,
 _CLOSE = 0.99  # until no width could save more than 1 %.
@@ -68,6 +68,7 @@ def plan_buckets(
     num_buckets: int | None = None,
     *,
     row_multiple: int = 1,
+    platform: str | None = None,
     cost_model: CostModel | None = None,
 ) -> BucketPlan:
     """Returns the staircase with the fewest cells for at most `num_buckets` buckets, or for as many as pay off.
@@ -90,19 +91,20 @@ def plan_buckets(
       num_buckets: the most buckets to use. Default: as many as pay for themselves.
       row_multiple: the rows of each bucket are rounded up to a multiple of this (but not above B): 8 fills the tiles of
         TPUs and GPUs.
-      cost_model: determines how many cells a further bucket must save. Default: 1 if num_buckets is given, else
-        CostModel().bucket_cells.
+      platform: as in plan_best.
+      cost_model: determines how many cells a further bucket must save, CostModel.bucket_cells. Default: 1 if
+        num_buckets is given and platform is not, else as in plan_best.
 
     Raises:
       TypeError: if lengths are traced or not numbers.
-      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; or if an
-        option is below its least value.
+      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; if an
+        option is below its least value; or as in plan_best about platform and cost_model.
     """
     if num_buckets is not None:
         at_least_one("num_buckets", num_buckets)
     at_least_one("row_multiple", row_multiple)
-    if cost_model is None and num_buckets is None:
-        cost_model = CostModel()
+    if num_buckets is None or platform is not None:
+        cost_model = cost_model_for(platform, cost_model)
     return staircase_plan(_needed_room(lengths), num_buckets, row_multiple, cost_model)
 
 
@@ -123,6 +125,7 @@ def plan_rows(
     num_rows: int | None = None,
     *,
     num_buckets: int = 1,
+    platform: str | None = None,
     cost_model: CostModel | None = None,
 ) -> BucketPlan:
     """Returns a rectangle whose rows hold several sequences each, end to end: one loop, and hardly any slack.
@@ -140,17 +143,18 @@ def plan_rows(
       num_rows: the most rows to use, made as short as possible. Default: the number that costs least.
       num_buckets: the most buckets to use. With more than one, rows may end before the longest row does, in a
         staircase: this pays off if a few sequences are much longer than the other rows, or if every slack cell counts.
-      cost_model: weighs the cells that wider rows save against their further steps. Default: CostModel().
+      platform: as in plan_best.
+      cost_model: weighs the cells that wider rows save against their further steps. Default: as in plan_best.
 
     Raises:
       TypeError: if lengths are traced or not numbers.
-      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; or if
-        num_rows or num_buckets is below 1.
+      ValueError: if lengths are empty, negative or not whole, or have more steps in all than int32 can index; if
+        num_rows or num_buckets is below 1; or as in plan_best about platform and cost_model.
     """
     if num_rows is not None:
         at_least_one("num_rows", num_rows)
     at_least_one("num_buckets", num_buckets)
-    return row_plan(_needed_room(lengths), num_rows, num_buckets, cost_model or CostModel())
+    return row_plan(_needed_room(lengths), num_rows, num_buckets, cost_model_for(platform, cost_model))
 
 
 def row_plan(room: np.ndarray, num_rows: int | None, num_buckets: int, cost_model: CostModel) -> BucketPlan:
@@ -163,22 +167,30 @@ def row_plan(room: np.ndarray, num_rows: int | None, num_buckets: int, cost_mode
     return _narrowest_rows(batch, num_rows, width, num_buckets, cost_model).plan(sort_rows=num_buckets > 1)
 
 
-def plan_best(lengths: npt.ArrayLike, *, cost_model: CostModel | None = None) -> BucketPlan:
-    """Returns the cheaper of `plan_buckets(lengths)` and `plan_rows(lengths)`.
+def plan_best(
+    lengths: npt.ArrayLike, *, platform: str | None = None, cost_model: CostModel | None = None
+) -> BucketPlan:
+    """Returns the cheaper of `plan_buckets(lengths)` and `plan_rows(lengths)` on a platform.
 
     Examples:
       >>> jaxpack.plan_best([5, 5, 5])  # equal lengths: the padded plan
       BucketPlan(boundaries=(5,), rows=(3,))
+      >>> lengths = [40] * 8 + [10] * 8
+      >>> jaxpack.plan_best(lengths, platform="cpu").rows, jaxpack.plan_best(lengths, platform="gpu").rows
+      ((10,), (16,))
 
     Args:
       lengths: [B] whole numbers >= 0, concrete.
-      cost_model: estimates the cost of both. Default: CostModel().
+      platform: "cpu", "gpu" (or "cuda", "rocm") or "tpu": where the plan will run, with the estimates of
+        `CostModel.for_platform`. Default: that of `jax.default_backend()`.
+      cost_model: other estimates, instead of a platform.
 
     Raises:
       TypeError: if lengths are traced or not numbers.
-      ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index.
+      ValueError: if they are empty, negative or not whole, or have more steps in all than int32 can index; if the
+        platform is unknown, or both platform and cost_model are given.
     """
-    room, cost_model = _needed_room(lengths), cost_model or CostModel()
+    room, cost_model = _needed_room(lengths), cost_model_for(platform, cost_model)
     return min(staircase_plan(room, None, 1, cost_model), row_plan(room, None, 1, cost_model), key=cost_model.total)
 
 

@@ -74,6 +74,7 @@ def plan_cover(  # noqa: D418
     *,
     max_cells: int | None = ...,
     miss: float | None = ...,
+    platform: str | None = ...,
     planner: Planner | None = ...,
 ) -> dict[str, BucketPlan]:
     """Returns one plan for each time axis."""
@@ -86,6 +87,7 @@ def plan_cover(  # noqa: D418
     *,
     max_cells: int | None = ...,
     miss: float | None = ...,
+    platform: str | None = ...,
     planner: Planner | None = ...,
 ) -> BucketPlan:
     """Returns one plan."""
@@ -97,6 +99,7 @@ def plan_cover(
     *,
     max_cells: int | None = None,
     miss: float | None = None,
+    platform: str | None = None,
     planner: Planner | None = None,
 ) -> BucketPlan | dict[str, BucketPlan]:
     """Returns one plan for all batches of a corpus, or one for each time axis of its examples.
@@ -119,12 +122,15 @@ def plan_cover(
         thousand sequences may have 0.1 % fewer than would fit.
       miss: None for `SlotFilling`, whose batches are made to fit. For batches drawn at random, the highest probability
         with which a batch may miss the plan, or that of any axis.
-      planner: makes a plan from the rooms that it needs. The default, plan_rows with up to 4 buckets, leaves hardly any
-        slack; staircases (jaxpack.plan_buckets) take fewer steps and have 4 to 13 % of slack.
+      platform: where the plans will run, as in `jaxpack.plan_best`. Default: that of JAX's default backend.
+      planner: makes a plan from the rooms that it needs, instead of a platform. The default, plan_rows with up to 4
+        buckets, leaves hardly any slack; staircases (jaxpack.plan_buckets) take fewer steps and have 4 to 13 % of
+        slack.
 
     Raises:
       ValueError: if the corpus is empty, lengths are negative or not whole, both or none of batch_size and max_cells
-        are given, or one of them or miss is out of range.
+        are given, or one of them or miss is out of range; if the platform is unknown, or both platform and planner are
+        given.
       TypeError: if batch_size or max_cells is not an int.
     """
     if not isinstance(lengths, Mapping):
@@ -133,6 +139,7 @@ def plan_cover(
         corpus = lengths_by_axis(lengths, list(lengths))
     else:
         raise ValueError("lengths is an empty dict: a plan needs the lengths on at least one time axis.")
+    planner = _planner_for(platform, planner)
     plans = cover(corpus, batch_size, max_cells=max_cells, miss=miss, planner=planner)
     return dict(zip(lengths, plans, strict=True)) if isinstance(lengths, Mapping) else plans[0]
 
@@ -152,7 +159,7 @@ def cover(
         raise ValueError("pass either batch_size or max_cells.")
     if miss is not None and not 0 < miss < 1:
         raise ValueError(f"miss must be a probability between 0 and 1, got {miss}.")
-    planner, num_axes = planner or _rows, corpus.shape[1]
+    planner, num_axes = planner or _planner_for(), corpus.shape[1]
     ordered = [np.sort(column)[::-1] for column in corpus.T]
 
     def rooms(batch_size: int) -> list[np.ndarray]:
@@ -166,7 +173,12 @@ def cover(
 
 
 def plan_family(
-    lengths: npt.ArrayLike, batch_size: int, num_plans: int = 3, *, planner: Planner | None = None
+    lengths: npt.ArrayLike,
+    batch_size: int,
+    num_plans: int = 3,
+    *,
+    platform: str | None = None,
+    planner: Planner | None = None,
 ) -> tuple[BucketPlan, ...]:
     """Returns a few plans for batches drawn at random, each of which runs under the cheapest plan that it fits.
 
@@ -181,19 +193,20 @@ def plan_family(
       lengths: [N] whole numbers >= 0: the lengths of the corpus.
       batch_size: how many sequences a batch holds.
       num_plans: the most plans, and so the most programs.
-      planner: as in `plan_cover`.
+      platform, planner: as in `plan_cover`.
 
     Returns:
       At least one plan, by increasing size. The last is padded to the longest sequence.
 
     Raises:
-      ValueError: if the corpus is empty, lengths are negative or not whole, or another argument is below 1.
+      ValueError: if the corpus is empty, lengths are negative or not whole, or another argument is below 1; or as in
+        `plan_cover` about platform and planner.
       TypeError: if batch_size or num_plans is not an int.
     """
     corpus = checked_corpus(lengths)
     batch_size = at_least_one("batch_size", batch_size)
     num_plans = at_least_one("num_plans", num_plans)
-    planner = planner or _rows
+    planner = _planner_for(platform, planner)
     every = plan_padded(batch_size, max(1, int(corpus[0])))
     rooms = random_rooms(corpus, batch_size)
     options = {planner(rooms(miss)): None for miss in _MISSES}
@@ -246,9 +259,17 @@ def num_batches(corpus: np.ndarray, room: np.ndarray) -> int:
     return max(-(-len(corpus) // len(room)), int(needed.max(initial=0)))
 
 
-def _rows(rooms: np.ndarray) -> BucketPlan:
-    """Plans a corpus: rows of several sequences, in a staircase where that saves cells."""
-    return plan_rows(rooms, num_buckets=4, cost_model=CostModel(runs=_RUNS))
+def _planner_for(platform: str | None = None, planner: Planner | None = None) -> Planner:
+    """Returns the planner; by default rows of several sequences, in a staircase where that pays on the platform."""
+    if planner is None:
+        cost_model = dataclasses.replace(CostModel.for_platform(platform), runs=_RUNS)
+        return functools.partial(plan_rows, num_buckets=4, cost_model=cost_model)
+    if platform is not None:
+        raise ValueError(
+            f"pass platform or planner, not both, or a planner for that platform: "
+            f"functools.partial(jaxpack.plan_best, platform={platform!r})."
+        )
+    return planner
 
 
 def checked_corpus(lengths: npt.ArrayLike) -> np.ndarray:

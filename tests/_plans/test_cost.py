@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import pytest
 from hypothesis import given
 from strategies import plans
@@ -36,6 +37,34 @@ def test_a_bucket_that_saves_bucket_cells_pays_exactly_for_itself(plan):
 def test_where_slots_share_rows_each_cell_costs_a_crossing_more():
     model, shared = CostModel(crossing=5), BucketPlan((4,), (2,), ((0, 1), (0, 2)))
     assert model.total(shared) - model.total(plan_padded(2, 4)) == pytest.approx(5 * 8)
+
+
+def test_where_slots_share_rows_each_step_costs_a_crossing_step_more():
+    model, shared = CostModel(crossing=0, crossing_step=5), BucketPlan((4,), (2,), ((0, 1), (0, 2)))
+    assert model.total(shared) - model.total(plan_padded(2, 4)) == pytest.approx(5 * 4)
+
+
+def test_a_bare_cost_model_is_that_of_training_on_a_cpu():
+    assert CostModel.for_platform("cpu") == CostModel.for_platform("cpu", training=True) == CostModel()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("field", ["cell", "step", "bucket", "compilation"])
+def test_a_forward_pass_costs_less_than_a_training_step(platform, field):
+    training, forward = (getattr(CostModel.for_platform(platform, training=each), field) for each in (True, False))
+    assert 0 < forward < training
+
+
+def test_a_cost_model_by_platform_takes_its_names_and_its_default():
+    assert CostModel.for_platform("cuda") == CostModel.for_platform("rocm") == CostModel.for_platform("gpu")
+    assert CostModel.for_platform() == CostModel.for_platform(jax.default_backend())
+    with pytest.raises(ValueError, match=r"platform must be one of cpu, gpu, cuda, rocm, tpu.* got 'h100'"):
+        CostModel.for_platform("h100")
+
+
+def test_steps_are_dearest_on_a_gpu():
+    steps = {platform: (m := CostModel.for_platform(platform)).step / m.cell for platform in ("cpu", "tpu", "gpu")}
+    assert steps["cpu"] < steps["tpu"] < steps["gpu"]
 
 
 def test_cost_models_compare_and_hash_by_value():

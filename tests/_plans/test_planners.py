@@ -360,9 +360,34 @@ def test_best_is_the_cheaper_of_buckets_and_rows(lengths):
 
 
 def test_best_has_rows_of_several_sequences_where_a_loop_is_dear_and_buckets_where_it_is_free():
-    assert plan_best(lognormal(0)).starts
+    assert plan_best(lognormal(0), platform="cpu").starts
     assert not plan_best(lognormal(0), cost_model=CELLS_ONLY).starts
     assert plan_best([5, 5, 5]) == plan_padded(3, 5)
+
+
+@pytest.mark.parametrize("planner", [plan_buckets, plan_rows, plan_best])
+def test_a_planner_takes_a_platform_or_a_cost_model(planner):
+    lengths = lognormal(0)
+    for platform in ("cpu", "cuda", "tpu"):
+        costs = CostModel.for_platform(platform)
+        assert planner(lengths, platform=platform) == planner(lengths, cost_model=costs)
+    assert planner(lengths) == planner(lengths, platform=jax.default_backend())
+    with pytest.raises(ValueError, match=r"not both: cost_model=CostModel\.for_platform\('gpu'\)"):
+        planner(lengths, platform="gpu", cost_model=costs)
+    with pytest.raises(ValueError, match=r"platform must be one of .* got 'h100'"):
+        planner(lengths, platform="h100")
+
+
+def test_buckets_are_free_up_to_their_number_unless_a_platform_says_what_they_cost():
+    lengths = lognormal(0)
+    assert plan_buckets(lengths, 8).num_buckets == 8
+    assert plan_buckets(lengths, 8, platform="gpu").num_buckets == 1
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_a_plan_for_a_gpu_is_one_loop_of_as_many_steps_as_the_longest_sequence(lengths):
+    plan = plan_best(lengths, platform="gpu")
+    assert (plan.num_buckets, plan.num_steps) == (1, max(1, *lengths, 1))
 
 
 PLANNERS = [plan_exact, plan_buckets, plan_rows, plan_best]

@@ -78,7 +78,27 @@ def test_times_are_the_cost_models_and_labelled_as_its_estimates():
     assert counts(result, "saved: ms a step*") == pytest.approx([runs[0] - time for time in runs], abs=0.051)
     assert counts(result, "saved: s to compile*") == pytest.approx([compiles[0] - time for time in compiles], abs=0.051)
     note = " ".join(result.output.split())
-    assert "* A training step, and its compilation, as jaxpack.CostModel() estimates them for its reference" in note
+    assert "* A training step, and its compilation, as jaxpack.CostModel.for_platform('cpu') estimates them for" in note
+
+
+def test_plans_and_times_are_those_of_the_platform():
+    lengths = [length * 20 for length in LENGTHS]
+    result = invoke(",".join(map(str, lengths)), "--platform", "cuda", "--batch-size", 4)
+    model = jaxpack.CostModel.for_platform("gpu")
+    buckets, rows = (planner(lengths, platform="gpu") for planner in (jaxpack.plan_buckets, jaxpack.plan_rows))
+    plans = [jaxpack.plan_padded(8, 160), jaxpack.plan_exact(lengths), buckets, rows]
+    saved = [1e3 * (model.run_time(plans[0]) - model.run_time(plan)) for plan in plans]
+    assert counts(result, "saved: ms a step*") == pytest.approx(saved, abs=0.051)
+    code = dict(re.findall(r"^  (plan|corpus_plan) = (.*)$", result.output, re.MULTILINE))
+    assert eval(code["plan"]) == jaxpack.plan_best(lengths, platform="gpu")
+    assert eval(code["corpus_plan"]) == plan_cover(lengths, 4, platform="gpu")
+    note = " ".join(result.output.split())
+    assert "jaxpack.plan_best(lengths, platform='gpu') picks" in note
+    assert "jaxpack.CostModel.for_platform('gpu') estimates them for its reference layer" in note
+
+
+def test_an_unknown_platform_is_refused():
+    assert "'--platform': platform must be one of cpu, gpu, cuda, rocm, tpu" in message(invoke(LIST, "--platform", "h"))
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [5, 5, 5], list(range(1, 200))])

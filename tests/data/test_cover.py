@@ -4,6 +4,7 @@ import fractions
 import itertools
 import math
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -192,3 +193,22 @@ def test_rooms_of_very_many_distinct_lengths_miss_as_often_as_said(monkeypatch):
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_corpus_is_planned_for_a_platform_and_by_default_for_jaxs():
+    lengths = np.append(gamma(), [500] * 40)  # the longest are far longer: stairs on a CPU, not on a GPU
+    cpu, gpu = (plan_cover(lengths, 64, platform=platform) for platform in ("cpu", "gpu"))
+    assert cpu.num_buckets > 1 == gpu.num_buckets
+    assert gpu.num_steps == max(lengths) < cpu.num_steps or cpu.size < gpu.size
+    default = jax.default_backend()
+    assert plan_cover(lengths, 64) == plan_cover(lengths, 64, platform=default)
+    assert plan_cover({"a": lengths}, 64, platform="gpu") == {"a": gpu}
+    assert plan_family(lengths, 64) == plan_family(lengths, 64, platform=default)
+
+
+@pytest.mark.parametrize("planned", [plan_cover, plan_family])
+def test_a_platform_is_one_that_is_known_and_no_planner_is_beside_it(planned):
+    with pytest.raises(ValueError, match=r"platform must be one of .* got 'h100'"):
+        planned([4, 2], 2, platform="h100")
+    with pytest.raises(ValueError, match=r"platform or planner, not both.*plan_best, platform='gpu'"):
+        planned([4, 2], 2, platform="gpu", planner=plan_buckets)
