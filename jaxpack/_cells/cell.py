@@ -126,7 +126,7 @@ class Cell:
         return x @ fused.w_x
 
     def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> PyTree:
-        """Returns the gates after their nonlinearities, arrays [..., A], from a projected input [..., X] and h [..., P]."""
+        """Returns the gates after their nonlinearities, arrays [..., A], from projected [..., X] and h [..., P]."""
         raise NotImplementedError
 
     def advance(self, fused: Fused, activations: PyTree, carry: Carry) -> Carry:
