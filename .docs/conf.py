@@ -39,7 +39,10 @@ exclude_patterns = [".github/PULL_REQUEST_TEMPLATE.md"]
 contents = {
     "Start": ("", ["self", "coming-from"]),
     "Notebooks": ("notebooks/", ["*"]),
-    "Guides": ("guide/", ["plans", "packed", "linear", "feeding", "flax", "weights", "serving", "speed", "commands"]),
+    "Guides": (
+        "guide/",
+        ["plans", "packed", "linear", "feeding", "flax", "weights", "serving", "speed", "accelerators", "commands"],
+    ),
     "Reference": (
         "reference/",
         ["plans", "packed", "layers", "cells", "flax", "interop", "data", "losses", "serving", "plot", "datasets"],
@@ -55,7 +58,7 @@ html_css_files = ["site.css"]
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_type_aliases = {name: f"jaxpack.cells.{name}" for name in ("Carry", "Params", "Recall", "Select", "Tanh")}
+autodoc_type_aliases = {name: f"jaxpack.cells.{name}" for name in ("Activations", "Carry", "Params", "Tanh")}
 autodoc_type_aliases |= {name: name for name in ("ArrayLike", "InitializerByGate", "PyTree")}
 autodoc_type_aliases["npt.ArrayLike"] = "ArrayLike"
 default_role = "py:obj"  # `name` is a link where it names an object of ours, and code elsewhere

@@ -4,8 +4,12 @@ import os
 import tempfile
 
 import hypothesis
-import jax
 import pytest
+
+# Everything runs on the CPU, whatever is installed beside it. With this JAX looks for no driver and no TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
 
 pytest.register_assert_rewrite("contract")
 

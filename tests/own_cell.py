@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from jaxpack.cells import Cell, Fused, Linearization, RecurrentLayer, always_new, total_bias
+from jaxpack.cells import Cell, Fused, Linearization, RecurrentLayer, total_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +18,17 @@ class LeakyCell(Cell):
     def fuse(self, params):
         return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
 
-    def step(self, fused, carry, projected, select=always_new):
-        (h,) = carry
+    def activate(self, fused, projected, h):
         bias = fused.bias.reshape((1,) * (h.ndim - 1) + fused.bias.shape)
-        t = jnp.tanh(projected + h @ fused.w_h + bias)
-        return (select(h + self.leak * (t - h), h),)
+        return jnp.tanh(projected + h @ fused.w_h + bias)
 
-    def linearize(self, fused, x, h, next_h, recall):
-        t = h + (next_h - h) / self.leak
-        return Linearization(da_gates=self.leak * (1 - t * t), dh_dh=jnp.full_like(h[:, :1], 1 - self.leak))
+    def advance(self, fused, activations, carry):
+        (h,) = carry
+        return (h + self.leak * (activations - h),)
+
+    def linearize(self, fused, activations, before, after):
+        slope = self.leak * (1 - activations * activations)
+        return Linearization(da_gates=slope, dh_dh=jnp.full_like(slope[:, :1], 1 - self.leak))
 
     def pull_back(self, transposed, at, d, dc):
         return at.da_gates * d, None

@@ -5,10 +5,12 @@ hidden units side by side:
 
     weight_ih [F, gates*H]   weight_hh [P, gates*H]   bias_ih [gates*H]   bias_hh [gates*H]
 
-A recurrence runs on `Fused` weights, which are made from them once, before its loops. A step has two parts: `project`
-depends on the input alone and is one matrix product for many cells; `step` has one product for all gates.
+A recurrence runs on `Fused` weights, which are made from them once, before its loops. A step has three parts: `project`
+depends on the input alone and is one matrix product for many cells; `activate` has one product for all gates; `advance`
+computes the next carry from the gates. Where the carry has a memory c, it is linear in c given the gates,
+c' = decay * c + inject, so that it can be computed again without a product.
 
-The backward pass linearizes a chunk of steps around the values of the forward pass, so that each sequential step costs
+The backward pass linearizes many steps at once around the values of the forward pass, so that each sequential step costs
 one product. With d = dh + dy, the cotangent of h' from later steps and from the output, and dc that of a memory c':
 
     dc  = dc + dh_dc * d                      the cotangent of c', now with the part that reaches it through h'
@@ -20,7 +22,6 @@ one product. With d = dh + dy, the cotangent of h' from later steps and from the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
@@ -28,23 +29,9 @@ import jax.numpy as jnp
 
 Params = dict[str, jax.Array]
 Carry = tuple[jax.Array, ...]  # (h,), or (h, c) with a memory c
-
-# recall(decay, inject) returns c before each step of a chunk, where c' = decay * c + inject. All are [M, H].
-Recall = Callable[[jax.Array, jax.Array], jax.Array]
-# select(new, old) returns the old value where a step is slack. The cell applies it, so that h follows the selected c.
-Select = Callable[[jax.Array, jax.Array], jax.Array]
+Activations = Any  # an array [..., A], or a pytree of such arrays
 
 C = TypeVar("C", bound="Cell")
-
-
-def always_new(new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns the new value: the `Select` of a step whose rows are all real.
-
-    Examples:
-      >>> always_new(jnp.ones(2), jnp.zeros(2)).tolist()
-      [1.0, 1.0]
-    """
-    return new
 
 
 class Fused(NamedTuple):
@@ -104,6 +91,7 @@ class Cell:
     hidden_size: int
 
     gates: ClassVar[tuple[str, ...]]  # in the order in which the parameters hold them
+    reads_activations: ClassVar[bool] = True  # whether linearize does; otherwise none are kept for it
 
     @property
     def output_size(self) -> int:
@@ -136,18 +124,29 @@ class Cell:
         """Returns the input's share of the gates' pre-activations, without the bias: [..., F] -> [..., X]."""
         return x @ fused.w_x
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
-        """Returns the next carry from a projected input: each leaf is select(new, old)."""
+    def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> Activations:
+        """Returns the gates after their nonlinearities, from a projected input [..., X] and h [..., P]."""
         raise NotImplementedError
 
-    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
-        """Returns the derivatives of a chunk of steps.
+    def advance(self, fused: Fused, activations: Activations, carry: Carry) -> Carry:
+        """Returns the next carry."""
+        raise NotImplementedError
+
+    def update(self, activations: Activations) -> tuple[jax.Array, jax.Array]:
+        """Returns decay and inject [..., H] of the memory c' = decay * c + inject. Only cells with a memory have them."""
+        raise NotImplementedError
+
+    def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
+        """Runs a whole step: `activate`, then `advance`."""
+        return self.advance(fused, self.activate(fused, projected, carry[0]), carry)
+
+    def linearize(self, fused: Fused, activations: Activations, before: Carry, after: Carry) -> Linearization:
+        """Returns the derivatives of M steps.
 
         Args:
           fused: the weights.
-          x: [M, F], the inputs of the steps.
-          h, next_h: [M, P], h before and after each step.
-          recall: returns the memory c before each step, given how the gates change it.
+          activations: of the steps, as `activate` returned them, kept or computed again.
+          before, after: the carry before and after each step, leaves [M, ...].
         """
         raise NotImplementedError
 

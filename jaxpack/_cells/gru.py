@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,33 @@ from jaxpack._cells.cell import (
     Fused,
     Linearization,
     Params,
-    Recall,
-    Select,
-    always_new,
     expand_leading,
     step_from_input,
 )
+
+
+class GRUGates(NamedTuple):
+    """The gates of M steps.
+
+    Attributes:
+      rz: [M, 2H], the tanh of the pre-activations of r and z at half scale.
+      n: [M, H].
+      hn: [M, H], W_hn h + b_hn.
+    """
+
+    rz: jax.Array
+    n: jax.Array
+    hn: jax.Array
+
+    @property
+    def r(self) -> jax.Array:
+        """[M, H]."""
+        return self.rz[..., : self.n.shape[-1]] / 2 + 0.5
+
+    @property
+    def z(self) -> jax.Array:
+        """[M, H]."""
+        return self.rz[..., self.n.shape[-1] :] / 2 + 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,36 +81,32 @@ class GRUCell(Cell):
             jnp.concatenate([b_n, (b_r + c_r) / 2, (b_z + c_z) / 2, c_n]),
         )
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
-        """Computes the equations at the top of this file."""
-        (h,) = carry
-        z, n, *_ = _gates(fused, projected, h, self.tanh)
-        return (select(n + z * (h - n), h),)
+    def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> GRUGates:
+        """Returns the gates."""
+        size = h.shape[-1]
+        recurrent, bias = h @ fused.w_h, expand_leading(fused.bias, projected)
+        rz = self.tanh(projected[..., size:] + recurrent[..., : 2 * size] + bias[..., size : 3 * size])
+        hn = recurrent[..., 2 * size :] + bias[..., 3 * size :]
+        r = rz[..., :size] / 2 + 0.5
+        return GRUGates(rz, self.tanh(projected[..., :size] + bias[..., :size] + r * hn), hn)
 
-    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
-        """Recomputes the gates from x and h."""
-        z, n, r, hn, slope = _gates(fused, self.project(fused, x), h)
+    def advance(self, fused: Fused, activations: GRUGates, carry: Carry) -> Carry:
+        """Computes h' as at the top of this file."""
+        (h,), n = carry, activations.n
+        return (n + activations.z * (h - n),)
+
+    def linearize(self, fused: Fused, activations: GRUGates, before: Carry, after: Carry) -> Linearization:
+        """Differentiates the equations at the top of this file."""
+        (h,), (rz, n, hn), z = before, activations, activations.z
         by_n = (1 - z) * (1 - n * n)
-        by_r, by_z = jnp.split(jnp.concatenate([by_n * hn, h - n], axis=-1) * slope / 2, 2, axis=-1)
-        return Linearization(da_gates=jnp.concatenate([by_n, by_r, by_z, by_n * r], axis=-1), dh_dh=z)
+        by_rz = jnp.concatenate([by_n * hn, h - n], axis=-1) * (1 - rz * rz) / 2
+        return Linearization(da_gates=jnp.concatenate([by_n, by_rz, by_n * activations.r], axis=-1), dh_dh=z)
 
     def pull_back(
         self, transposed: Fused, at: Linearization, d: jax.Array, dc: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """All gates act on h'."""
         return at.da_gates * jnp.concatenate([d, d, d, d], axis=-1), None
-
-
-def _gates(
-    fused: Fused, projected: jax.Array, h: jax.Array, tanh: Callable[[jax.Array], jax.Array] = jnp.tanh
-) -> tuple[jax.Array, ...]:
-    """Returns z, n, r, W_hn h + b_hn, and the slope of the tanh of r and z."""
-    size = h.shape[-1]
-    recurrent, bias = h @ fused.w_h, expand_leading(fused.bias, projected)
-    t = tanh(projected[..., size:] + recurrent[..., : 2 * size] + bias[..., size : 3 * size])
-    r, z = jnp.split(t / 2 + 0.5, 2, axis=-1)
-    hn = recurrent[..., 2 * size :] + bias[..., 3 * size :]
-    return z, tanh(projected[..., :size] + bias[..., :size] + r * hn), r, hn, 1 - t * t
 
 
 def _separate_tanh(x: jax.Array) -> jax.Array:

@@ -22,9 +22,6 @@ from jaxpack._cells.cell import (
     Fused,
     Linearization,
     Params,
-    Recall,
-    Select,
-    always_new,
     expand_leading,
     step_from_input,
     total_bias,
@@ -67,22 +64,29 @@ class LSTMCell(Cell):
         w_x, w_h = (params[name] * scale[None] for name in ("weight_ih", "weight_hh"))
         return Fused(w_x, w_h, total_bias(params) * scale, params.get("weight_hr"))
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
-        """Computes the equations at the top of this file."""
-        h, c = carry
-        i, f, g, o, _ = _gates(projected + h @ fused.w_h + expand_leading(fused.bias, projected))
-        c = select(f * c + i * g, c)
-        out = o * jnp.tanh(c)
-        return select(out if fused.w_out is None else out @ fused.w_out, h), c
+    def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> jax.Array:
+        """Returns one tanh for all gates, [..., 4H]."""
+        return jnp.tanh(projected + h @ fused.w_h + expand_leading(fused.bias, projected))
 
-    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
-        """Recomputes the gates from x and h. Given the gates, c is a linear recurrence, which `recall` runs."""
-        i, f, g, o, slope = _gates(self.project(fused, x) + h @ fused.w_h + fused.bias[None])
-        c = recall(f, i * g)
-        tanh_c = jnp.tanh(f * c + i * g)
+    def advance(self, fused: Fused, activations: jax.Array, carry: Carry) -> Carry:
+        """Computes c' and h' as at the top of this file."""
+        decay, inject = self.update(activations)
+        c = decay * carry[1] + inject
+        out = _gates(activations)[3] * jnp.tanh(c)
+        return out if fused.w_out is None else out @ fused.w_out, c
+
+    def update(self, activations: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns f and i * g."""
+        i, f, g, _ = _gates(activations)
+        return f, i * g
+
+    def linearize(self, fused: Fused, activations: jax.Array, before: Carry, after: Carry) -> Linearization:
+        """Differentiates the equations at the top of this file."""
+        i, f, g, o = _gates(activations)
+        tanh_c = jnp.tanh(after[1])
         return Linearization(
-            da_gates=jnp.concatenate([g / 2, c / 2, i, tanh_c / 2], axis=-1) * slope,
-            dh_dh=jnp.zeros_like(h[:, :1]),
+            da_gates=jnp.concatenate([g / 2, before[1] / 2, i, tanh_c / 2], axis=-1) * (1 - activations * activations),
+            dh_dh=jnp.zeros_like(before[0][:, :1]),
             dh_dc=o * (1 - tanh_c * tanh_c),
             dc_dc=f,
             out=None if fused.w_out is None else o * tanh_c,
@@ -100,11 +104,10 @@ class LSTMCell(Cell):
         return at.da_gates * jnp.concatenate([dc, dc, dc, d], axis=-1), at.dc_dc * dc
 
 
-def _gates(a: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns i, f, g, o from their pre-activations (sigmoid gates at half scale), and the slope of the tanh of all."""
-    t = jnp.tanh(a)
+def _gates(t: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns i, f, g, o from the tanh of their pre-activations, those of the sigmoid gates at half scale."""
     i, f, g, o = jnp.split(t, 4, axis=-1)
-    return i / 2 + 0.5, f / 2 + 0.5, g, o / 2 + 0.5, 1 - t * t
+    return i / 2 + 0.5, f / 2 + 0.5, g, o / 2 + 0.5
 
 
 def lstm_cell(params: Params, carry: LSTMState, x: jax.Array) -> tuple[LSTMState, jax.Array]:

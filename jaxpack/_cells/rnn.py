@@ -19,9 +19,6 @@ from jaxpack._cells.cell import (
     Fused,
     Linearization,
     Params,
-    Recall,
-    Select,
-    always_new,
     expand_leading,
     step_from_input,
     total_bias,
@@ -42,20 +39,25 @@ class RNNCell(Cell):
     nonlinearity: str = "tanh"
 
     gates: ClassVar[tuple[str, ...]] = ("",)  # the one gate needs no name
+    reads_activations: ClassVar[bool] = False
 
     def fuse(self, params: Params) -> Fused:
         """Returns the weights with one bias, the sum of both."""
         return Fused(params["weight_ih"], params["weight_hh"], total_bias(params))
 
-    def step(self, fused: Fused, carry: Carry, projected: jax.Array, select: Select = always_new) -> Carry:
+    def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> jax.Array:
         """Computes the equation at the top of this file."""
-        (h,) = carry
         nonlinearity = jnp.tanh if self.nonlinearity == "tanh" else jax.nn.relu
-        return (select(nonlinearity(projected + h @ fused.w_h + expand_leading(fused.bias, projected)), h),)
+        return nonlinearity(projected + h @ fused.w_h + expand_leading(fused.bias, projected))
 
-    def linearize(self, fused: Fused, x: jax.Array, h: jax.Array, next_h: jax.Array, recall: Recall) -> Linearization:
+    def advance(self, fused: Fused, activations: jax.Array, carry: Carry) -> Carry:
+        """The activations are h'."""
+        return (activations,)
+
+    def linearize(self, fused: Fused, activations: jax.Array, before: Carry, after: Carry) -> Linearization:
         """Computes the slope of the nonlinearity from its value."""
-        slope = 1 - next_h * next_h if self.nonlinearity == "tanh" else jnp.sign(next_h)  # of relu; NaN of NaN
+        (h,) = after
+        slope = 1 - h * h if self.nonlinearity == "tanh" else jnp.sign(h)  # of relu; NaN of NaN
         return Linearization(da_gates=slope, dh_dh=jnp.zeros_like(slope[:, :1]))
 
     def pull_back(

@@ -21,6 +21,7 @@ from jaxpack._flax.known import KnownCell, flip
 from jaxpack._flax.layout import Layout
 from jaxpack._flax.padded_scan import scan_padded
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
+from jaxpack._packed.inputs import batch_plan
 from jaxpack._packed.layout import reverse
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.scan import scan_packed
@@ -85,11 +86,14 @@ def run(call: Call, directions: Sequence[Direction]) -> list[tuple[PyTree, PyTre
         first = group[0]
         lengths, plan = _lengths_and_plan(inputs, first, check_lengths)
         reversed_alone = len(group) == 1 and first.reverse
+        planned = packed or first.plan is not None or call.seq_lengths is None or not layout.num_steps
+        if first.known is not None and not planned:
+            plan = batch_plan(plan.num_sequences, plan.max_length)
         config = _Config(
             layout=layout,
             plan=plan,
-            planned=packed or first.plan is not None or call.seq_lengths is None,
-            sort=first.known is not None or (first.plan is not None and not first.stacks_variables),
+            planned=planned,
+            sort=planned and (first.known is not None or (first.plan is not None and not first.stacks_variables)),
             reverse=reversed_alone,
             restore_order=reversed_alone and first.keep_order,
             forward_mode=call.forward_mode,

@@ -30,7 +30,7 @@ from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zero_state
-from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
+from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -238,8 +238,10 @@ class RecurrentLayer(abc.ABC):
             return self._apply_unbatched(params, batch, initial_state, call)
         batch_size, max_length = batch_shape(batch, "inputs")
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
-        plan = padded_plan(batch_size, max_length) if plan is None else plan
-        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length))
+        sort = call.planned or not batch.size
+        if plan is None:
+            plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
+        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length), sort)
         output, state = self._apply_packed(params, packed, initial_state, call)
         return pad(output, 0, max_length), state
 
@@ -337,8 +339,10 @@ class RecurrentLayer(abc.ABC):
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
                 f"number as lengths=. A batch is [B, T, {self.input_size}]."
             )
-        state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
-        batched = jax.tree.map(lambda leaf: leaf[:, None], state)
+        batched = None
+        if initial_state is not None:
+            state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
+            batched = jax.tree.map(lambda leaf: leaf[:, None], state)
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
@@ -356,8 +360,8 @@ class RecurrentLayer(abc.ABC):
     def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
         rows = () if batch_size is None else (batch_size,)
         lead = (self.num_layers * self.num_directions, *rows)
-        if state is None:
-            return zero_state(self.cell.state_sizes, lead, like, dtype)
+        if state is None:  # of width 1: nothing is differentiated by it
+            return zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, like, dtype)
         return checked_state(state, self.cell.state_sizes, lead, dtype)
 
     def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:

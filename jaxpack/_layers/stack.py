@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
-from jaxpack._packed.gather import real_cells, rearrange, reversed_cells, slot_spans
+from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import checked_slot_fits, poison
-from jaxpack._recurrence.derivative import RealCells, Recurrence, Schedules, recur
+from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._recurrence.derivative import BatchShape, Recurrence, Schedules, recur
+from jaxpack._recurrence.slots import RealCells
 
 
 class Stack(NamedTuple):
@@ -25,7 +27,7 @@ class Stack(NamedTuple):
       cell: the cell that every layer and direction runs.
       num_directions: 1, or 2 for a bidirectional stack.
       dropout: the rate of dropout between layers.
-      planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
+      planned: whether the plan is a choice; otherwise it is the `batch_plan` of a padded batch.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       schedules: how each platform runs the loops.
     """
@@ -48,7 +50,7 @@ def run_stack(
       stack: the static part.
       params: the parameters of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
       packed: data [S, F], in the dtype of the computation.
-      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order.
+      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros.
       dropout_key: None for no dropout.
 
     Returns:
@@ -56,10 +58,10 @@ def run_stack(
     """
     num_directions = stack.num_directions
     if not packed.plan.size:  # a batch of no sequences
-        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), state
-    recurrence = Recurrence(stack.cell, packed.plan, stack.forward_mode, stack.schedules)
-    real = RealCells.of(real_cells(packed), None if stack.planned else slot_spans(packed), packed.plan)
-    reverse = reversed_cells(packed)
+        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, stack.cell.state_sizes)
+        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), final
+    plan, real, reverse = _cells(packed, stack.planned)
+    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed)
     state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
@@ -79,6 +81,19 @@ def run_stack(
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
     return data, final_state
+
+
+def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells, jax.Array]:
+    """Returns the shape that a recurrence has, its real cells, and the permutation of cells that reverses sequences."""
+    plan = packed.plan
+    if planned:
+        maps = CellMaps.of(packed)
+        return plan, RealCells.of(packed, maps), maps.reverse
+    spans, shape = slot_spans(packed)[:, None], BatchShape(plan.num_sequences, plan.max_length)
+    steps = jnp.arange(shape.max_length, dtype=jnp.int32)[None]
+    first = jnp.arange(shape.num_sequences, dtype=jnp.int32)[:, None] * shape.max_length
+    reverse = first + jnp.where(steps < spans, spans - 1 - steps, steps)
+    return shape, RealCells.of_batch(spans[:, 0], shape.max_length), reverse.reshape(-1)
 
 
 @contextlib.contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
@@ -55,7 +55,7 @@ def slot_lengths(packed: Indexed) -> jax.Array:
 def slot_fits(packed: Indexed) -> jax.Array:
     """Returns which slots hold a sequence that fits: bool [B]; all False if lengths and indices do not agree."""
     lengths = slot_lengths(packed)
-    return (lengths >= 0) & (lengths <= packed.plan.room) & indices_agree(packed)
+    return (lengths >= 0) & (lengths <= room_of_slots(packed.plan)) & indices_agree(packed)
 
 
 def indices_agree(packed: Indexed) -> jax.Array:
@@ -70,26 +70,48 @@ def indices_agree(packed: Indexed) -> jax.Array:
 
 def slot_spans(packed: Indexed) -> jax.Array:
     """Returns the number of real cells of each slot: int32 [B]. All cells of a sequence that does not fit are real."""
-    return jnp.where(slot_fits(packed), slot_lengths(packed), packed.plan.room)
+    return jnp.where(slot_fits(packed), slot_lengths(packed), room_of_slots(packed.plan))
 
 
 def real_cells(packed: Indexed) -> jax.Array:
     """Computes `PackedSequence.mask`: bool [S]."""
-    return slot_spans(packed)[packed.plan.cell_slots] > packed.plan.cell_steps
+    return spread(packed.plan, slot_spans(packed)) > by_cell(packed.plan).steps
 
 
 def reversed_cells(packed: Indexed) -> jax.Array:
     """Returns the permutation of cells that reverses each sequence: int32 [S]. Slack stays in place."""
-    plan = packed.plan
-    lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)[plan.cell_slots]
-    steps = jnp.where(lengths > plan.cell_steps, lengths - 1 - plan.cell_steps, plan.cell_steps)
-    return cells_of(plan, plan.cell_slots, steps)
+    slots, steps = by_cell(packed.plan)
+    lengths = spread(packed.plan, jnp.where(slot_fits(packed), slot_lengths(packed), 0))
+    return cells_of(packed.plan, slots, jnp.where(lengths > steps, lengths - 1 - steps, steps))
 
 
-def cells_of(plan: BucketPlan, slots: ArrayLike, steps: ArrayLike) -> jax.Array:
-    """Returns the cells of steps of slots: dynamic indices of one shape, with steps below the room of their slot."""
-    offsets, starts, rows = (jnp.asarray(a) for a in (plan.step_offsets, plan.slot_starts, plan.slot_rows))
-    return offsets[starts[slots] + steps] + rows[slots]
+class CellMaps(NamedTuple):
+    """The maps between the cells and the slots of a batch, computed once for all that runs over its cells.
+
+    Attributes:
+      mask: bool [S], True at real cells.
+      reverse: int32 [S], the permutation of cells that reverses each sequence; slack stays in place.
+      slots: int32 [S], the slot that each cell belongs to.
+      steps: int32 [S], the step of each cell within its slot; 0 where a slot begins.
+      first: int32 [B], the cell at which each slot begins.
+      last: int32 [B], the cell at which each slot ends.
+    """
+
+    mask: jax.Array
+    reverse: jax.Array
+    slots: jax.Array
+    steps: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+    @classmethod
+    def of(cls, packed: Indexed) -> CellMaps:
+        """Returns the maps of a batch. Those that a program does not use cost it nothing."""
+        plan = packed.plan
+        slots = lax.iota(jnp.int32, plan.num_sequences)
+        first, last = cells_of(plan, slots, jnp.zeros_like(slots)), cells_of(plan, slots, room_of_slots(plan) - 1)
+        cell_slots, cell_steps = by_cell(plan)
+        return cls(real_cells(packed), reversed_cells(packed), cell_slots, cell_steps, first, last)
 
 
 def rearrange(leaf: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:

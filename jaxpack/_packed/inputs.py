@@ -158,6 +158,17 @@ def padded_plan(batch_size: int, max_length: int) -> BucketPlan:
     return BucketPlan((max(max_length, 1),), (batch_size,))
 
 
+@functools.lru_cache(maxsize=256)
+def batch_plan(batch_size: int, max_length: int) -> BucketPlan:
+    """Returns the plan whose cells are a padded batch [B, T] as it is in memory: one row with a slot for each sequence.
+
+    Args:
+      batch_size, max_length: B and T, at least 1.
+    """
+    size = batch_size * max_length
+    return BucketPlan((size,), (1,), (tuple(range(0, size, max_length)),))
+
+
 def _check_sharding(leaf: jax.Array, name: str) -> None:
     sharding = getattr(jax.typeof(leaf), "sharding", None)
     if not isinstance(sharding, jax.sharding.NamedSharding) or not len(sharding.spec) or sharding.spec[0] is None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxpack._packed.broadcast import expand
-from jaxpack._packed.gather import cells_of, real_cells, slot_lengths
+from jaxpack._packed.gather import real_cells, slot_lengths
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import checked_slot_fits, in_caller_order
 from jaxpack._packed.statistics import (
@@ -264,7 +264,7 @@ def _at_step(packed: PackedSequence, steps: jax.Array) -> PyTree:
     plan = packed.plan
     if not plan.num_sequences:
         return packed.data
-    cells = cells_of(plan, np.arange(plan.num_sequences), jnp.clip(steps, 0, plan.room - 1))
+    cells = cells_of(plan, lax.iota(jnp.int32, plan.num_sequences), jnp.clip(steps, 0, room_of_slots(plan) - 1))
     any_step = slot_lengths(packed) > 0
 
     def take(leaf: jax.Array) -> jax.Array:
@@ -296,16 +296,17 @@ def _extremum(
         return _extremum(packed, leaf.astype(jnp.int8), reduce, infinity, bound) > 0
     filling = infinity if is_inexact(leaf) else bound(jnp.iinfo(leaf.dtype))
     real = jnp.where(expand(real_cells(packed), leaf), leaf, jnp.full_like(leaf, filling))
-    return reduce(real, packed.plan.cell_slots, packed.plan.num_sequences)
+    return reduce(real, by_cell(packed.plan).slots, packed.plan.num_sequences, mode="promise_in_bounds")
 
 
 def _place(packed: PackedSequence, leaf: jax.Array, extremum: jax.Array) -> jax.Array:
     """Returns the first step that holds the extremum of its sequence: int32 [B, *F]; -1 if empty or not fitting."""
     plan = packed.plan
-    here = extremum[plan.cell_slots]
+    slots, steps = by_cell(plan)
+    here = spread(plan, extremum)
     found = expand(real_cells(packed), leaf) & ((leaf == here) | ((leaf != leaf) & (here != here)))
-    steps = jnp.where(found, expand(jnp.asarray(plan.cell_steps), leaf), jnp.iinfo(jnp.int32).max)
-    steps = jax.ops.segment_min(steps, plan.cell_slots, plan.num_sequences)
+    steps = jnp.where(found, expand(steps, leaf), jnp.iinfo(jnp.int32).max)
+    steps = jax.ops.segment_min(steps, slots, plan.num_sequences, mode="promise_in_bounds")
     held = checked_slot_fits(packed) & (slot_lengths(packed) > 0)
     return jnp.where(expand(held, steps), steps, -1)[packed.unsorted_indices]
 
@@ -315,6 +316,6 @@ def exponentials(packed: PackedSequence, leaf: jax.Array) -> tuple[jax.Array, ja
     leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     largest = lax.stop_gradient(_max(packed, leaf))
     largest = jnp.where(jnp.isfinite(largest), largest, jnp.zeros_like(largest))
-    shifted = leaf - largest[packed.plan.cell_slots]
+    shifted = leaf - spread(packed.plan, largest)
     mask = expand(real_cells(packed), leaf)
     return jnp.where(mask, jnp.exp(jnp.where(mask, shifted, 0)), 0), largest

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxpack._packed.broadcast import mask_like, tree_where, vary_like
 from jaxpack._packed.gather import real_cells
+from jaxpack._packed.maps import by_cell, room_of_slots, take
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import fill_slack, in_caller_order, stand_in_slots, zero_slack
 from jaxpack._plans.bucket_plan import Bucket, BucketPlan
@@ -171,7 +171,7 @@ def scan_slots(
 
     finished, outputs, finals = [], [], None
     if borders is not None:
-        carry, finals = jax.tree.map(lambda leaf: leaf[plan.cell_slots[: plan.rows[0]]], carry), carry
+        carry, finals = jax.tree.map(lambda leaf: leaf[borders.slot[: plan.rows[0]]], carry), carry
     for bucket in plan.buckets:
         finished.append(jax.tree.map(lambda leaf, rows=bucket.rows: leaf[rows:], carry))
         carry = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], carry)
@@ -200,9 +200,9 @@ def _slot_borders(plan: BucketPlan) -> _Borders | None:
     """Returns the borders of a plan's slots; None if each row is one slot, from its first step to its last."""
     if not plan.starts:
         return None
-    ending = np.full(plan.size, plan.num_sequences, np.int32)
-    ending[plan.slot_ends] = np.arange(plan.num_sequences)
-    return _Borders(jnp.asarray(plan.cell_slots), jnp.asarray(plan.cell_steps == 0), jnp.asarray(ending))
+    slots, steps = by_cell(plan)
+    ends = steps == take(room_of_slots(plan), slots) - 1
+    return _Borders(slots, steps == 0, jnp.where(ends, slots, plan.num_sequences))
 
 
 def _block(bucket: Bucket, cells: PyTree) -> PyTree:

@@ -12,12 +12,12 @@ from jaxpack._packed.gather import (
     PACK_ANEW,
     Cells,
     Indexed,
-    cells_of,
     indices_agree,
     real_cells,
     slot_fits,
     slot_lengths,
 )
+from jaxpack._packed.maps import cells_of, room_of_slots, spread, take
 from jaxpack._types import PyTree
 
 
@@ -30,11 +30,11 @@ def fill_slack(packed: Cells) -> PyTree:
     plan, mask = packed.plan, real_cells(packed)
     if not plan.size:
         return packed.data
-    slots = stand_in_slots(packed)[plan.cell_slots]
+    slots = spread(plan, stand_in_slots(packed))
     any_real = jnp.any(slot_lengths(packed) > 0)
 
     def replace(leaf: jax.Array) -> jax.Array:
-        real = lax.stop_gradient(leaf)[cells_of(plan, slots, 0)]
+        real = take(lax.stop_gradient(leaf), cells_of(plan, slots, 0))
         return jnp.where(expand(mask, leaf), leaf, jnp.where(any_real, real, jnp.ones_like(real)))
 
     return jax.tree.map(replace, packed.data)
@@ -56,7 +56,7 @@ def zero_slack(packed: Indexed, cells: PyTree, also: jax.Array | None = None) ->
       also: bool [B], a further condition that the sequence of each slot must meet.
     """
     fits = checked_slot_fits(packed) if also is None else checked_slot_fits(packed) & also
-    mask, fits = real_cells(packed), fits[packed.plan.cell_slots]
+    mask, fits = real_cells(packed), spread(packed.plan, fits)
     return jax.tree.map(lambda leaf: select_or_poison(leaf, mask, jnp.zeros_like(leaf), fits), cells)
 
 
@@ -84,7 +84,7 @@ def checked_slot_fits(packed: Indexed) -> jax.Array:
         "truncate the sequence.",
         row=packed.sorted_indices[slot],
         length=slot_lengths(packed)[slot],
-        room=jnp.asarray(packed.plan.room)[slot],
+        room=room_of_slots(packed.plan)[slot],
     )
     return fits
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxpack._packed.broadcast import expand
 from jaxpack._packed.gather import real_cells, slot_lengths, slot_spans
+from jaxpack._packed.maps import by_cell, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import checked_slot_fits, poison
 from jaxpack._types import PyTree
@@ -94,7 +95,9 @@ def _total_var(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
 
 def slot_sums(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
     """Sums over the real cells of each slot, in float32 or wider, or in the integer dtype of jnp.sum."""
-    return jax.ops.segment_sum(real_values(packed, leaf), packed.plan.cell_slots, packed.plan.num_sequences)
+    plan = packed.plan
+    values, slots = real_values(packed, leaf), by_cell(plan).slots
+    return jax.ops.segment_sum(values, slots, plan.num_sequences, mode="promise_in_bounds")
 
 
 def real_values(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
@@ -112,7 +115,7 @@ def slot_means(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
 def slot_variances(packed: PackedSequence, leaf: jax.Array) -> jax.Array:
     """Computes the variance over the real cells of each slot."""
     leaf = as_inexact(leaf)
-    apart = real_values(packed, leaf) - slot_means(packed, leaf)[packed.plan.cell_slots]
+    apart = real_values(packed, leaf) - spread(packed.plan, slot_means(packed, leaf))
     return slot_means(packed, squared_magnitude(apart)).astype(squared_magnitude(leaf).dtype)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxpack._dtypes import as_jax
 from jaxpack._packed.indices import same_sequences
+from jaxpack._packed.maps import spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.reduce import exponentials
 from jaxpack._packed.slack import zero_slack
@@ -40,7 +41,7 @@ def _softmax(packed: PackedSequence) -> PyTree:
         leaf = as_inexact(leaf)
         powers, _ = exponentials(packed, leaf)
         total = slot_sums(packed, powers)
-        return (powers / jnp.where(total == 0, 1, total)[packed.plan.cell_slots]).astype(leaf.dtype)
+        return (powers / spread(packed.plan, jnp.where(total == 0, 1, total))).astype(leaf.dtype)
 
     return zero_slack(packed, jax.tree.map(normalise, packed.data))
 
@@ -79,7 +80,7 @@ def broadcast_to_steps(values: PyTree, packed: PackedSequence) -> PackedSequence
 
 @jax.jit
 def _broadcast_to_steps(values: PyTree, packed: PackedSequence) -> PyTree:
-    rows = packed.sorted_indices[packed.plan.cell_slots]
+    rows = spread(packed.plan, packed.sorted_indices)
     return zero_slack(packed, jax.tree.map(lambda leaf: leaf[rows], values))
 
 

@@ -171,6 +171,16 @@ class BucketPlan:
         return self._slots[1]
 
     @functools.cached_property
+    def slots_by_row(self) -> np.ndarray:
+        """The slots row by row, each row from its first step on. int32 [B]."""
+        return _frozen(np.lexsort((self.slot_starts, self.slot_rows)))
+
+    @functools.cached_property
+    def row_firsts(self) -> np.ndarray:
+        """The place in `slots_by_row` of the first slot of each row. int32 [rows[0]]."""
+        return _frozen(np.searchsorted(self.slot_rows[self.slots_by_row], np.arange(self.rows[0])))
+
+    @functools.cached_property
     def slot_begins(self) -> np.ndarray:
         """The first cell of each slot. int32 [B]."""
         return _frozen(self.step_offsets[self.slot_starts] + self.slot_rows)

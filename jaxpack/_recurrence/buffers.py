@@ -1,18 +1,105 @@
-"""Loops, and arrays that they read and write in place."""
+"""Steps one after the other, and the arrays that they read and write: in place, or stacked by lax.scan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
+from jaxpack._recurrence.windows import Window
+from jaxpack._types import PyTree
 
-def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], state: Any, unroll: int = 1) -> Any:
+# body(carry, xs, own) runs one step, and returns the next carry and what replaces its cells of `whole` and of `own`.
+Body = Callable[[Any, Any, Any], tuple[Any, PyTree, PyTree]]
+
+
+class Outputs(NamedTuple):
+    """The arrays that steps write.
+
+    Attributes:
+      whole: arrays of all cells [S, ...]. Steps do not see what they replace.
+      own: arrays of the window [M, ...]. Each step is given what it replaces.
+    """
+
+    whole: PyTree
+    own: PyTree
+
+
+def run_steps(
+    window: Window, body: Body, carry: Any, xs: PyTree, outputs: Outputs, reverse: bool = False, stack: int = 0
+) -> tuple[Any, Outputs]:
+    """Runs the steps of a window.
+
+    Args:
+      window: the window.
+      body: one step.
+      carry: the initial carry.
+      xs: what the steps read, leaves [M, ...].
+      outputs: what they replace.
+      reverse: whether to go from the last step to the first.
+      stack: 0 to write outputs in place. Otherwise lax.scan stacks them, with at most so many steps an iteration.
+
+    Returns:
+      The last carry, and the outputs.
+    """
+    if stack:
+        return _stacked(window, body, carry, xs, outputs, reverse, stack)
+    rows, steps = window.stair.rows, window.stair.steps
+
+    def step(j: Any, state: tuple[Any, Outputs]) -> tuple[Any, Outputs]:
+        carry, outputs = state
+        j = steps - 1 - j if reverse else j
+        at, cell = j * rows, window.cell(j)
+        here = jax.tree.map(lambda leaf: read(leaf, at, rows), (xs, outputs.own))
+        carry, whole, own = body(carry, *here)
+        whole = jax.tree.map(lambda leaf, new: write(leaf, new, cell), outputs.whole, whole)
+        return carry, Outputs(whole, jax.tree.map(lambda leaf, new: write(leaf, new, at), outputs.own, own))
+
+    start, stop = (0, steps - window.skip) if reverse else (window.skip, steps)
+    return loop(start, stop, step, (carry, outputs))
+
+
+def _stacked(
+    window: Window, body: Body, carry: Any, xs: PyTree, outputs: Outputs, reverse: bool, most: int
+) -> tuple[Any, Outputs]:
+    rows, steps = window.stair.rows, window.stair.steps
+    unroll, extra = _unrolled(steps, most)
+
+    def tile(leaf: jax.Array) -> jax.Array:
+        tiled = leaf.reshape(steps, rows, *leaf.shape[1:])
+        return jnp.pad(tiled, [(0, extra), *[(0, 0)] * (tiled.ndim - 1)]) if extra else tiled
+
+    def flat(leaf: jax.Array) -> jax.Array:
+        return leaf[:steps].reshape(steps * rows, *leaf.shape[2:])
+
+    def step(carry: Any, xs: Any) -> Any:
+        cells, within = xs
+        after, *new = body(carry, *cells)
+        return (jax.tree.map(lambda a, b: jnp.where(within, a, b), after, carry) if extra else after), new
+
+    cells = jax.tree.map(tile, (xs, outputs.own)), jnp.arange(steps + extra) < steps
+    carry, (whole, own) = lax.scan(step, carry, cells, reverse=reverse, unroll=unroll)
+    whole = jax.tree.map(lambda leaf, new: window.write(leaf, flat(new)), outputs.whole, whole)
+    return carry, Outputs(whole, jax.tree.map(flat, own))
+
+
+def _unrolled(steps: int, most: int) -> tuple[int, int]:
+    """Returns how many steps an iteration takes, and how many are added to make the iterations whole.
+
+    An added step costs about as much as the two kernels of an iteration.
+    """
+    extra = {unroll: -steps % unroll for unroll in range(1, min(most, steps) + 1)}
+    best = min(extra, key=lambda unroll: (extra[unroll] + (steps + extra[unroll]) // unroll, -unroll))
+    return best, extra[best]
+
+
+def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
     """Runs fori_loop, or the body alone where the trip count is known to be 1."""
-    if isinstance(start, int) and isinstance(stop, int):
-        return body(start, state) if stop - start == 1 else lax.fori_loop(start, stop, body, state, unroll=unroll)
+    if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
+        return body(start, state)
     return lax.fori_loop(start, stop, body, state)
 
 

@@ -7,33 +7,68 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.scan import scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._recurrence import loops
-from jaxpack._recurrence.loops import Loops, Operands, Residuals, Results, Schedule
-from jaxpack._recurrence.windows import CHUNK_CELLS, checkpoint_rows, ladder_ends, ladder_of, stairs_of
+from jaxpack._recurrence.buffers import buffer
+from jaxpack._recurrence.deals import Deal, best_deal, dealt_cells, deals_of
+from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, forward
+from jaxpack._recurrence.slots import RealCells
+from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
 
-CPU = Schedule("cpu", chunk_cells=CHUNK_CELLS, unroll=1, fuse_directions=False, follow_lengths=True)
-GPU = Schedule("gpu", chunk_cells=None, unroll=8, fuse_directions=True, follow_lengths=False)
-# Its chunks are static, its trip counts follow the lengths.
-TPU_LADDER = Schedule("tpu", chunk_cells=8 * CHUNK_CELLS, unroll=1, fuse_directions=True, follow_lengths=True)
+KEPT_BYTES = 16 * 2**20  # of the activations of one direction that the backward pass finds kept
+
+
+class Schedule(NamedTuple):
+    """How a platform runs the loops.
+
+    Attributes:
+      platform: "cpu", "gpu" or "tpu".
+      chunk_cells: about how many cells a chunk has; None for a whole bucket.
+      stack: 0 to write the outputs of steps in place, else the most steps in an iteration of a scan that stacks them.
+      fuse_directions: whether both directions of a layer run in one loop, as a batch of two.
+      divisors: without a plan, the numbers of rows to choose from as the program runs, as divisors of B; (1,) computes
+        all padding.
+    """
+
+    platform: str
+    chunk_cells: int | None
+    stack: int
+    fuse_directions: bool
+    divisors: tuple[int, ...]
+
+
+CPU = Schedule("cpu", chunk_cells=512, stack=0, fuse_directions=False, divisors=(1, 2, 4, 8))
+# A loop whose trip count follows the lengths would ask the host at every step whether to go on.
+GPU = Schedule("gpu", chunk_cells=None, stack=16, fuse_directions=True, divisors=(1,))
+# Under a plan, TPUs run as GPUs do.
+TPU = Schedule("tpu", chunk_cells=4096, stack=8, fuse_directions=True, divisors=(1, 2, 4, 8))
 
 
 class Schedules(NamedTuple):
-    """The schedule of each platform. The default is for GPUs, and for TPUs where there is a plan."""
+    """The schedule of each platform."""
 
     cpu: Schedule = CPU
-    default: Schedule = GPU
-    tpu_ladder: Schedule = TPU_LADDER
+    gpu: Schedule = GPU
+    tpu: Schedule = TPU
+
+
+class BatchShape(NamedTuple):
+    """The shape of a padded batch that runs without a plan."""
+
+    num_sequences: int
+    max_length: int
 
 
 class Recurrence(NamedTuple):
@@ -41,37 +76,54 @@ class Recurrence(NamedTuple):
 
     Attributes:
       cell: the cell that each direction runs.
-      plan: the plan of the cells.
+      plan: the plan of the cells, or the shape of a padded batch, of which each row is followed by the next.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       schedules: how each platform runs the loops.
     """
 
     cell: Cell
-    plan: BucketPlan
+    plan: BucketPlan | BatchShape
     forward_mode: bool = False
     schedules: Schedules = Schedules()
 
-    @property
-    def checkpoint_cells(self) -> int:
-        """About how many cells a chunk with a checkpoint has, on every platform."""
-        return self.schedules.cpu.chunk_cells or CHUNK_CELLS
+    def layouts(self, schedule: Schedule) -> tuple[Deal | tuple[Stair, ...], ...]:
+        """Returns what a schedule goes over: the stairs of a plan, or the deals of a batch."""
+        if isinstance(self.plan, BucketPlan):
+            return (stairs_of(self.plan, schedule.chunk_cells, whole=schedule.stack > 0),)
+        return deals_of(*self.plan, schedule.divisors, schedule.chunk_cells)
+
+    def empty_kept(self, like: Operands) -> Kept:
+        """Returns arrays for what the forward pass keeps, the same on every platform.
+
+        The activations are kept while they are at most `KEPT_BYTES`, and else computed again.
+
+        Args:
+          like: the operands of one direction.
+        """
+        layouts = [layout for schedule in self.schedules for layout in self.layouts(schedule)]
+        stairs = [(layout.stair(0),) if isinstance(layout, Deal) else layout for layout in layouts]
+        cells = max(each[-1].end for each in stairs)
+        x, sizes = like.x, jax.tree.leaves(self.cell.state_sizes)
+        projected, h = (
+            jax.ShapeDtypeStruct((cells, width), x.dtype) for width in (like.weights.w_x.shape[1], sizes[0])
+        )
+        activations = jax.eval_shape(self.cell.activate, like.weights, projected, h)
+        if not self.cell.reads_activations or _bytes(activations) > KEPT_BYTES:
+            activations = ()
+        rows = max(map(checkpoint_rows, stairs))
+        checkpoints = tuple(jax.ShapeDtypeStruct((rows, size), x.dtype) for size in sizes[1:])
+        leaves, tree = jax.tree.flatten(Kept(activations, checkpoints))
+        return jax.tree.unflatten(tree, [buffer(x, leaf.shape, 10 + i) for i, leaf in enumerate(leaves)])
 
 
-class RealCells(NamedTuple):
-    """The real cells of a batch, as all directions see them.
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    Attributes:
-      mask: bool [S].
-      ends: int32 [levels], where each level of the ladder ends; None where the batch has a plan of its own.
-    """
 
-    mask: jax.Array
-    ends: jax.Array | None
-
-    @classmethod
-    def of(cls, mask: jax.Array, spans: jax.Array | None, plan: BucketPlan) -> RealCells:
-        """Returns them from the mask and, to run without a plan under a padded one, the real steps of each slot."""
-        return cls(mask, None if spans is None else ladder_ends(plan, spans))
+def unplanned_cells(lengths: npt.ArrayLike, max_length: int) -> int:
+    """Returns how many cells a CPU computes for a padded batch [B, T] with concrete lengths and without a plan."""
+    deals = deals_of(len(np.asarray(lengths)), max_length, CPU.divisors, CPU.chunk_cells)
+    return dealt_cells(deals, lengths)
 
 
 def recur(
@@ -87,7 +139,7 @@ def recur(
       recurrence: the static part.
       params: the parameters of each direction.
       inputs: the inputs of each direction, [S, F]; slack may hold anything.
-      carries: the initial carry of each direction, leaves [B, ...] per slot.
+      carries: the initial carry of each direction, leaves [B, ...] per slot; [B, 1] if it is not differentiated.
       real: the real cells.
 
     Returns:
@@ -108,27 +160,42 @@ def _plain(recurrence: Recurrence, directions: Directions, real: RealCells) -> t
     """Runs the masked scan, all directions in one, with JAX's derivatives: the reference of the fast one."""
     cell, mask = recurrence.cell, real.mask[:, None]
     weights, inputs, carries = zip(*directions, strict=True)
+    sizes = jax.tree.leaves(cell.state_sizes)
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         stepped = tuple(cell.step(*each) for each in zip(weights, carries, projected, strict=True))
         return stepped, tuple(carry[0] for carry in stepped)
 
     projected = tuple(cell.project(w, jnp.where(mask, x, 0)) for w, x in zip(weights, inputs, strict=True))
+    carries = tuple(
+        tuple(jnp.broadcast_to(leaf, (len(leaf), size)) for leaf, size in zip(carry, sizes, strict=True))
+        for carry in carries
+    )
     zeros = jax.tree.map(jnp.zeros_like, carries)
-    carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
+    if isinstance(recurrence.plan, BucketPlan):
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
+    else:
+        number, length = recurrence.plan
+        cells = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, *cells, BucketPlan((length,), (number,)))
+        outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
+
+
+def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
+    """Returns [rows * n, ...] as [n * rows, ...]."""
+    return jnp.swapaxes(leaf.reshape(rows, -1, *leaf.shape[1:]), 0, 1).reshape(leaf.shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fast(recurrence: Recurrence, directions: Directions, real: RealCells) -> tuple[Results, ...]:
-    results, _ = _forward(recurrence, directions, real)
-    return results
+    return _forward(recurrence, False, directions, real)[0]
 
 
 def _fast_fwd(recurrence: Recurrence, directions: Directions, real: RealCells) -> Any:
-    results, checkpoints = _forward(recurrence, directions, real)
+    results, kept = _forward(recurrence, True, directions, real)
     outputs = [result.y for result in results]
-    return results, (tuple(map(Residuals, directions, outputs, checkpoints)), real)
+    return results, (tuple(map(Residuals, directions, outputs, kept)), real)
 
 
 def _fast_bwd(recurrence: Recurrence, saved: Any, cotangents: tuple[Results, ...]) -> tuple[Directions, None]:
@@ -138,29 +205,29 @@ def _fast_bwd(recurrence: Recurrence, saved: Any, cotangents: tuple[Results, ...
 _fast.defvjp(_fast_fwd, _fast_bwd)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _forward(
-    recurrence: Recurrence, directions: Directions, real: RealCells
-) -> tuple[tuple[Results, ...], tuple[Carry, ...]]:
-    pairs = _on_each_platform(loops.forward, recurrence, real, directions)
-    results, checkpoints = zip(*pairs, strict=True)
-    return results, checkpoints
+    recurrence: Recurrence, keep: bool, directions: Directions, real: RealCells
+) -> tuple[tuple[Results, ...], tuple[Kept, ...]]:
+    pairs = _on_each_platform(functools.partial(_run_forward, keep), recurrence, real, directions)
+    results, kept = zip(*pairs, strict=True)
+    return results, kept
 
 
 @_forward.defjvp
-def _forward_jvp(recurrence: Recurrence, primals: Any, tangents: Any) -> Any:
+def _forward_jvp(recurrence: Recurrence, keep: bool, primals: Any, tangents: Any) -> Any:
     (directions, real), (ddirections, _) = primals, tangents
-    results, checkpoints = _forward(recurrence, directions, real)
+    results, kept = _forward(recurrence, keep, directions, real)
     _, dresults = jax.jvp(lambda directions: _plain(recurrence, directions, real), (directions,), (ddirections,))
-    # Only the backward loops read the checkpoints, and their derivative does not.
-    return (results, checkpoints), (dresults, jax.tree.map(jnp.zeros_like, checkpoints))
+    # Only the backward loops read what is kept, and their derivative does not.
+    return (results, kept), (dresults, jax.tree.map(jnp.zeros_like, kept))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(
     recurrence: Recurrence, residuals: tuple[Residuals, ...], real: RealCells, cotangents: tuple[Results, ...]
 ) -> Directions:
-    return _on_each_platform(loops.backward, recurrence, real, residuals, cotangents)
+    return _on_each_platform(_run_backward, recurrence, real, residuals, cotangents)
 
 
 @_backward.defjvp
@@ -179,29 +246,41 @@ def _backward_jvp(recurrence: Recurrence, primals: Any, tangents: Any) -> Any:
 def _on_each_platform(
     run: Callable[..., Any], recurrence: Recurrence, real: RealCells, *operands: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Returns run(loops, *operands) for each direction, with the loops that suit the program's platform.
+    """Returns run(recurrence, loops, *operands) for each direction, with the loops that suit the program's platform.
 
     Args:
-      run: `loops.forward` or `loops.backward`.
+      run: `_run_forward` or `_run_backward`.
       recurrence, real: what all directions share.
       operands: tuples, with one entry per direction.
     """
-    cell, plan, _, schedules = recurrence
 
     def on(schedule: Schedule, real: RealCells, *operands: Any) -> Any:
-        if schedule.follow_lengths and real.ends is not None:
-            stairs = ladder_of(plan, real.ends, schedule.chunk_cells)
-        else:
-            stairs = stairs_of(plan, schedule.chunk_cells, recurrence.checkpoint_cells)
-        rows = checkpoint_rows(plan, recurrence.checkpoint_cells, real.ends is not None)
-        one = functools.partial(run, Loops(cell.on(schedule.platform), plan, schedule, stairs, rows, real.mask))
-        each = list(zip(*operands, strict=True))
-        if not schedule.fuse_directions or len(each) == 1:
-            return tuple(itertools.starmap(one, each))
-        results = jax.vmap(one)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
-        return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], results) for i in range(len(each)))
+        each, layouts = list(zip(*operands, strict=True)), recurrence.layouts(schedule)
+        ranked = None if real.ranking is None else real.spans[real.ranking.order]
 
-    branches = {"cpu": functools.partial(on, schedules.cpu), "default": functools.partial(on, schedules.default)}
-    if real.ends is not None:
-        branches["tpu"] = functools.partial(on, schedules.tpu_ladder)
-    return lax.platform_dependent(real, *operands, **branches)
+        def run_all(layout: Deal | tuple[Stair, ...]) -> tuple[Any, ...]:
+            stairs, cells = layout, real
+            if isinstance(layout, Deal):
+                stairs, cells = (layout.stair(layout.chunks(ranked)),), layout.cells(real)
+            loops = Loops(recurrence.cell.on(schedule.platform), stairs, schedule.stack, cells)
+            one = functools.partial(run, recurrence, loops)
+            if not schedule.fuse_directions or len(each) == 1:
+                return tuple(itertools.starmap(one, each))
+            results = jax.vmap(one)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+            return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], results) for i in range(len(each)))
+
+        if len(layouts) == 1:
+            return run_all(layouts[0])
+        return lax.switch(best_deal(layouts, ranked), [functools.partial(run_all, deal) for deal in layouts])
+
+    cpu, gpu, tpu = (functools.partial(on, schedule) for schedule in recurrence.schedules)
+    tpus = {} if isinstance(recurrence.plan, BucketPlan) else {"tpu": tpu}
+    return lax.platform_dependent(real, *operands, cpu=cpu, default=gpu, **tpus)
+
+
+def _run_forward(keep: bool, recurrence: Recurrence, loops: Loops, operands: Operands) -> tuple[Results, Kept]:
+    return forward(loops, recurrence.empty_kept(operands) if keep else Kept(), operands)
+
+
+def _run_backward(_: Recurrence, loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
+    return backward(loops, residuals, cotangents)

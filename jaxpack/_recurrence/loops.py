@@ -2,24 +2,25 @@
 
 Both passes go through each stair in chunks of steps. Work that is not sequential is done for a whole chunk at once,
 while the chunk is in cache: in the forward pass, the product of the inputs with their weights; in the backward pass,
-the gates again, the coefficients of the sequential recurrence, and the gradients of inputs and weights.
+the coefficients of the sequential recurrence, and the gradients of inputs and weights.
+
+Slack runs free: its inputs are zeros, its outputs are zeroed, and nothing of it reaches a real cell. In the backward
+pass, cotangents pass through slack unchanged, to the last real cell of the slot.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
-from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._recurrence.buffers import buffer, loop, read, write
-from jaxpack._recurrence.slots import Slots, WindowSlots
-from jaxpack._recurrence.windows import Stair
+from jaxpack._cells.cell import Activations, Carry, Cell, Fused, Linearization
+from jaxpack._recurrence.buffers import Outputs, buffer, loop, read, run_steps, write
+from jaxpack._recurrence.slots import RealCells, enter
+from jaxpack._recurrence.windows import Stair, Window
 
 
 class Operands(NamedTuple):
@@ -28,7 +29,7 @@ class Operands(NamedTuple):
     Attributes:
       weights: the fused weights.
       x: [S, F], the inputs; slack may hold anything.
-      carry: the initial carry of each slot, leaves [B, ...].
+      carry: the initial carry of each slot, leaves [B, ...]; [B, 1] for one by which nothing is differentiated.
     """
 
     weights: Fused
@@ -48,36 +49,30 @@ class Results(NamedTuple):
     carry: Carry
 
 
+class Kept(NamedTuple):
+    """The arrays that the forward pass keeps for the backward pass, beside its operands and outputs.
+
+    Attributes:
+      activations: of each cell, leaves [S, ...]; () to compute them again.
+      checkpoints: the memory c at the start of each chunk, leaves [checkpoint_rows, H].
+    """
+
+    activations: Activations = ()
+    checkpoints: Carry = ()
+
+
 class Residuals(NamedTuple):
     """The arrays of one direction that the backward pass needs.
 
     Attributes:
       operands: the operands of the forward pass.
       y: [S, P], its outputs.
-      checkpoints: the memory c at the start of each chunk, leaves [checkpoint_rows, H].
+      kept: what it kept.
     """
 
     operands: Operands
     y: jax.Array
-    checkpoints: Carry
-
-
-class Schedule(NamedTuple):
-    """How a platform runs the loops.
-
-    Attributes:
-      platform: "cpu", "gpu" or "tpu".
-      chunk_cells: about how many cells a chunk has; None for a whole bucket.
-      unroll: how many steps one iteration of the compiled loop takes.
-      fuse_directions: whether both directions of a layer run in one loop, as a batch of two.
-      follow_lengths: whether trip counts follow the lengths as the program runs, where there is no plan.
-    """
-
-    platform: str
-    chunk_cells: int | None
-    unroll: int
-    fuse_directions: bool
-    follow_lengths: bool
+    kept: Kept
 
 
 class Loops(NamedTuple):
@@ -85,40 +80,62 @@ class Loops(NamedTuple):
 
     Attributes:
       cell: the cell, as its platform runs it.
-      plan: the plan.
-      schedule: how the platform runs the loops.
       stairs: the loops, one after the other.
-      checkpoint_rows: how many rows the checkpoints have.
-      mask: bool [S], True at real cells.
+      stack: 0 to write the outputs of steps in place, else the most steps in an iteration of a scan that stacks them.
+      real: the real cells.
     """
 
     cell: Cell
-    plan: BucketPlan
-    schedule: Schedule
     stairs: tuple[Stair, ...]
-    checkpoint_rows: int
-    mask: jax.Array
+    stack: int
+    real: RealCells
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The widths of the carry."""
+        return tuple(jax.tree.leaves(self.cell.state_sizes))
+
+    @property
+    def size(self) -> int:
+        """The number of cells."""
+        return self.stairs[-1].end
+
+    def start(self, carry: Carry) -> Carry:
+        """Returns the carry of each row at the start, from that of each slot."""
+        if self.real.borders is None:
+            return carry
+        return tuple(buffer(leaf, (self.stairs[0].rows, *leaf.shape[1:]), 0) for leaf in carry)
+
+    def widened(self, carry: Carry) -> Carry:
+        """Returns a carry whose leaves [B, 1] are made [B, ...]."""
+        return tuple(jnp.broadcast_to(leaf, (len(leaf), size)) for leaf, size in zip(carry, self.sizes, strict=True))
+
+    def where_real(self, carry: Carry, empty: Carry) -> Carry:
+        """Returns the carry of each slot, or another one for empty slots."""
+        real = (self.real.spans > 0)[:, None]
+        return tuple(jnp.where(real, leaf, other) for leaf, other in zip(carry, empty, strict=True))
 
 
-def forward(loops: Loops, operands: Operands) -> tuple[Results, Carry]:
+def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept]:
     """Runs the recurrence.
 
-    Returns:
-      The results, and the checkpoints that `Residuals` holds.
+    Args:
+      loops: how to run it.
+      kept: arrays to write to what is kept.
+      operands: of one direction.
     """
     weights, x, initial = operands
-    slots = Slots.forward(loops.plan, initial)
-    run = _Forward(loops, lax.optimization_barrier(weights), x, slots)
-    y = buffer(x, (loops.plan.size, loops.cell.output_size), 0)
-    checkpoints = tuple(buffer(x, (loops.checkpoint_rows, *c.shape[1:]), 2) for c in initial[1:])
-    by_row, by_slot = slots.start
+    run = _Forward(loops, lax.optimization_barrier(weights), x, initial)
+    wide = loops.widened(initial)
+    y = buffer(x, (loops.size, loops.sizes[0]), 0)
+    carry, memory = loops.start(wide), wide[1:]
     for stair in loops.stairs:
-        carry = tuple(leaf[: stair.rows] for leaf in by_row)
-        state = _ForwardState(carry, by_slot, y, checkpoints)
-        state = loop(0, stair.number, functools.partial(run.chunk, stair), state)
-        carry, by_slot, y, checkpoints = state
-        by_row = tuple(write(leaf, rows, 0) for leaf, rows in zip(by_row, carry, strict=True))
-    return Results(y, slots.finish(by_row, by_slot)), checkpoints
+        state = _ForwardState(tuple(leaf[: stair.rows] for leaf in carry), memory, y, kept)
+        carry, memory, y, kept = loop(0, stair.number, functools.partial(run.chunk, stair), state)
+        if loops.real.borders is None:
+            memory = tuple(write(leaf, rows, 0) for leaf, rows in zip(memory, carry[1:], strict=True))
+    final = loops.where_real((y[loops.real.last], *memory), wide)
+    return Results(loops.real.restore(y), final), kept
 
 
 class _ForwardState(NamedTuple):
@@ -126,77 +143,85 @@ class _ForwardState(NamedTuple):
 
     Attributes:
       carry: the carry of the stair's rows.
-      by_slot: the final carry of each slot that has ended; () where rows are slots.
+      memory: the final memory of each slot that has ended, leaves [B, H].
       y: the outputs.
-      checkpoints: the memories at the start of each chunk.
+      kept: what is kept.
     """
 
     carry: Carry
-    by_slot: Carry
+    memory: Carry
     y: jax.Array
-    checkpoints: Carry
+    kept: Kept
 
 
 class _Forward(NamedTuple):
-    """The arrays that the chunks of the forward pass read."""
+    """What the chunks of the forward pass read: arguments of `forward`."""
 
     loops: Loops
     weights: Fused
     x: jax.Array
-    slots: Slots
+    initial: Carry
 
     def chunk(self, stair: Stair, index: Any, state: _ForwardState) -> _ForwardState:
         """Runs one chunk."""
-        carry, by_slot, y, checkpoints = state
-        cell, rows, unroll = self.loops.cell, stair.rows, self.loops.schedule.unroll
-        window = stair.window(index)
-        at = stair.checkpoint_row(index)
-        checkpoints = tuple(write(k, c, at) for k, c in zip(checkpoints, carry[1:], strict=True))
-        real = window.read(self.loops.mask)
-        projected = cell.project(self.weights, _masked(window.read(self.x), real))
-        slots = self.slots.within(window)
+        carry, memory, y, (activations, checkpoints) = state
+        cell, real, window = self.loops.cell, self.loops.real, stair.window(index)
+        if checkpoints:
+            row = stair.checkpoint_row(index)
+            checkpoints = tuple(write(leaf, c, row) for leaf, c in zip(checkpoints, carry[1:], strict=True))
+        live = window.read(real.mask)[:, None]
+        projected = cell.project(self.weights, jnp.where(live, real.read(window, self.x), 0))
+        keeps, collects = bool(jax.tree.leaves(activations)), real.borders is not None
 
-        def step(j: Any, state: Any) -> Any:
-            carry, y, history = state
-            carry = slots.reset(j, carry)
-            live = read(real, j * rows, rows)[:, None]
-            carry = cell.step(self.weights, carry, read(projected, j * rows, rows), functools.partial(_where, live))
-            y = write(y, jnp.where(live, carry[0], 0), window.cell(j))
-            return carry, y, slots.record(j, carry, history)
+        def step(carry: Carry, xs: Any, _: Any) -> Any:
+            projected, live, entry = xs
+            before = enter(entry, carry)
+            activations = cell.activate(self.weights, projected, before[0])
+            h, *memory = cell.advance(self.weights, activations, before)
+            # A row of its own keeps its memory in slack, so that its last one is final.
+            kept = memory if collects else [jnp.where(live, *c) for c in zip(memory, before[1:], strict=True)]
+            outputs = jnp.where(live, h, 0), activations if keeps else ()
+            return (h, *kept), outputs, tuple(kept) if collects else ()
 
-        carry, y, history = loop(window.skip, stair.steps, step, (carry, y, slots.history), unroll)
-        return _ForwardState(carry, slots.collect(history, by_slot), y, checkpoints)
+        history = tuple(buffer(c, (window.size, c.shape[1]), 5) for c in carry[1:]) if collects else ()
+        xs = projected, live, real.at_begins(window, self.initial)
+        carry, outputs = run_steps(window, step, carry, xs, Outputs((y, activations), history), stack=self.loops.stack)
+        y, activations = outputs.whole
+        if collects:
+            memory = tuple(window.collect(real.last, *each) for each in zip(outputs.own, memory, strict=True))
+        return _ForwardState(carry, memory, y, Kept(activations, checkpoints))
 
 
 def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
     """Returns the cotangents of the operands.
 
     Args:
-      loops: as in the forward pass, apart from the schedule.
+      loops: as in the forward pass.
       residuals: from the forward pass.
       cotangents: of the results; slack may hold anything.
     """
     weights, x, initial = residuals.operands
-    dy, dfinal = cotangents
+    dfinal = cotangents.carry
     weights = lax.optimization_barrier(weights)
     transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, weights))  # once: the loops would copy it
-    slots, dslots = Slots.forward(loops.plan, initial), Slots.backward(loops.plan, dfinal)
-    run = _Backward(loops, weights, transposed, slots, dslots, residuals, dy)
-    by_row, by_slot = dslots.start
-    dx, dweights = buffer(x, x.shape, 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
+    wide = initial[0].shape[1] == loops.sizes[0]
+    run = _Backward(loops, weights, transposed, residuals, cotangents, wide)
+    dcarry, dinitial = loops.start(dfinal), dfinal if wide else ()
+    dx, dweights = buffer(x, (loops.size, x.shape[1]), 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
     for k in reversed(range(len(loops.stairs))):
         stair = loops.stairs[k]
-        before = stair.offset - loops.stairs[k - 1].rows
-        first_h = residuals.y[before : before + stair.rows] if stair.offset else slots.start[0][0][: stair.rows]
+        before = residuals.y[stair.offset - loops.stairs[k - 1].rows :] if k else loops.start(loops.widened(initial))[0]
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
-        whole = loops.schedule.chunk_cells is None
-        count = stair.number if whole else lax.optimization_barrier(jnp.int32(stair.number))
-        dcarry = tuple(leaf[: stair.rows] for leaf in by_row)
-        state = _BackwardState(dcarry, by_slot, dx, dweights)
-        state = loop(0, count, functools.partial(run.chunk, stair, first_h), state)
-        dcarry, by_slot, dx, dweights = state
-        by_row = tuple(write(leaf, rows, 0) for leaf, rows in zip(by_row, dcarry, strict=True))
-    return Operands(dweights, dx, dslots.finish(by_row, by_slot))
+        count = stair.number if loops.stack else lax.optimization_barrier(jnp.int32(stair.number))
+        state = _BackwardState(tuple(leaf[: stair.rows] for leaf in dcarry), dinitial, dx, dweights)
+        state = loop(0, count, functools.partial(run.chunk, stair, before[: stair.rows]), state)
+        rows, dinitial, dx, dweights = state
+        dcarry = tuple(write(leaf, row, 0) for leaf, row in zip(dcarry, rows, strict=True))
+    dx = loops.real.restore(dx)
+    if not wide:
+        return Operands(dweights, dx, jax.tree.map(jnp.zeros_like, initial))
+    dinitial = dcarry if loops.real.borders is None else loops.where_real(dinitial, dfinal)
+    return Operands(dweights, dx, dinitial)
 
 
 class _BackwardState(NamedTuple):
@@ -204,81 +229,143 @@ class _BackwardState(NamedTuple):
 
     Attributes:
       dcarry: the cotangent of the carry of the stair's rows.
-      by_slot: the cotangent of each slot's initial carry, where the slot is done; () where rows are slots.
+      dinitial: the cotangent of each slot's initial carry, where the slot is done and slots share rows.
       dx: the cotangents of the inputs.
       dweights: the cotangents of the weights, as far as they are summed up.
     """
 
     dcarry: Carry
-    by_slot: Carry
+    dinitial: Carry
     dx: jax.Array
     dweights: Fused
 
 
 class _Backward(NamedTuple):
-    """The arrays that the chunks of the backward pass read."""
+    """What the chunks of the backward pass read.
+
+    Attributes:
+      loops, residuals, cotangents: as in `backward`.
+      weights, transposed: the weights, and their transposes.
+      wide: whether to differentiate by the initial carry.
+    """
 
     loops: Loops
     weights: Fused
     transposed: Fused
-    slots: Slots
-    dslots: Slots
     residuals: Residuals
-    dy: jax.Array
+    cotangents: Results
+    wide: bool
 
-    def chunk(self, stair: Stair, first_h: jax.Array, index: Any, state: _BackwardState) -> _BackwardState:
-        """Runs one chunk, counted from the last; first_h is h before the stair's block."""
-        dcarry, by_slot, dx, dweights = state
+    def chunk(self, stair: Stair, first: jax.Array, index: Any, state: _BackwardState) -> _BackwardState:
+        """Runs one chunk, counted from the last; `first` is h before the stair."""
+        dcarry, dinitial, dx, dweights = state
         index = stair.number - 1 - index
-        window = stair.window(index)
+        window, cell, real = stair.window(index), self.loops.cell, self.loops.real
         # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
-        y, checkpoints, dcarry = lax.optimization_barrier((self.residuals.y, self.residuals.checkpoints, dcarry))
-        real = window.read(self.loops.mask)
-        x = _masked(window.read(self.residuals.operands.x), real)
-        real = real[:, None]
-        own = real & window.own
-        slots = self.slots.within(window)
-        h = slots.reset_all(window.before(y, first_h))
-        memory = tuple(read(leaf, stair.checkpoint_row(index), stair.rows) for leaf in checkpoints)
-        recall = _recall(slots, own, memory, in_parallel=self.loops.schedule.chunk_cells is None)
-        linear = _keep_at_slack(real, self.loops.cell.linearize(self.weights, x, h, window.read(y), recall))
-        da_gates = jnp.where(own, linear.da_gates, 0)
-        d = jnp.where(own, window.read(self.dy), 0)
-        da_gates, d, linear = lax.optimization_barrier((da_gates, d, linear))
-        slots = self.dslots.within(window)
-        dcarry, da, d, history = self._pull_back(slots, linear._replace(da_gates=da_gates), d, dcarry)
+        y, kept, dcarry = lax.optimization_barrier((self.residuals.y, self.residuals.kept, dcarry))
+        live = window.read(real.mask)[:, None]
+        own = live & window.own
+        x = jnp.where(live, real.read(window, self.residuals.operands.x), 0)
+        entry = real.at_begins(window, self.residuals.operands.carry)
+        before = enter(entry, (real.before(window, y, first),))
+        activations = jax.tree.map(window.read, kept.activations)
+        if not jax.tree.leaves(activations):
+            activations = cell.activate(self.weights, cell.project(self.weights, x), before[0])
+        after = (real.read(window, y),)
+        if kept.checkpoints:
+            update = cell.update(activations)
+            start = read(kept.checkpoints[0], stair.checkpoint_row(index), stair.rows)
+            memory = self._recall(window, entry and (entry[0], entry[1][1:]), update, own, start)
+            before, after = (*before, memory), (*after, update[0] * memory + update[1])
+        point = _Point(activations, before, after, own, live)
+        d = jnp.where(own, real.read(window, self.cotangents.y), 0)
+        dcarry, da, d, history = self._pull_back(window, point, d, dcarry)
         dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
-        h = jnp.where(own, h, 0)  # the initial h of an empty sequence may be NaN
-        out = None if linear.out is None else jnp.where(own, linear.out, 0)
-        return _BackwardState(dcarry, slots.collect(history, by_slot), dx, _add_gradients(dweights, x, h, out, da, d))
+        h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
+        out = self._linearize(point).out
+        out = None if out is None else jnp.where(own, out, 0)
+        if history:
+            dinitial = tuple(window.collect(real.first, *each) for each in zip(history, dinitial, strict=True))
+        return _BackwardState(dcarry, dinitial, dx, _add_gradients(dweights, x, h, out, da, d))
+
+    def _linearize(self, point: _Point) -> Linearization:
+        """Returns the derivatives of steps, which cotangents pass unchanged in slack."""
+        linear = self.loops.cell.linearize(self.weights, point.activations, point.before, point.after)
+        slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
+        given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
+        passed = {name: jnp.where(point.live, given[name], at) for name, at in slack.items() if name in given}
+        return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0))
+
+    def _recall(
+        self, window: Window, entry: Any, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
+    ) -> jax.Array:
+        """Returns the memory before each step of a chunk [M, H], from the memory at its first own step [rows, H]."""
+        if self.loops.stack:
+            return _recall_in_parallel(window, entry, update, own, start)
+
+        def step(memory: jax.Array, xs: Any, _: Any) -> Any:
+            (decay, inject), live, entry = xs
+            (before,) = enter(entry, (memory,))
+            return jnp.where(live, decay * before + inject, before), (), before
+
+        outputs = Outputs((), buffer(start, update[0].shape, 4))
+        return run_steps(window, step, start, (update, own, entry), outputs)[1].own
 
     def _pull_back(
-        self, slots: WindowSlots, linear: Linearization, d: jax.Array, dcarry: Carry
+        self, window: Window, point: _Point, d: jax.Array, dcarry: Carry
     ) -> tuple[Carry, jax.Array, jax.Array, Carry]:
         """Runs the backward recurrence over a chunk, last step first.
 
         Returns:
-          dcarry before the chunk; da [M, G] and d [M, P] of its cells, written over the coefficients and the outputs'
-          cotangents from which they are computed; and the history of dcarry.
+          dcarry before the chunk; da [M, G] and d [M, P] of its cells, written over what they are computed from; and
+          the dcarry before each step, where it is collected.
         """
-        stair, width_h = slots.window.stair, self.transposed.w_h.shape[0]
-        rows, steps = stair.rows, stair.steps
+        cell, transposed = self.loops.cell, self.transposed
+        width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
+        entry = self.loops.real.at_ends(window, self.cotangents.carry)
+        collects = self.wide and entry is not None
 
-        def step(j: Any, state: Any) -> Any:
-            dcarry, da, d, history = state
-            j = steps - 1 - j
-            at = j * rows
-            dh, *dc = slots.reset(j, dcarry)
-            total = dh + read(d, at, rows)
-            here = jax.tree.map(lambda leaf: read(leaf, at, rows), linear._replace(da_gates=da, out=None))
-            da_j, earlier_dc = self.loops.cell.pull_back(self.transposed, here, total, dc[0] if dc else None)
-            dh = da_j[:, -width_h:] @ self.transposed.w_h + here.dh_dh * total
-            d = d if self.transposed.w_out is None else write(d, total, at)
+        def step(dcarry: Carry, xs: Any, old: Any) -> Any:
+            (at, d, entry), (da_gates, old_d, _) = xs, old
+            at = self._linearize(at) if in_steps else at._replace(da_gates=da_gates)
+            dh, *dc = enter(entry, dcarry)
+            total = dh + (old_d if projects else d)
+            da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
+            dh = da[:, -width_h:] @ transposed.w_h + at.dh_dh * total
             dcarry = (dh,) if earlier_dc is None else (dh, earlier_dc)
-            return dcarry, write(da, da_j, at), d, slots.record(j, dcarry, history)
+            return dcarry, (), (da, total if projects else (), dcarry if collects else ())
 
-        state = (dcarry, linear.da_gates, d, slots.history)
-        return loop(0, steps - slots.window.skip, step, state, self.loops.schedule.unroll)
+        # On accelerators, in the steps: their operations are few, and the derivatives need no memory. CPUs are faster
+        # with few operations in a step.
+        in_steps = self.loops.stack > 0
+        if in_steps:
+            at: Any = point
+            da_gates = buffer(d, (window.size, self.weights.bias.shape[0]), 7)
+        else:
+            linear, d = lax.optimization_barrier((self._linearize(point)._replace(out=None), d))
+            at, da_gates = linear._replace(da_gates=None), linear.da_gates  # type: ignore[arg-type]
+        history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in dcarry) if collects else ()
+        outputs = Outputs((), (da_gates, d if projects else (), history))
+        xs = at, None if projects else d, entry
+        dcarry, outputs = run_steps(window, step, dcarry, xs, outputs, reverse=True, stack=self.loops.stack)
+        da, total, history = outputs.own
+        return dcarry, da, total if projects else d, history
+
+
+class _Point(NamedTuple):
+    """The cells of a chunk or a step, around which the recurrence is linearized.
+
+    Attributes:
+      activations, before, after: as `Cell.linearize` takes them.
+      own: bool [M, 1], which cells are real and belong to the chunk.
+      live: bool [M, 1], which are real.
+    """
+
+    activations: Activations
+    before: Carry
+    after: Carry
+    own: jax.Array
+    live: jax.Array
 
 
 def _add_gradients(
@@ -299,52 +386,23 @@ def _add_gradients(
     )
 
 
-def _recall(
-    slots: WindowSlots, own: jax.Array, memory: Carry, in_parallel: bool
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the function that computes the memory c before each step of a chunk, from c at its first own step."""
-    window, slots = slots.window, slots.of_memory()
-    rows, steps = window.stair.rows, window.stair.steps
+def _recall_in_parallel(
+    window: Window, entry: Any, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
+) -> jax.Array:
+    """Does what `_recall` does, by an associative scan, in which entries are steps without decay."""
+    decay, inject = jnp.where(own, update[0], 1), jnp.where(own, update[1], 0)
+    if entry is not None:
+        here, (value,) = entry
+        decay, inject = jnp.where(here, 0, decay), jnp.where(here, decay * value + inject, inject)
 
-    def sequential(decay: jax.Array, inject: jax.Array) -> jax.Array:
-        def step(j: Any, state: Any) -> Any:
-            carry, before = state
-            (c,) = slots.reset(j, carry)
-            live = read(own, j * rows, rows)
-            after = read(decay, j * rows, rows) * c + read(inject, j * rows, rows)
-            return (jnp.where(live, after, c),), write(before, c, j * rows)
+    def compose(early: Any, late: Any) -> Any:
+        return late[0] * early[0], late[0] * early[1] + late[1]
 
-        return loop(window.skip, steps, step, (memory, buffer(decay, decay.shape, 4)))[1]
-
-    def parallel(decay: jax.Array, inject: jax.Array) -> jax.Array:
-        decay, inject = jnp.where(own, decay, 1), jnp.where(own, inject, 0)
-        decay, inject = slots.reset_linear(decay, inject)
-        shape = (steps, rows, decay.shape[-1])
-
-        def compose(early: Any, late: Any) -> Any:
-            return late[0] * early[0], late[0] * early[1] + late[1]
-
-        products, sums = lax.associative_scan(compose, (decay.reshape(shape), inject.reshape(shape)))
-        after = products * memory[0][None] + sums
-        return slots.reset_all(jnp.concatenate([memory[0][None], after[:-1]]).reshape(decay.shape))
-
-    return parallel if in_parallel else sequential
-
-
-def _keep_at_slack(real: jax.Array, linear: Linearization) -> Linearization:
-    """Sets the derivatives at slack, where a step keeps its carry. da_gates and out are zeroed where they are used."""
-    slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
-    given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
-    return linear._replace(**{name: jnp.where(real, given[name], at) for name, at in slack.items() if name in given})
-
-
-def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(condition, new, old)
-
-
-def _masked(x: jax.Array, real: jax.Array) -> jax.Array:
-    """Returns a chunk's inputs with zeros in slack. Masking them here avoids a masked copy of all inputs."""
-    return jnp.where(real[:, None], x, 0)
+    shape = (window.stair.steps, *start.shape)
+    products, sums = lax.associative_scan(compose, (decay.reshape(shape), inject.reshape(shape)))
+    after = (products * start[None] + sums).reshape(decay.shape)
+    (before,) = enter(entry, (jnp.concatenate([start, after[: -len(start)]]),))
+    return before
 
 
 def _transpose(matrix: jax.Array) -> jax.Array:

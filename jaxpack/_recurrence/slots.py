@@ -1,126 +1,138 @@
-"""Slots: where a recurrence starts a sequence with its initial carry, and where it collects the final one.
+"""The cells of a batch as a recurrence sees them: which are real, and where sequences begin and end.
 
-In a staircase a row is a slot. Its carry is there from the start, and the carry it ends with is final. Where several
-slots share a row, the carry is reset at the first cell of a slot to the slot's initial carry, and collected at its last
-cell, where it is final. In the backward pass the roles are exchanged: cotangents of final carries are set at the last
-cell, and those of initial carries are collected at the first.
+In a staircase a row is a slot: a sequence's carry is there from the start, and no cell needs to know of borders. Where
+several slots share a row, the carry is replaced at the first cell of each. In the backward pass the roles are
+exchanged: the cotangents of final carries enter at a slot's end, and those of initial carries leave at its beginning.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpack._cells.cell import Carry
-from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._recurrence.buffers import buffer, read, write
+from jaxpack._packed.gather import CellMaps, Indexed, slot_spans
+from jaxpack._packed.maps import cells_of
 from jaxpack._recurrence.windows import Window
 
 
-class Slots(NamedTuple):
-    """The slots of a plan in the order in which one pass goes over them.
+class Borders(NamedTuple):
+    """The borders of slots that share rows.
 
     Attributes:
-      plan: the plan.
-      values: the carry that each slot starts with, leaves [B, ...].
-      entries, exits: the cells at which each slot is reset and collected, [B].
+      begins, ends: bool [S], whether a slot's first or last cell is here.
+      slots: int32 [S], the slot of each cell.
     """
 
-    plan: BucketPlan
-    values: Carry
-    entries: np.ndarray
-    exits: np.ndarray
-
-    @classmethod
-    def forward(cls, plan: BucketPlan, carry: Carry) -> Slots:
-        """Returns the slots of the forward pass, which start with the initial carries."""
-        return cls(plan, carry, plan.slot_begins, plan.slot_ends)
-
-    @classmethod
-    def backward(cls, plan: BucketPlan, dcarry: Carry) -> Slots:
-        """Returns the slots of the backward pass, which start with the cotangents of the final carries."""
-        return cls(plan, dcarry, plan.slot_ends, plan.slot_begins)
-
-    @property
-    def start(self) -> tuple[Carry, Carry]:
-        """The carry of each row at the start, and buffers for the carries that are collected, one a slot."""
-        if not self.plan.starts:
-            return self.values, ()
-        return tuple(buffer(leaf, (self.plan.rows[0], *leaf.shape[1:]), 0) for leaf in self.values), self.values
-
-    def finish(self, by_row: Carry, by_slot: Carry) -> Carry:
-        """Returns the carry that each slot ended with, leaves [B, ...]."""
-        return by_slot if self.plan.starts else by_row
-
-    def within(self, window: Window) -> WindowSlots:
-        """Returns the slots that start or end in a window."""
-        if not self.plan.starts:
-            return WindowSlots(window, None, (), None, ())
-        resets = np.zeros((self.plan.size, 1), bool)
-        resets[self.entries] = True
-        slots = window.read(jnp.asarray(self.plan.cell_slots))
-        values = tuple(leaf.at[slots].get(mode="promise_in_bounds") for leaf in self.values)
-        history = tuple(buffer(leaf, leaf.shape, 5 + i) for i, leaf in enumerate(values))
-        return WindowSlots(window, window.read(jnp.asarray(resets)), values, self.exits, history)
+    begins: jax.Array
+    ends: jax.Array
+    slots: jax.Array
 
 
-class WindowSlots(NamedTuple):
-    """The slots that start or end in a window of M cells.
+class Ranking(NamedTuple):
+    """The order of sequences by length.
 
     Attributes:
-      window: the window.
-      resets: bool [M, 1], the cells at which a slot starts; None if rows are slots.
-      values: the carry that the slot of each cell starts with, leaves [M, ...].
-      exits: the cell, among all cells, at which each slot ends [B].
-      history: buffers for the carry after each cell, leaves [M, ...].
+      order: int32 [B], the sequences, longest first.
+      ranks: int32 [B], the inverse: the place of each sequence in the order.
     """
 
-    window: Window
-    resets: jax.Array | None
-    values: Carry
-    exits: np.ndarray | None
-    history: Carry
+    order: jax.Array
+    ranks: jax.Array
 
-    def reset(self, j: jax.Array | int, carry: Carry) -> Carry:
-        """Returns the carry with which each row takes step j."""
-        if self.resets is None:
-            return carry
-        rows = self.window.stair.rows
-        here = read(self.resets, j * rows, rows)
-        return tuple(jnp.where(here, read(v, j * rows, rows), c) for v, c in zip(self.values, carry, strict=True))
 
-    def reset_all(self, before: jax.Array) -> jax.Array:
-        """Does what `reset` does, for the first leaf of the carry before every cell of the window [M, ...]."""
-        return before if self.resets is None else jnp.where(self.resets, self.values[0], before)
+class Places(NamedTuple):
+    """Where cells are that the recurrence goes over in another order than the batch has them.
 
-    def reset_linear(self, decay: jax.Array, inject: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the factors of c' = decay * c + inject with which c needs no reset."""
-        if self.resets is None:
-            return decay, inject
-        injected = jnp.where(self.resets, decay * self.values[0] + inject, inject)
-        return jnp.where(self.resets, 0, decay), injected
+    Attributes:
+      sources: int32 [N], the cell of the batch for each cell of the recurrence; S for slack.
+      targets: int32 [S], the inverse; N for slack.
+    """
 
-    def of_memory(self) -> WindowSlots:
-        """Returns the same for the memory c alone."""
-        return self._replace(values=self.values[1:], history=self.history[1:])
+    sources: jax.Array
+    targets: jax.Array
 
-    def record(self, j: jax.Array | int, carry: Carry, history: Carry) -> Carry:
-        """Returns the history with the carry after step j."""
-        rows = self.window.stair.rows
-        return tuple(write(past, leaf, j * rows) for past, leaf in zip(history, carry, strict=False))
 
-    def collect(self, history: Carry, by_slot: Carry) -> Carry:
-        """Returns the final carry of each slot [B, ...], with those of the slots that end in this window."""
-        if self.exits is None:
-            return by_slot
-        window = self.window
-        at = jnp.asarray(self.exits) - window.cell(0)
-        here = (at >= window.skip * window.stair.rows) & (at < window.size)
-        at = jnp.clip(at, 0, window.size - 1)
-        return tuple(
-            jnp.where(here[:, None], past.at[at].get(mode="promise_in_bounds"), leaf)
-            for past, leaf in zip(history, by_slot, strict=True)
-        )
+class RealCells(NamedTuple):
+    """The real cells of a batch, as all directions see them.
+
+    Attributes:
+      mask: bool [S].
+      spans: int32 [B], how many real cells each slot has.
+      first, last: int32 [B], the first cell of each slot, and its last real one; of an empty slot, any cell.
+      borders: None where each row is one slot.
+      ranking: the order of the sequences of a batch that runs without a plan.
+      places: where the cells of dealt rows are in the batch; None where both are the same.
+    """
+
+    mask: jax.Array
+    spans: jax.Array
+    first: jax.Array
+    last: jax.Array
+    borders: Borders | None
+    ranking: Ranking | None = None
+    places: Places | None = None
+
+    @classmethod
+    def of(cls, packed: Indexed, maps: CellMaps) -> RealCells:
+        """Returns the real cells of a packed batch."""
+        spans = slot_spans(packed)
+        slots = jnp.arange(len(spans), dtype=jnp.int32)
+        last = cells_of(packed.plan, slots, jnp.maximum(spans - 1, 0))
+        borders = None
+        if packed.plan.starts:
+            cells = jnp.arange(packed.plan.size, dtype=jnp.int32)
+            borders = Borders(maps.steps == 0, maps.last[maps.slots] == cells, maps.slots)
+        return cls(maps.mask, spans, maps.first, last, borders)
+
+    @classmethod
+    def of_batch(cls, spans: jax.Array, max_length: int) -> RealCells:
+        """Returns the real cells of a padded batch [B, T], each row of which is followed by the next."""
+        steps = jnp.arange(max_length, dtype=jnp.int32)[None]
+        first = jnp.arange(len(spans), dtype=jnp.int32) * max_length
+        order = jnp.argsort(-spans).astype(jnp.int32)
+        ranking = Ranking(order, jnp.argsort(order).astype(jnp.int32))
+        mask = (steps < spans[:, None]).reshape(-1)
+        return cls(mask, spans, first, first + jnp.maximum(spans - 1, 0), None, ranking)
+
+    def read(self, window: Window, leaf: jax.Array) -> jax.Array:
+        """Returns a window's cells [M, ...] out of all cells of the batch [S, ...]."""
+        return window.read(leaf) if self.places is None else _get(leaf, window.read(self.places.sources))
+
+    def before(self, window: Window, leaf: jax.Array, first: jax.Array) -> jax.Array:
+        """Returns the cells one step before the window's [M, ...]; `first` [rows, ...] precedes the stair."""
+        if self.places is None:
+            return window.before(leaf, first)
+        sources = self.places.sources
+        return _get(leaf, window.before(sources, jnp.full(window.stair.rows, len(leaf), sources.dtype)))
+
+    def restore(self, leaf: jax.Array) -> jax.Array:
+        """Returns the cells of the batch [S, ...] from those of the recurrence."""
+        return leaf if self.places is None else _get(leaf, self.places.targets)
+
+    def at_begins(self, window: Window, carry: Carry) -> Any:
+        """Returns the initial carry where a slot begins in a window, for `enter`."""
+        return None if self.borders is None else self._at(window, self.borders.begins, carry)
+
+    def at_ends(self, window: Window, dcarry: Carry) -> Any:
+        """Returns the cotangent of the final carry where a slot ends in a window, for `enter`."""
+        return None if self.borders is None else self._at(window, self.borders.ends, dcarry)
+
+    def _at(self, window: Window, borders: jax.Array, values: Carry) -> Any:
+        assert self.borders is not None
+        slots = window.read(self.borders.slots)
+        return window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values)
+
+
+def enter(entry: Any, carry: Carry) -> Carry:
+    """Returns a carry with the entry's values where slots are entered."""
+    if entry is None:
+        return carry
+    here, values = entry
+    return tuple(jnp.where(here, value, leaf) for value, leaf in zip(values, carry, strict=False))
+
+
+def _get(leaf: jax.Array, indices: jax.Array) -> jax.Array:
+    return leaf.at[indices].get(mode="fill", fill_value=0)

@@ -1,6 +1,6 @@
 """The cells, and what an own cell and its layer are built from."""
 
-from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, Params, Recall, Select, always_new, total_bias
+from jaxpack._cells.cell import Activations, Carry, Cell, Fused, Linearization, Params, total_bias
 from jaxpack._cells.gru import GRUCell, gru_cell
 from jaxpack._cells.lstm import LSTMCell, lstm_cell
 from jaxpack._cells.rnn import RNNCell, rnn_cell
@@ -8,6 +8,7 @@ from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._namespace import publish as _publish
 
 __all__ = [
+    "Activations",
     "Carry",
     "Cell",
     "Fused",
@@ -16,10 +17,7 @@ __all__ = [
     "Linearization",
     "Params",
     "RNNCell",
-    "Recall",
     "RecurrentLayer",
-    "Select",
-    "always_new",
     "gru_cell",
     "lstm_cell",
     "rnn_cell",

@@ -76,8 +76,8 @@ def name_of(path: pathlib.Path) -> str:
     return "standard input" if str(path) == STANDARD_INPUT else str(path)
 
 
-def check_json(path: pathlib.Path | None) -> pathlib.Path | None:
-    """Checks the option of a JSON file: raises, before anything is measured, if it cannot be written."""
+def check_file(path: pathlib.Path | None) -> pathlib.Path | None:
+    """Checks the option of a file: raises, before anything is measured, if it cannot be written."""
     if path is not None:
         _check_writable(path)
     return path
@@ -85,7 +85,7 @@ def check_json(path: pathlib.Path | None) -> pathlib.Path | None:
 
 JsonFile = Annotated[
     pathlib.Path | None,
-    typer.Option("--json", metavar="FILE", callback=check_json, help="Write all results to FILE, as JSON."),
+    typer.Option("--json", metavar="FILE", callback=check_file, help="Write all results to FILE, as JSON."),
 ]
 
 

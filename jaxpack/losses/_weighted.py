@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from jaxpack._packed.gather import real_cells
 from jaxpack._packed.indices import same_sequences, values_of
+from jaxpack._packed.maps import spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import checked_slot_fits
 from jaxpack.losses._checks import (
@@ -102,14 +103,14 @@ def _over_tokens(
       weights: [S] if per token, else [B]; None for ones.
       same: bool [B], which slots hold sequences of the same length in all batches; None if all do.
     """
-    dtype, slots = widened(logits.data).dtype, logits.plan.cell_slots
+    dtype = widened(logits.data).dtype
     fits = checked_slot_fits(logits) if same is None else checked_slot_fits(logits) & same
     weights = jnp.ones(logits.plan.num_sequences, dtype) if weights is None else weights.astype(dtype)
-    of_cells = weights if scoring.per_token else weights[logits.sorted_indices][slots]
+    of_cells = weights if scoring.per_token else spread(logits.plan, weights[logits.sorted_indices])
     counted = real_cells(logits)
     if scoring.ignored is not None:
         counted &= labels != scoring.ignored
-    of_cells = jnp.where(fits[slots], jnp.where(counted, of_cells, 0), jnp.nan)
+    of_cells = jnp.where(spread(logits.plan, fits), jnp.where(counted, of_cells, 0), jnp.nan)
     return _mean(scoring.score, logits.data, labels, of_cells, "labels.data")
 
 

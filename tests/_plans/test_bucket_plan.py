@@ -98,6 +98,8 @@ def test_index_vectors_are_int32_and_cannot_be_written(plan):
         "room",
         "slot_rows",
         "slot_starts",
+        "slots_by_row",
+        "row_firsts",
         "slot_begins",
         "slot_ends",
         "cell_slots",

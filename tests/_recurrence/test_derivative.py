@@ -10,8 +10,10 @@ import oracles
 import pytest
 
 from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact, plan_padded, plan_rows
+from jaxpack._packed.inputs import batch_plan
+from jaxpack._packed.layout import lay_out
 from jaxpack._layers.stack import Stack, run_stack
-from jaxpack._recurrence.derivative import CPU, GPU, Schedules
+from jaxpack._recurrence.derivative import CPU, GPU, KEPT_BYTES, Schedules
 
 F, H, B = 3, 4, 3
 LENGTHS = [9, 0, 6]
@@ -49,13 +51,16 @@ def operands(name, plan, num_directions, poison):
         {key: rng.uniform(-0.5, 0.5, shape) for key, shape in cell.shapes(F, bias=True).items()}
         for _ in range(num_directions)
     ]
-    plan = plan_padded(B, max(LENGTHS) + 2) if PLANS[plan] is None else PLANS[plan]
-    packed = pack_padded_sequence(oracles.random_batch(LENGTHS, F, extra=2), LENGTHS, batch_first=True, plan=plan)
+    batch = oracles.random_batch(LENGTHS, F, extra=2)
+    if PLANS[plan] is None:
+        packed = lay_out(batch, jnp.array(LENGTHS), batch_plan(*batch.shape[:2]), sort=False)
+    else:
+        packed = pack_padded_sequence(batch, LENGTHS, batch_first=True, plan=PLANS[plan])
     packed = packed.replace(data=jnp.where(packed.mask[:, None], packed.data, poison))
     states, dstates = (
         jax.tree.map(lambda size: rng.standard_normal((num_directions, B, size)), cell.state_sizes) for _ in range(2)
     )
-    doutput = rng.standard_normal((plan.size, num_directions * cell.output_size))
+    doutput = rng.standard_normal((len(packed.data), num_directions * cell.output_size))
     return params, packed, states, (jnp.where(packed.mask[:, None], doutput, poison), dstates)
 
 
@@ -229,7 +234,7 @@ def test_one_dot_a_step_forward_and_one_backward(layer, plan):
     assert dots_in_innermost_loops(text) == 2 * plan.num_buckets
 
 
-def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one_and_no_plan_to_a_ladder():
+def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one():
     layer = LSTM(3, 4)
     params = layer.init(jax.random.key(0))
 
@@ -242,16 +247,32 @@ def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one_and_no_plan_to_a_lad
 
     padded = loops(plan_padded(8, 40))
     assert loops(BucketPlan((80,), (4,), ((0, 40),) * 4)) <= padded + 2  # chunks of which there are two, not one
-    assert loops(None) > loops(plan_exact([40, 30, 20, 10] * 2)) > padded
+    assert loops(plan_exact([40, 30, 20, 10] * 2)) > padded
 
 
 @pytest.mark.optimized
-def test_temporary_memory_does_not_grow_with_the_gates():
-    plan = plan_padded(8, 400)
-    memory = compiled_training(LSTM(8, 64), plan, [400] * 8, 8).memory_analysis().temp_size_in_bytes
-    per_cell = memory / plan.size / 4  # float32 numbers for each cell
-    # h, its cotangent and a few more of width 64, far from the 4 gates that autodiff saves beside them.
-    assert per_cell < 5 * 64
+@pytest.mark.parametrize(("steps", "kept"), [(400, True), (20_000, False)])
+def test_gates_are_kept_while_they_are_few(steps, kept):
+    memory = compiled_training(LSTM(8, 64), plan_padded(8, steps), [steps] * 8, 8).memory_analysis().temp_size_in_bytes
+    per_cell = memory / (8 * steps) / 4 / 64  # float32 arrays of width H
+    assert 4 * 8 * 64 * 4 * steps <= KEPT_BYTES if kept else 4 * 8 * 64 * 4 * steps > KEPT_BYTES
+    # h, its cotangent and a few more, the 4 gates beside them or not; autodiff keeps some 15.
+    assert (6 if kept else 1) < per_cell < (9 if kept else 4)
+
+
+def test_inference_keeps_no_more_than_the_outputs():
+    layer, steps = LSTM(8, 64), 2_000
+    params, batch = layer.init(jax.random.key(0)), jnp.ones((8, steps, 8))
+    packed = pack_padded_sequence(batch, [steps] * 8, batch_first=True, plan=plan_padded(8, steps))
+    compiled = jax.jit(lambda params, packed: layer.apply(params, packed)[0].data).lower(params, packed).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 8 * steps * 64 * 4
+
+
+@pytest.mark.optimized
+def test_no_gate_is_recomputed_where_they_are_kept():
+    text = compiled_training(LSTM(8, 16), plan_padded(8, 200), [200] * 8, 8).as_text()
+    # Forward: of inputs, and of h in each step. Backward: of each step, and for x, W_x and W_h.
+    assert len(re.findall(r" dot\(", text)) == 6
 
 
 def test_each_platform_gets_its_own_loops_in_one_export():

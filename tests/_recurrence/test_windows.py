@@ -1,4 +1,4 @@
-"""Which cells the loops go over: every cell of a plan once, and every real cell without a plan."""
+"""Which cells the loops go over: every cell of a plan once, and every real cell of dealt rows."""
 
 import collections
 
@@ -9,14 +9,16 @@ import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxpack import plan_padded
-from jaxpack._recurrence.windows import checkpoint_rows, ladder_cells, ladder_ends, ladder_of, levels_of, stairs_of
+from jaxpack._recurrence.deals import deals_of
+from jaxpack._recurrence.derivative import CPU, unplanned_cells
+from jaxpack._recurrence.slots import RealCells
+from jaxpack._recurrence.windows import checkpoint_rows, stairs_of
 
 
 def own_cells(stairs):
-    """How often each cell is among a window's own, and where each chunk keeps its memory, in the order of the loops."""
+    """How often each cell is among a window's own, and the rows of each chunk's checkpoint, in the order of the loops."""
     cells: collections.Counter[int] = collections.Counter()
-    kept = []
+    checkpoints: list[int] = []
     for stair in stairs:
         for index in range(int(stair.number)):
             window = stair.window(index)
@@ -24,58 +26,66 @@ def own_cells(stairs):
             for step in range(int(window.skip), stair.steps):
                 first = int(window.cell(step))
                 cells.update(range(first, first + stair.rows))
-            kept.append((int(stair.checkpoint_row(index)), stair.rows))
-    return cells, kept
+            row = int(stair.checkpoint_row(index))
+            checkpoints.extend(range(row, row + stair.rows))
+    return cells, checkpoints
 
 
-def check_kept(kept, room):
-    """Each chunk keeps its rows where no other does."""
-    places = [row for first, rows in kept for row in range(first, first + rows)]
-    assert len(set(places)) == len(places)
-    assert max(places, default=-1) < room
-
-
-@given(strategies.plans, st.sampled_from([None, 1, 3, 7, 512]))
-def test_the_chunks_of_a_plan_hold_each_cell_once(plan, chunk_cells):
-    cells, kept = own_cells(stairs_of(plan, chunk_cells))
+@pytest.mark.parametrize("whole", [False, True])
+@given(plan=strategies.plans, chunk_cells=st.sampled_from([None, 1, 3, 7, 512]))
+def test_the_chunks_of_a_plan_hold_each_cell_once(plan, chunk_cells, whole):
+    stairs = stairs_of(plan, chunk_cells, whole)
+    cells, checkpoints = own_cells(stairs)
     assert cells == collections.Counter(range(plan.size))
-    if chunk_cells in (None, 512):  # memories are kept for chunks of at least 512 cells
-        check_kept(kept, checkpoint_rows(plan, 512, False))
+    assert sorted(checkpoints) == list(range(checkpoint_rows(stairs)))
+    assert not whole or all(stair.number * stair.steps == stair.length for stair in stairs)
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(0, 5), st.sampled_from([2, 9, 40]))
-def test_the_ladder_holds_each_real_cell_once(lengths, more, chunk_cells):
-    plan = plan_padded(len(lengths), max(1, *lengths) + more)
-    longest_first = np.sort(lengths)[::-1]
-    cells, kept = own_cells(ladder_of(plan, ladder_ends(plan, jnp.array(longest_first)), chunk_cells))
-    real = {step * len(lengths) + row for row, length in enumerate(longest_first) for step in range(length)}
-    assert set(cells) >= real
-    assert set(cells.values()) <= {1}
-    assert len({row for row, _ in kept}) == len(kept)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=14),
+    more=st.integers(0, 3),
+    divisors=st.sampled_from([(1,), (2,), (3,), (8,)]),
+    chunk_cells=st.sampled_from([None, 1, 5, 64]),
+)
+def test_dealt_rows_hold_each_sequence_from_its_first_step_to_its_last(lengths, more, divisors, chunk_cells):
+    number, longest = len(lengths), max(1, *lengths, 1) + more
+    (deal,) = deals_of(number, longest, divisors, chunk_cells)
+    spans = jnp.array(lengths, jnp.int32)
+    batch = RealCells.of_batch(spans, longest)
+    cells = deal.cells(batch)
+    assert batch.ranking is not None
+    assert cells.places is not None
+    assert cells.borders is not None
+    chunks = int(deal.chunks(spans[batch.ranking.order]))
+    sources, targets = np.asarray(cells.places.sources), np.asarray(cells.places.targets)
+    real = np.asarray(cells.mask)
+    assert len(real) == deal.length * deal.rows
+    assert not real[chunks * deal.steps * deal.rows :].any()
+    assert sorted(sources[real]) == [i * longest + t for i, length in enumerate(lengths) for t in range(length)]
+    assert (sources[~real] == number * longest).all()
+    assert (targets[sources[real]] == np.flatnonzero(real)).all()
+    assert (targets[~np.isin(np.arange(number * longest), sources[real])] == len(real)).all()
+    for i, length in enumerate(lengths):
+        own = [int(targets[i * longest + t]) for t in range(length)]  # one row, step after step
+        assert own == [int(cells.first[i]) + t * deal.rows for t in range(length)]
+        if length:
+            assert own[-1] == cells.last[i]
+            assert np.asarray(cells.borders.begins)[own].tolist() == [True] + [False] * (length - 1)
+            assert np.asarray(cells.borders.ends)[own].tolist() == [False] * (length - 1) + [True]
+            assert (np.asarray(cells.borders.slots)[own] == i).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_ladder_computes_at_most_a_third_more_than_real_cells(seed):
+def test_the_best_deal_computes_at_most_a_third_more_than_real_cells(seed):
     lengths = np.clip(np.round(np.random.default_rng(seed).lognormal(np.log(50), 0.7, 64)), 1, 200).astype(int)
-    plan = plan_padded(64, lengths.max())
-    ends = ladder_ends(plan, jnp.array(np.sort(lengths)[::-1]))
-    cells, kept = own_cells(ladder_of(plan, ends, 512))
-    assert ladder_cells(plan, lengths) == cells.total() <= 4 / 3 * lengths.sum() < plan.size
-    check_kept(kept, checkpoint_rows(plan, 512, True))
+    assert lengths.sum() <= unplanned_cells(lengths, lengths.max()) <= 4 / 3 * lengths.sum()
 
 
-def test_the_ladder_computes_no_slack_at_equal_lengths():
-    assert ladder_cells(plan_padded(64, 100), np.full(64, 100)) == 6400
+def test_no_deal_computes_slack_at_equal_lengths():
+    assert unplanned_cells(np.full(64, 100), 104) <= 6400 + CPU.chunk_cells
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 27, 64, 1000])
-def test_levels_go_down_from_all_rows(batch_size):
-    levels = levels_of(batch_size)
-    assert levels[0] == batch_size
-    assert list(levels) == sorted(set(levels), reverse=True)
-    assert len(levels) == min(batch_size, 8)
-
-
-def test_a_misfit_keeps_the_ladder_going_to_its_end():
-    # Slot 2 does not fit, which counts as all of its steps.
-    assert ladder_ends(plan_padded(3, 9), jnp.array([4, 2, 9])).tolist() == [9, 9, 9]
+def test_a_batch_of_one_chunk_is_not_dealt():
+    (deal,) = deals_of(8, 20, CPU.divisors, CPU.chunk_cells)
+    assert (deal.rows, deal.length, deal.steps) == (8, 20, 20)
+    assert len(deals_of(8, 200, CPU.divisors, CPU.chunk_cells)) == 4

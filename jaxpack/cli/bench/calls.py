@@ -71,7 +71,7 @@ def jax_calls(
     """
 
     def loss(params: Any, inputs: Any, rest: Any, cotangent: Any) -> jax.Array:
-        return jnp.sum(apply(params, inputs, rest) * cotangent)
+        return jnp.sum(apply(params, inputs, rest) * cotangent, dtype=jnp.float32)
 
     params, inputs, rest, cotangent = jax.device_put((params, inputs, rest, cotangent))
     training_arguments = params, inputs, rest, cotangent

@@ -11,19 +11,19 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jaxpack import plot
 from jaxpack.cli._files import STANDARD_INPUT, JsonFile, check_plot, name_of, read_lengths, write_json, writing
 from jaxpack.cli.bench.epoch import BATCH_SIZE, BATCHERS, measure_epoch
 from jaxpack.cli.bench.epoch_report import print_epoch
-from jaxpack.cli.bench.measure import HUGE_PAGES, Tell, measure
+from jaxpack.cli.bench.measure import HUGE_PAGES, measure
 from jaxpack.cli.bench.peers import PEERS
+from jaxpack.cli.bench.progress import with_progress
 from jaxpack.cli.bench.report import print_bench
 from jaxpack.cli.bench.workloads import EPOCH, Workload, named_workload, workload_names
 
@@ -98,7 +98,8 @@ def bench(
 
     The workload epoch trains one layer of jaxpack on 4,096 such sequences, or
     on those of --lengths, in batches of 64 that are padded, bucketed and
-    slot-filled. Its times include the host's work.
+    slot-filled. Its times include the host's work. The command bench gpu
+    measures plans on a CUDA device.
 
     On Linux, temporary memory above 32 MiB costs page faults, which the report
     counts: glibc's malloc returns it to the system after every call, and gets
@@ -114,7 +115,7 @@ def bench(
     names = _peer_names(peer, BATCHERS if is_epoch else PEERS)
     chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
     repeats = repeats or (_REPEATS_OF_EPOCH if is_epoch else _REPEATS)
-    result = _with_progress(functools.partial(measure_epoch if is_epoch else measure, chosen, names, repeats))
+    result = with_progress(functools.partial(measure_epoch if is_epoch else measure, chosen, names, repeats))
     if huge_pages:
         result["huge_pages"] = _with_huge_pages(_arguments(chosen, lengths, names, repeats))
     (print_epoch if is_epoch else print_bench)(result, Console())
@@ -190,19 +191,6 @@ def _check_options_of_epoch(huge_pages: bool, plot_file: pathlib.Path | None) ->
         raise typer.BadParameter(
             "the workload epoch has no plot. --json FILE writes its numbers.", param_hint="'--plot'"
         )
-
-
-def _with_progress(run: Callable[[Tell], dict[str, Any]]) -> dict[str, Any]:
-    """Runs a measurement with a progress bar."""
-    columns = TextColumn("{task.description:26}"), BarColumn(24), TimeElapsedColumn()
-    # The bar is drawn only by `tell`: an automatic refresh would take time from the timed calls.
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("", total=1)
-
-        def tell(doing: str, done: float) -> None:
-            progress.update(task, description=doing, completed=done, refresh=True)
-
-        return run(tell)
 
 
 def _check_huge_pages(lengths: pathlib.Path | None) -> None:

@@ -34,7 +34,9 @@ import optax
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_padded
-from jaxpack.cli.bench.measure import Tell, compilation_cache_off, describe, load, machine, spread
+from jaxpack.cli.bench.machine import compilation_cache_off, load, machine
+from jaxpack.cli.bench.measure import describe
+from jaxpack.cli.bench.turns import Tell, spread
 from jaxpack.cli.bench.workloads import Workload
 from jaxpack.data import Batch, Batcher, BatchIterator, BucketByLength, SlotFilling, SortedChunks, plan_cover
 
@@ -210,13 +212,18 @@ def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int
 
 
 def _in_turns(trainings: Mapping[str, Training], state: State, repeats: int, tell: Tell) -> dict[str, list[Epoch]]:
-    """Times an epoch of each in every turn. All start from the same state, and continue from their own."""
-    states = dict.fromkeys(trainings, state)
-    epochs: dict[str, list[Epoch]] = {name: [] for name in trainings}
+    """Times an epoch of each in every turn, in an order that is drawn anew for each turn.
+
+    All start from the same state, and continue from their own.
+    """
+    states, names = dict.fromkeys(trainings, state), list(trainings)
+    epochs: dict[str, list[Epoch]] = {name: [] for name in names}
+    generator = np.random.default_rng(0)
     for turn in range(repeats):
-        for i, (name, training) in enumerate(trainings.items()):
-            done = (turn + i / len(trainings)) / repeats
-            tell(f"turn {turn + 1} of {repeats}, {name}", 0.2 + 0.8 * done)
+        for i, place in enumerate(generator.permutation(len(names))):
+            name = names[place]
+            tell(f"turn {turn + 1} of {repeats}, {name}", 0.2 + 0.8 * (turn + i / len(names)) / repeats)
+            training = trainings[name]
             states[name], epoch = _train(training.programs, states[name], iter(training.batches))
             epochs[name].append(epoch)
     return epochs

@@ -59,10 +59,14 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
     cell = PeepholeCell if own_cell else getattr(nnx, of_cell(_CELLS, workload.cell))
     rngs = nnx.Rngs(workload.seed)
     options = {} if plan is None else {"plan": plan}
+    dtypes: dict[str, Any] = {}
+    if workload.dtype != "float32":  # in which the default, orthogonal(), cannot be drawn
+        dtypes = {"dtype": workload.dtype, "param_dtype": workload.dtype}
+        dtypes["recurrent_kernel_init"] = nnx.initializers.lecun_normal()
 
     def layer(features: int) -> Any:
         rnns = [
-            module.RNN(cell(features, workload.hidden_size, rngs=rngs), **options)
+            module.RNN(cell(features, workload.hidden_size, **dtypes, rngs=rngs), **options)
             for _ in range(workload.layer.num_directions)
         ]
         return module.Bidirectional(*rnns) if workload.bidirectional else rnns[0]

@@ -22,6 +22,7 @@ from flax import nnx
 import jaxpack
 import jaxpack.nnx
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, num_threads, of_cell
+from jaxpack.cli.bench.cudnn_peer import cudnn_calls
 from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
 from jaxpack.cli.bench.linear_peers import associative_scan, masked_scan, padded_calls
 from jaxpack.cli.bench.workloads import Workload
@@ -158,6 +159,12 @@ def _masked_scan(workload: Workload) -> Calls:
     return padded_calls(workload, masked_scan)
 
 
+@peer("jax-cudnn")
+def _jax_cudnn(workload: Workload) -> Calls:
+    """Runs jax.experimental.rnn.lstm, which is cuDNN's, on a padded batch with seq_lengths."""
+    return cudnn_calls(workload)
+
+
 @peer("torch-packed")
 def _torch_packed(workload: Workload) -> Calls:
     """Runs torch.nn.LSTM, GRU or RNN on a PackedSequence."""
@@ -168,7 +175,7 @@ def _torch_packed(workload: Workload) -> Calls:
     def pack(array: np.ndarray) -> Any:
         lengths = torch.from_numpy(np.asarray(workload.lengths))
         arguments = {"batch_first": True, "enforce_sorted": False}
-        return torch.nn.utils.rnn.pack_padded_sequence(torch.from_numpy(array), lengths, **arguments)
+        return torch.nn.utils.rnn.pack_padded_sequence(_tensor(workload, array), lengths, **arguments)
 
     packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
 
@@ -184,9 +191,8 @@ def _torch_padded(workload: Workload) -> Calls:
 
     So its backward direction reads the padding before the sequence. That takes as long, but gives other outputs.
     """
-    torch = _torch()
     inputs, cotangent = (
-        torch.from_numpy(np.ascontiguousarray(array.swapaxes(0, 1))) for array in (workload.inputs, workload.cotangent)
+        _tensor(workload, np.ascontiguousarray(array.swapaxes(0, 1))) for array in (workload.inputs, workload.cotangent)
     )
     calls = _torch_calls(workload, inputs, lambda x: x, lambda output: output, cotangent, workload.padded_plan.size)
     return calls._replace(same_weights=not workload.bidirectional)
@@ -207,7 +213,9 @@ def _torch_calls(
     sizes = workload.features, workload.hidden_size, workload.num_layers
     module = of_cell(modules, workload.cell)(*sizes, bidirectional=workload.bidirectional)
     state = workload.layer.to_torch(workload.params)
-    module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    module.to(getattr(torch, workload.dtype)).load_state_dict(
+        {name: _tensor(workload, array) for name, array in state.items()}
+    )
     module, inputs, cotangent = module.to(device), inputs.to(device), cotangent.to(device)
     leaves = [*module.parameters(), inputs.requires_grad_()]
 
@@ -221,7 +229,7 @@ def _torch_calls(
             return wait(data(module(layout(inputs))[0]))
 
     def training() -> Any:
-        loss = (data(module(layout(inputs))[0]) * cotangent).sum()
+        loss = (data(module(layout(inputs))[0]) * cotangent).sum(dtype=torch.float32)
         return wait((loss, torch.autograd.grad(loss, leaves)))
 
     return Calls(forward, training, cells, same_weights=True)
@@ -232,6 +240,12 @@ def _torch() -> Any:
     torch = importlib.import_module("torch")
     torch.set_num_threads(num_threads())
     return torch
+
+
+def _tensor(workload: Workload, array: np.ndarray) -> Any:
+    """Returns a tensor of the workload's dtype, of which NumPy has no bfloat16 that torch knows."""
+    torch = _torch()
+    return torch.from_numpy(np.asarray(array, np.float32)).to(getattr(torch, workload.dtype))
 
 
 def _torch_device(torch: Any) -> str:

@@ -59,12 +59,11 @@ def machine_line(machine: Result, whose: str = "") -> str:
 
 
 def _limit(result: Result) -> str:
-    limit, rate = result["limit"], result["limit"]["flops_per_second"]
+    limit = result["limit"]
     forward, training = (_flops(limit["useful_flops"][key]) for key in ("forward", "training"))
     return (
-        f"Limit: the products that real tokens need, {forward} forward and {training} with backward, "
-        f"at the rate of one matmul of side {limit['matmul_side']}: {digits(rate['median'] / 1e9)} GFLOP/s "
-        f"({quartiles(rate, 1e9)})."
+        f"Product limit: the matrix products that real steps need, all steps in one product: {forward} forward, at "
+        f"{digits(limit['flops_per_second']['median'] / 1e9)} GFLOP/s, and {training} with backward."
     )
 
 
@@ -72,17 +71,20 @@ def _times(result: Result, key: str, title: str) -> Table:
     """Returns the table of the times and ratios of one pass."""
     huge = _huge_pages(result)
     table = start_table(title, "ms", "25-75 %", "x limit", "x jaxpack", *(["ms, huge pages"] if huge else []))
+
+    def times(found: Result, times_limit: float) -> list[str]:
+        ratio = _optional(found["times_jaxpack"], lambda ratio: f"{ratio['median']:.2f}")
+        return [digits(found["median"] * 1e3), quartiles(found, 1e-3), digits(times_limit), ratio]
+
     for peer in result["peers"]:
-        found = peer[key]
-        cells = [
-            digits(found["median"] * 1e3),
-            quartiles(found, 1e-3),
-            digits(found["times_limit"]["median"]),
-            _optional(found["times_jaxpack"], lambda ratio: f"{ratio['median']:.2f}"),
-        ]
+        cells = times(peer[key], peer[key]["times_limit"]["median"])
         if huge:
             cells.append(_optional(huge.get(peer["name"]), lambda other: digits(other[key]["median"] * 1e3)))
         _row(table, peer, cells)
+    limit = times(result["limit"][key], 1.0)
+    if huge:
+        limit.append(digits(result["huge_pages"]["limit"][key]["median"] * 1e3))
+    table.add_row("product limit", *limit, style="italic")
     return table
 
 
@@ -112,7 +114,8 @@ def turns(result: Result) -> str:
 
 def _legend(result: Result) -> str:
     return (
-        f"Median of {turns(result)} in one process, all libraries in each; ratios are taken turn by turn. Backward: "
+        f"Median of {turns(result)} in one process, all libraries in each, in an order that is drawn anew; ratios are "
+        f"taken turn by turn. Untimed runs of the same library precede each timed one. Backward: "
         f"with respect to weights and inputs. Cells are steps of rows, in each direction of a layer. Compile time, "
         f"temporary memory and page faults are those of forward and backward."
     )
@@ -146,10 +149,10 @@ def _huge_pages(result: Result) -> dict[str, Result]:
     return {} if other is None else {peer["name"]: peer for peer in other["peers"]}
 
 
-def start_table(title: str, *headings: str) -> Table:
-    """Returns a table of numbers, with names under its title."""
+def start_table(title: str, *headings: str, width: int = 20) -> Table:
+    """Returns a table of numbers, with names under its title; `width` is the least of the names' column."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(title, no_wrap=True, min_width=20)
+    table.add_column(title, no_wrap=True, min_width=width)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

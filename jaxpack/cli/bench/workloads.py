@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +13,9 @@ import numpy as np
 
 import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
-from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
+from jaxpack._linear.chunks import ladder_cells
 from jaxpack._linear.layer import LinearLayer
-from jaxpack._recurrence.windows import ladder_cells
+from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.datasets import japanese_vowels
 
 EPOCH = "epoch"  # the name of the workload that is a corpus
@@ -31,7 +30,7 @@ LINEAR_LAYERS: Mapping[str, Callable[[int, int], LinearLayer]] = MappingProxyTyp
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """A layer and a batch for it, or a corpus, in float32.
+    """A layer and a batch for it, or a corpus.
 
     Attributes:
       name: the workload's name.
@@ -39,6 +38,7 @@ class Workload:
       cell: "lstm", "gru" or "rnn"; or "lru", "mingru" or "rglru", which are one layer in one direction.
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
+      dtype: "float32" or "bfloat16", of all of these and of the computation.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Workload:
     num_layers: int = 1
     bidirectional: bool = False
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def layer(self) -> Any:
@@ -74,18 +75,6 @@ class Workload:
         return int(self.lengths.sum())
 
     @property
-    def useful_flops(self) -> dict[str, int]:
-        """The floating-point operations in matrix products that real tokens need, by pass.
-
-        The forward pass takes a product and a sum for each token and each weight of a matrix. The backward pass takes
-        twice as many, for the gradients of inputs and of weights.
-        """
-        leaves = jax.tree_util.tree_leaves_with_path(self.layer.shapes, is_leaf=lambda node: isinstance(node, tuple))
-        weights = sum(math.prod(shape) for path, shape in leaves if len(shape) > 1 and path[-1].key != "b")
-        forward = 2 * weights * self.tokens
-        return {"forward": forward, "training": 3 * forward}
-
-    @property
     def input_sizes(self) -> list[int]:
         """The number of input features of each layer in the stack."""
         return [self.features] + [self.layer.output_size] * (self.num_layers - 1)
@@ -107,10 +96,11 @@ class Workload:
 
     def cells_under(self, plan: jaxpack.BucketPlan | None) -> int:
         """Counts the cells that jaxpack computes under a plan, or without one."""
-        if plan is None:
-            count = linear_ladder_cells if self.cell in LINEAR_LAYERS else ladder_cells
-            return count(self.padded_plan, self.lengths)
-        return plan.size
+        if plan is not None:
+            return plan.size
+        if self.cell in LINEAR_LAYERS:
+            return ladder_cells(self.padded_plan, self.lengths)
+        return unplanned_cells(self.lengths, self.longest)
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
@@ -126,20 +116,21 @@ class Workload:
     def cotangent(self) -> np.ndarray:
         """The factor of the outputs in the loss, [B, T, D*H]: normal, zero past each length.
 
-        It is scaled so that the loss, a sum over all outputs, has their magnitude.
+        It is scaled so that the loss, a sum over all outputs, does not grow with the number of steps.
         """
-        return self._normal(2, self.layer.output_size) / np.float32(np.sqrt(self.tokens))
+        return self._normal(2, self.layer.output_size, 1 / np.sqrt(self.tokens))
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
         """The layer's weights, which torch gets too."""
-        return self.layer.init(jax.random.key(self.seed))
+        params = self.layer.init(jax.random.key(self.seed), "float32")
+        return jax.tree.map(lambda array: array.astype(self.dtype), params)
 
-    def _normal(self, stream: int, features: int) -> np.ndarray:
+    def _normal(self, stream: int, features: int, scale: float = 1) -> np.ndarray:
         generator = np.random.default_rng([self.seed, stream])
         array = generator.standard_normal((self.batch_size, self.longest, features), np.float32)
-        array *= self.mask[..., None]
-        return array
+        array *= self.mask[..., None] * np.float32(scale)
+        return array.astype(self.dtype, copy=False)
 
 
 def named_workload(name: str, seed: int = 0) -> Workload:
@@ -159,7 +150,7 @@ def workload_names() -> tuple[str, ...]:
     return tuple(_WORKLOADS)
 
 
-def _lognormal(generator: np.random.Generator, batch_size: int = 64) -> np.ndarray:
+def lognormal_lengths(generator: np.random.Generator, batch_size: int = 64) -> np.ndarray:
     """Draws log-normal lengths: half are above 50, a sixth above 100."""
     return np.clip(np.round(generator.lognormal(np.log(50), 0.7, batch_size)), 1, 200).astype(np.int64)
 
@@ -168,8 +159,14 @@ def _uniform(generator: np.random.Generator) -> np.ndarray:
     return generator.integers(1, 100, 64, endpoint=True)
 
 
-def _equal(generator: np.random.Generator, batch_size: int = 64, length: int = 100) -> np.ndarray:
+def equal_lengths(generator: np.random.Generator, batch_size: int = 64, length: int = 100) -> np.ndarray:
+    """Returns lengths that are all the same."""
     return np.full(batch_size, length)
+
+
+def _words(generator: np.random.Generator) -> np.ndarray:
+    """Draws the lengths of 128 words: near 9 letters, at most 24."""
+    return np.clip(np.round(generator.normal(9, 3, 128)), 1, 24).astype(np.int64)
 
 
 def _vowels(generator: np.random.Generator) -> np.ndarray:
@@ -187,20 +184,22 @@ def _longtail(generator: np.random.Generator) -> np.ndarray:
 
 _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapping[str, Any]]] = MappingProxyType(
     {
-        "lognormal": (_lognormal, {}),
+        "lognormal": (lognormal_lengths, {}),
         "uniform": (_uniform, {}),
-        "equal": (_equal, {}),
+        "equal": (equal_lengths, {}),
         "vowels": (_vowels, {"features": 12, "hidden_size": 64}),
         "longtail": (_longtail, {}),
-        "bilstm2": (_lognormal, {"num_layers": 2, "bidirectional": True}),
-        "gru": (_lognormal, {"cell": "gru"}),
-        "rnn": (_lognormal, {"cell": "rnn"}),
-        "lru": (_lognormal, {"cell": "lru"}),
-        "mingru": (_lognormal, {"cell": "mingru"}),
-        "rglru": (_lognormal, {"cell": "rglru", "features": 256}),
-        "small": (functools.partial(_lognormal, batch_size=8), {"features": 32, "hidden_size": 32}),
-        "wide": (functools.partial(_lognormal, batch_size=256), {"hidden_size": 512}),
-        "long": (functools.partial(_equal, batch_size=16, length=10_000), {}),
-        EPOCH: (functools.partial(_lognormal, batch_size=4096), {}),
+        "bilstm2": (lognormal_lengths, {"num_layers": 2, "bidirectional": True}),
+        "gru": (lognormal_lengths, {"cell": "gru"}),
+        "rnn": (lognormal_lengths, {"cell": "rnn"}),
+        "lru": (lognormal_lengths, {"cell": "lru"}),
+        "mingru": (lognormal_lengths, {"cell": "mingru"}),
+        "rglru": (lognormal_lengths, {"cell": "rglru", "features": 256}),
+        "words": (_words, {"features": 64, "hidden_size": 192}),
+        "words-gru": (_words, {"cell": "gru", "features": 64, "hidden_size": 192}),
+        "small": (functools.partial(lognormal_lengths, batch_size=8), {"features": 32, "hidden_size": 32}),
+        "wide": (functools.partial(lognormal_lengths, batch_size=256), {"hidden_size": 512}),
+        "long": (functools.partial(equal_lengths, batch_size=16, length=10_000), {}),
+        EPOCH: (functools.partial(lognormal_lengths, batch_size=4096), {}),
     }
 )

@@ -17,14 +17,17 @@ from commands import bench as invoke
 from commands import message
 
 import jaxpack
-from jaxpack import plan_buckets, plan_padded
-from jaxpack._recurrence.windows import ladder_cells
+from jaxpack import plan_buckets
+from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.cli.bench import command as bench_file
 from jaxpack.cli.bench import measure as bench_measure
 from jaxpack.cli.bench import peers as bench_peers
-from jaxpack.cli.bench.calls import Missing, jax_calls, num_threads
-from jaxpack.cli.bench.measure import PASSES, measure
+from jaxpack.cli.bench import turns as bench_turns
+from jaxpack.cli.bench.calls import PASSES, Missing, jax_calls, num_threads
+from jaxpack.cli.bench.measure import measure
 from jaxpack.cli.bench.peers import PEERS
+from jaxpack.cli.bench.products import count_flops, product_runs, product_shapes, useful_flops
+from jaxpack.cli.bench.turns import take_turns
 from jaxpack.cli.bench.workloads import Workload, named_workload, workload_names
 
 LENGTHS = np.array([3, 8, 2])  # few, since a run without a plan has a loop for each of up to eight
@@ -42,6 +45,8 @@ NAMES = (
     "lru",
     "mingru",
     "rglru",
+    "words",
+    "words-gru",
     "small",
     "wide",
     "long",
@@ -102,7 +107,7 @@ class Run:
         """Returns the entries of a library in one of the report's tables."""
         lines = iter(self.report.splitlines())
         assert any(line.startswith(f"{table}  ") for line in lines)
-        return next(line for line in lines if line.startswith(f"{name}  ")).split()[1:]
+        return next(line for line in lines if line.startswith(f"{name}  ")).removeprefix(name).split()
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +148,7 @@ def test_cells_are_counted(run):
     expected = {"jaxpack": packed, "jaxpack-in-out": packed, "torch-packed": LENGTHS.sum()}
     expected["jaxpack-buckets"] = plan_buckets(LENGTHS).size
     expected |= dict.fromkeys(["jaxpack.nnx-plan", "own-cell-plan"], packed)
-    ladder = ladder_cells(plan_padded(len(LENGTHS), LENGTHS.max()), LENGTHS)
-    expected |= dict.fromkeys(["jaxpack-no-plan", "jaxpack.nnx"], ladder)
+    expected |= dict.fromkeys(["jaxpack-no-plan", "jaxpack.nnx"], unplanned_cells(LENGTHS, LENGTHS.max()))
     for name, peer in run.peers.items():
         cells = expected.get(name, padded)
         assert peer["cells"] == cells
@@ -202,19 +206,20 @@ def test_medians_spreads_and_ratios_are_those_of_the_samples(run):
             )
 
 
-def test_times_limit_is_the_time_over_that_of_the_useful_operations(run):
+def test_times_limit_is_the_time_over_that_of_the_products_in_the_same_turn(run):
     limit = run.result["limit"]
-    weights = 4 * HIDDEN * (FEATURES + HIDDEN)
-    tokens = int(LENGTHS.sum())
-    assert limit["useful_flops"] == {"forward": 2 * tokens * weights, "training": 6 * tokens * weights}
-    rates = 2 * limit["matmul_side"] ** 3 / np.array(limit["seconds"])
-    assert limit["flops_per_second"]["median"] == pytest.approx(np.median(rates))
-    for peer in run.result["peers"]:
-        for key in PASSES:
-            ratios = np.array(peer[key]["seconds"]) / (limit["useful_flops"][key] / rates)
-            found = peer[key]["times_limit"]
-            expected = np.quantile(ratios, (0.25, 0.5, 0.75))
+    flops = 2 * LENGTHS.sum() * 4 * HIDDEN * (FEATURES + HIDDEN)
+    assert limit["useful_flops"] == {"forward": flops, "training": 3 * flops}
+    for key in PASSES:
+        seconds = np.array(limit[key]["seconds"])
+        assert seconds.shape == (REPEATS,)
+        for peer in run.result["peers"]:
+            found, expected = peer[key]["times_limit"], np.quantile(peer[key]["seconds"] / seconds, (0.25, 0.5, 0.75))
             np.testing.assert_allclose([found["low"], found["median"], found["high"]], expected)
+        ours = limit[key]["times_jaxpack"]["median"]
+        assert ours == pytest.approx(np.median(seconds / run.peers["jaxpack"][key]["seconds"]))
+    rates = flops / np.array(limit["forward"]["seconds"])
+    assert limit["flops_per_second"]["median"] == pytest.approx(np.median(rates))
 
 
 def test_report_fits_80_columns_and_has_all_tables(run):
@@ -226,6 +231,8 @@ def test_report_fits_80_columns_and_has_all_tables(run):
         assert float(training[-1].replace(",", "")) == pytest.approx(
             peer["training"]["times_jaxpack"]["median"], abs=0.006
         )
+    for table in ("Forward", "Forward and backward"):
+        assert run.row(table, "product limit")[-2] == "1.00"
     text = " ".join(run.report.split())
     assert f"{num_threads()} threads for every library" in text or "1 thread for every library" in text
     assert f"jax {jax.__version__}" in text
@@ -389,12 +396,42 @@ def test_lengths_of_0_are_measured_but_not_by_torch_packed():
     assert "refuses lengths of 0" in found["missing"][0]["reason"]
 
 
-def test_all_runs_take_turns_each_after_one_that_is_not_timed():
+@pytest.fixture
+def at_once(monkeypatch):
+    """Settles every run in a single call."""
+    monkeypatch.setattr(bench_turns, "SETTLE", 0)
+
+
+def test_every_timed_run_follows_one_of_its_own_in_an_order_drawn_anew(at_once):
     order: list[str] = []
-    runs = {name: {"forward": functools.partial(order.append, name)} for name in "ab"}
-    samples = bench_measure._in_turns(runs, 3, quiet)
-    assert "".join(order) == "aabb" * 3
-    assert samples["b", "forward"]["seconds"].shape == (3,)
+    runs = {(name, "forward"): functools.partial(order.append, name) for name in "abcdef"}
+    samples = take_turns(runs, 8, quiet)
+    assert order[::2] == order[1::2]
+    turns = [tuple(order[i : i + 12 : 2]) for i in range(0, len(order), 12)]
+    assert len(turns) == 8
+    assert all(sorted(turn) == list("abcdef") for turn in turns)
+    assert len(set(turns)) > 4
+    assert samples["b", "forward"].seconds.shape == samples["b", "forward"].page_faults.shape == (8,)
+
+
+def test_samples_are_those_of_their_run_whatever_the_order(monkeypatch, at_once):
+    monkeypatch.setattr(bench_turns, "seconds", lambda run: run())
+    runs = {(name, "forward"): functools.partial(float, i) for i, name in enumerate("abc")}
+    samples = take_turns(runs, 5, quiet)
+    for i, name in enumerate("abc"):
+        np.testing.assert_array_equal(samples[name, "forward"].seconds, np.full(5, i))
+
+
+def test_a_run_settles_until_the_threads_of_another_library_sleep(monkeypatch):
+    now, runs = [0.0], []
+
+    def run():
+        runs.append(now[0])
+        now[0] += 0.6 * bench_turns.SETTLE
+
+    monkeypatch.setattr(bench_turns.time, "perf_counter", lambda: now[0])
+    bench_turns._settle(run)
+    assert len(runs) == 2
 
 
 def test_compile_seconds_do_not_come_from_a_cache(monkeypatch):
@@ -422,6 +459,10 @@ def test_workloads_are_those_of_the_list():
     assert sizes["longtail"][:2] == (128, 500)
     assert sizes["bilstm2"][4:] == ("lstm", 2, True)
     assert (sizes["gru"][4], sizes["rnn"][4]) == ("gru", "rnn")
+    assert [(w[0], *w[2:5]) for w in (sizes["words"], sizes["words-gru"])] == [
+        (128, 64, 192, cell) for cell in ("lstm", "gru")
+    ]
+    assert 8 < named_workload("words").lengths.mean() < 10
     assert (sizes["small"][0], sizes["small"][2:4]) == (8, (32, 32))
     assert (sizes["wide"][0], sizes["wide"][3]) == (256, 512)
     assert sizes["long"][:4] == (16, 10_000, 128, 256)
@@ -436,7 +477,7 @@ def test_lognormal_is_the_batch_of_the_study():
 
 
 def test_lengths_are_in_the_range_of_each_workload():
-    ranges = {"lognormal": (1, 200), "uniform": (1, 100), "vowels": (7, 29), "epoch": (1, 200)}
+    ranges = {"words": (1, 24), "lognormal": (1, 200), "uniform": (1, 100), "vowels": (7, 29), "epoch": (1, 200)}
     for seed in range(3):
         for name, (low, high) in ranges.items():
             lengths = named_workload(name, seed).lengths
@@ -452,17 +493,34 @@ def test_a_seed_always_draws_the_same_and_another_draws_another():
     assert not np.array_equal(first.lengths, other.lengths)
 
 
-def test_inputs_and_cotangents_are_0_past_each_length():
-    workload = tiny()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inputs_and_cotangents_are_0_past_each_length(dtype):
+    workload = tiny(dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(workload.params)} == {jnp.dtype(dtype)}
     for array in (workload.inputs, workload.cotangent):
-        assert array.dtype == np.float32
+        assert array.dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(np.any(array, axis=-1), np.arange(8) < LENGTHS[:, None])
 
 
 def test_useful_operations_count_every_matrix_of_every_layer_and_direction():
     workload = tiny(num_layers=2, bidirectional=True, cell="gru")
     weights = 2 * 3 * HIDDEN * (FEATURES + HIDDEN) + 2 * 3 * HIDDEN * (2 * HIDDEN + HIDDEN)
-    assert workload.useful_flops["forward"] == 2 * weights * LENGTHS.sum()
+    forward = 2 * weights * LENGTHS.sum()
+    assert useful_flops(workload) == {"forward": forward, "training": 3 * forward}
+    shapes = [shape for group in workload.layer.shapes.values() for shape in group.values() if len(shape) == 2]
+    assert weights == sum(map(np.prod, shapes))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_product_limit_runs_exactly_the_useful_operations(dtype):
+    workload = tiny(num_layers=2, bidirectional=True, dtype=dtype)
+    for key, run in product_runs(workload).items():
+        shapes = product_shapes(workload)[key]
+        assert [product.shape for product in run()] == [(n, m) for n, _, m in shapes]
+        assert {product.dtype for product in run()} == {jnp.dtype(dtype)}
+        if dtype == "float32":  # on CPUs, bfloat16 is converted, which counts too
+            program: Any = run.func
+            assert program.cost_analysis()["flops"] == count_flops(shapes)
 
 
 def test_an_unknown_workload_is_refused_with_the_list():

@@ -154,15 +154,17 @@ def test_all_start_from_one_state_and_go_on_from_their_own_in_turns(monkeypatch)
 
     monkeypatch.setattr(bench_epoch, "_prepare", prepare)
     workload = Workload("tiny", LENGTHS[:BATCH_SIZE], features=1, hidden_size=1)
-    found = measure_epoch(workload, ["padded-batch", "slot-filled"], 3, lambda doing, done: None)
+    found = measure_epoch(workload, ["padded-batch", "slot-filled"], 6, lambda doing, done: None)
     assert [(peer["name"], peer["times_padded"]) for peer in found["peers"]] == [
         ("padded-batch", None),
         ("slot-filled", None),
     ]
-    assert [kind for kind, _ in order] == ["SortedChunks", "SlotFilling"] * 3
-    states = [state for _, state in order]
-    assert states[0] is states[1]
-    assert states[2:] == [1, 2, 3, 4]
+    turns = [tuple(kind for kind, _ in order[i : i + 2]) for i in range(0, 12, 2)]
+    assert {*turns} == {("SortedChunks", "SlotFilling"), ("SlotFilling", "SortedChunks")}  # the order is drawn
+    for kind in turns[0]:
+        calls = [i for i, (name, _) in enumerate(order) if name == kind]
+        assert order[calls[0]][1] is order[0][1]
+        assert [order[i][1] for i in calls[1:]] == [i + 1 for i in calls[:-1]]  # the state of its last epoch
 
 
 @pytest.mark.parametrize(
