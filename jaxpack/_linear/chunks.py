@@ -25,6 +25,7 @@ from jax import lax
 from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import Block, Form, accumulator, blocks_of, solve, with_rows
 from jaxpack._packed.broadcast import expand, vary_like
+from jaxpack._packed.maps import by_cell
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
@@ -243,7 +244,7 @@ class _Cells(NamedTuple):
     def of(cls, plan: BucketPlan, x: jax.Array, reading: Reading) -> _Cells:
         """Returns all cells."""
         numbers = jnp.arange(plan.size, dtype=jnp.int32) + 1  # 0 is past the end of a block
-        return cls(x, reading.real, reading.start, numbers, jnp.asarray(plan.cell_slots))
+        return cls(x, reading.real, reading.start, numbers, by_cell(plan).slots)
 
 
 def _chunk(

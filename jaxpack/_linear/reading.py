@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import lax
 
-from jaxpack._packed.gather import Indexed, cells_of, real_cells, slot_spans
+from jaxpack._packed.gather import Indexed, slot_spans
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread, take
 from jaxpack._plans.bucket_plan import BucketPlan
 
 
@@ -38,12 +39,14 @@ class Reading(NamedTuple):
           reverse: whether each episode is read from its end.
         """
         plan, spans = packed.plan, slot_spans(packed)
-        real, steps, ends = real_cells(packed), jnp.asarray(plan.cell_steps), spans[plan.cell_slots]
+        slots, steps = by_cell(plan)
+        ends = take(spans, slots)
+        real = steps < ends
         start = steps == (ends - 1 if reverse else 0)
         if resets is not None:
-            start |= resets[_next_cells(plan)] if reverse else resets
-        slots = jnp.arange(plan.num_sequences)
-        last = cells_of(plan, slots, jnp.zeros_like(spans) if reverse else jnp.maximum(spans - 1, 0))
+            start |= take(resets, _next_cells(plan)) if reverse else resets
+        every = lax.iota(jnp.int32, plan.num_sequences)
+        last = cells_of(plan, every, jnp.zeros_like(spans) if reverse else jnp.maximum(spans - 1, 0))
         return cls(real, start & real, last, spans == 0)
 
     @property
@@ -52,7 +55,7 @@ class Reading(NamedTuple):
         return self.start | ~self.real
 
 
-def _next_cells(plan: BucketPlan) -> np.ndarray:
+def _next_cells(plan: BucketPlan) -> jax.Array:
     """Returns the cell of the next step of the same sequence; of the last step of a slot, that step itself."""
-    steps = np.minimum(plan.cell_steps + 1, plan.room[plan.cell_slots] - 1)
-    return plan.step_offsets[plan.slot_starts[plan.cell_slots] + steps] + plan.slot_rows[plan.cell_slots]
+    slots, steps = by_cell(plan)
+    return cells_of(plan, slots, jnp.minimum(steps + 1, spread(plan, room_of_slots(plan)) - 1))

@@ -16,6 +16,7 @@ from jaxpack._linear.inputs import Aligned, Lengths, align, check_resets, clean
 from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import Form, blocks_of, solve
 from jaxpack._packed.broadcast import expand, vary_like
+from jaxpack._packed.maps import spread
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 
@@ -129,7 +130,7 @@ def _scan(
     decay = decay.astype(dtype).reshape((len(decay),) + (1,) * (inputs.ndim - decay.ndim) + decay.shape[1:])
     initial = initial[packed.sorted_indices]
     if initial_state is not None:
-        used = jnp.where(expand(reading.empty, initial), 0, initial)[plan.cell_slots]
+        used = spread(plan, jnp.where(expand(reading.empty, initial), 0, initial))
         inputs = jnp.where(start, jnp.where(start, decay, 0) * used + inputs, inputs)
     if shared is None:
         decay = jnp.where(fresh, 0, decay)
