@@ -28,8 +28,20 @@ class Outputs(NamedTuple):
     own: PyTree
 
 
+class StepLoop(NamedTuple):
+    """How steps run.
+
+    Attributes:
+      stacked: whether lax.scan stacks the outputs of steps; else they are written in place.
+      unroll: how many steps an iteration has; where outputs are stacked, at most.
+    """
+
+    stacked: bool
+    unroll: int
+
+
 def run_steps(
-    window: Window, body: Body, carry: Any, xs: PyTree, outputs: Outputs, reverse: bool = False, stack: int = 0
+    window: Window, body: Body, carry: Any, xs: PyTree, outputs: Outputs, loop_of: StepLoop, reverse: bool = False
 ) -> tuple[Any, Outputs]:
     """Runs the steps of a window.
 
@@ -39,14 +51,14 @@ def run_steps(
       carry: the initial carry.
       xs: what the steps read, leaves [M, ...].
       outputs: what they replace.
+      loop_of: how the steps run.
       reverse: whether to go from the last step to the first.
-      stack: 0 to write outputs in place. Otherwise lax.scan stacks them, with at most so many steps an iteration.
 
     Returns:
       The last carry, and the outputs.
     """
-    if stack:
-        return _stacked(window, body, carry, xs, outputs, reverse, stack)
+    if loop_of.stacked:
+        return _stacked(window, body, carry, xs, outputs, loop_of.unroll, reverse)
     rows, steps = window.stair.rows, window.stair.steps
 
     def step(j: Any, state: tuple[Any, Outputs]) -> tuple[Any, Outputs]:
@@ -59,11 +71,11 @@ def run_steps(
         return carry, Outputs(whole, jax.tree.map(lambda leaf, new: write(leaf, new, at), outputs.own, own))
 
     start, stop = (0, steps - window.skip) if reverse else (window.skip, steps)
-    return loop(start, stop, step, (carry, outputs))
+    return loop(start, stop, step, (carry, outputs), loop_of.unroll)
 
 
 def _stacked(
-    window: Window, body: Body, carry: Any, xs: PyTree, outputs: Outputs, reverse: bool, most: int
+    window: Window, body: Body, carry: Any, xs: PyTree, outputs: Outputs, most: int, reverse: bool
 ) -> tuple[Any, Outputs]:
     rows, steps = window.stair.rows, window.stair.steps
     unroll, extra = _unrolled(steps, most)
@@ -99,11 +111,11 @@ def _unrolled(steps: int, most: int) -> tuple[int, int]:
     return best, extra[best]
 
 
-def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], state: Any) -> Any:
+def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], state: Any, unroll: int = 1) -> Any:
     """Runs fori_loop, or the body alone where the trip count is known to be 1."""
-    if isinstance(start, int) and isinstance(stop, int) and stop - start == 1:
-        return body(start, state)
-    return lax.fori_loop(start, stop, body, state)
+    if not (isinstance(start, int) and isinstance(stop, int)):
+        return lax.fori_loop(start, stop, body, state)
+    return body(start, state) if stop - start == 1 else lax.fori_loop(start, stop, body, state, unroll=unroll)
 
 
 def buffer(like: jax.Array, shape: tuple[int, ...], fill: float) -> jax.Array:

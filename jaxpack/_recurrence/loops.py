@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
-from jaxpack._recurrence.buffers import Outputs, buffer, loop, read, run_steps, write
+from jaxpack._recurrence.buffers import Outputs, StepLoop, buffer, loop, read, run_steps, write
 from jaxpack._recurrence.slots import RealCells, enter
 from jaxpack._recurrence.windows import Stair, Window
 from jaxpack._types import PyTree
@@ -82,13 +82,15 @@ class Loops(NamedTuple):
     Attributes:
       cell: the cell, as its platform runs it.
       stairs: the loops, one after the other.
-      stack: 0 to write the outputs of steps in place, else the most steps in an iteration of a scan that stacks them.
+      steps: how the steps of a chunk run.
+      wide: whether the platform wants few and large operations, and need not keep a chunk in cache.
       real: the real cells.
     """
 
     cell: Cell
     stairs: tuple[Stair, ...]
-    stack: int
+    steps: StepLoop
+    wide: bool
     real: RealCells
 
     @property
@@ -177,7 +179,7 @@ class _Forward(NamedTuple):
         def step(carry: Carry, xs: Any, _: Any) -> Any:
             projected, live, entry = xs
             before = enter(entry, carry)
-            if self.loops.stack:  # one kernel before each product: XLA would compute c again from earlier steps
+            if self.loops.steps.stacked:  # one kernel before each product: XLA would compute c again from earlier steps
                 before = lax.optimization_barrier(before)
             activations = cell.activate(self.weights, projected, before[0])
             h, *memory = cell.advance(self.weights, activations, before)
@@ -188,7 +190,8 @@ class _Forward(NamedTuple):
 
         history = tuple(buffer(c, (window.size, c.shape[1]), 5) for c in carry[1:]) if collects else ()
         xs = projected, live, real.at_begins(window, self.initial)
-        carry, outputs = run_steps(window, step, carry, xs, Outputs((y, activations), history), stack=self.loops.stack)
+        outputs = Outputs((y, activations), history)
+        carry, outputs = run_steps(window, step, carry, xs, outputs, self.loops.steps)
         y, activations = outputs.whole
         if collects:
             memory = tuple(window.collect(real.last, *each) for each in zip(outputs.own, memory, strict=True))
@@ -215,7 +218,7 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
         stair = loops.stairs[k]
         before = residuals.y[stair.offset - loops.stairs[k - 1].rows :] if k else loops.start(loops.widened(initial))[0]
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
-        count = stair.number if loops.stack else lax.optimization_barrier(jnp.int32(stair.number))
+        count = stair.number if loops.wide else lax.optimization_barrier(jnp.int32(stair.number))
         state = _BackwardState(tuple(leaf[: stair.rows] for leaf in dcarry), dinitial, dx, dweights)
         state = loop(0, count, functools.partial(run.chunk, stair, before[: stair.rows]), state)
         rows, dinitial, dx, dweights = state
@@ -303,7 +306,7 @@ class _Backward(NamedTuple):
         self, window: Window, entry: Any, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
     ) -> jax.Array:
         """Returns the memory before each step of a chunk [M, H], from the memory at its first own step [rows, H]."""
-        if self.loops.stack:
+        if self.loops.wide:
             return _recall_in_parallel(window, entry, update, own, start)
 
         def step(memory: jax.Array, xs: Any, _: Any) -> Any:
@@ -312,7 +315,7 @@ class _Backward(NamedTuple):
             return jnp.where(live, decay * before + inject, before), (), before
 
         outputs = Outputs((), buffer(start, update[0].shape, 4))
-        return run_steps(window, step, start, (update, own, entry), outputs)[1].own
+        return run_steps(window, step, start, (update, own, entry), outputs, self.loops.steps)[1].own
 
     def _pull_back(
         self, window: Window, point: _Point, d: jax.Array, dcarry: Carry
@@ -338,9 +341,9 @@ class _Backward(NamedTuple):
             dcarry = (dh,) if earlier_dc is None else (dh, earlier_dc)
             return dcarry, (), (da, total if projects else (), dcarry if collects else ())
 
-        # On accelerators, in the steps: their operations are few, and the derivatives need no memory. CPUs are faster
-        # with few operations in a step.
-        in_steps = self.loops.stack > 0
+        # On GPUs, in the steps: fused into the kernel of a step, the derivatives need no memory. Other platforms are
+        # faster with few operations in a step.
+        in_steps = self.loops.steps.stacked
         if in_steps:
             at: Any = point
             da_gates = buffer(d, (window.size, self.weights.bias.shape[0]), 7)
@@ -350,7 +353,7 @@ class _Backward(NamedTuple):
         history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in dcarry) if collects else ()
         outputs = Outputs((), (da_gates, d if projects else (), history))
         xs = at, None if projects else d, entry
-        dcarry, outputs = run_steps(window, step, dcarry, xs, outputs, reverse=True, stack=self.loops.stack)
+        dcarry, outputs = run_steps(window, step, dcarry, xs, outputs, self.loops.steps, reverse=True)
         da, total, history = outputs.own
         return dcarry, da, total if projects else d, history
 

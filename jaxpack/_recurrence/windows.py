@@ -102,25 +102,19 @@ class Window(NamedTuple):
         return jnp.where(here[:, None], found, values)
 
 
-def stairs_of(plan: BucketPlan, chunk_cells: int | None, whole: bool = False) -> tuple[Stair, ...]:
+def stairs_of(plan: BucketPlan, chunk_cells: int | None) -> tuple[Stair, ...]:
     """Returns the stairs of a plan: one a bucket.
 
     Args:
       plan: the plan.
       chunk_cells: about how many cells a chunk has, in chunks of nearly equal length; None for one chunk a bucket.
-      whole: whether each chunk must be whole. A bucket's last steps then are a stair of their own.
     """
     stairs, checkpoint = [], 0
     for bucket in plan.buckets:
         steps = chunk_steps(bucket.rows, bucket.steps, chunk_cells)
-        rest = bucket.steps % steps if whole else 0
-        first = bucket.steps - rest
-        for offset, length in ((0, first), (first, rest)):
-            if length:
-                count = -(-length // min(steps, length))
-                cell = bucket.offset + offset * bucket.rows
-                stairs.append(Stair(bucket.rows, cell, length, min(steps, length), count, checkpoint))
-                checkpoint += count * bucket.rows
+        count = -(-bucket.steps // steps)
+        stairs.append(Stair(bucket.rows, bucket.offset, bucket.steps, steps, count, checkpoint))
+        checkpoint += count * bucket.rows
     return tuple(stairs)
 
 
