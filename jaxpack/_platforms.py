@@ -17,7 +17,7 @@ def platform_kind(platform: str | None = None) -> str:
       ValueError: if the name is unknown.
     """
     if platform is None:
-        told = jax.config.read("jax_platform_name") or jax.config.read("jax_platforms") or ""
+        told = jax.config.read("jax_platform_name") or jax.config.jax_platforms or ""  # type: ignore[attr-defined]
         return _KINDS.get(told.split(",")[0] or jax.default_backend(), "gpu")
     if platform not in _KINDS:
         raise ValueError(f"platform must be one of {', '.join(_KINDS)}, or None for the default, got {platform!r}.")
