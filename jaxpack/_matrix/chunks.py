@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._packed.gather import Indexed, real_cells, rearrange, slot_spans
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots
 from jaxpack._packed.rows import end_to_end
 from jaxpack._packed.scan import scan_of, scan_slots
 from jaxpack._packed.slack import in_caller_order
@@ -73,7 +73,7 @@ def scan_chunks(
 
     def gathered(leaf: jax.Array) -> jax.Array:
         leaf = jnp.where(expand(real, leaf), leaf, jnp.zeros_like(leaf))
-        moved = rearrange(leaf, jnp.asarray(cells), jnp.asarray(places))
+        moved = rearrange(leaf, cells, places)
         return moved.reshape(chunks.size, size, *leaf.shape[1:])
 
     episodes = None if starts is None else jnp.cumsum(gathered(starts).astype(jnp.int32), 1)
@@ -92,7 +92,7 @@ def scan_chunks(
     final = jax.tree.map(
         lambda leaf, old: jnp.where(expand(empty, leaf), old, leaf), in_caller_order(packed, final), initial
     )
-    return rearrange(outputs, jnp.asarray(places), jnp.asarray(cells)), final
+    return rearrange(outputs, places, cells), final
 
 
 def chunk_size(plan: BucketPlan, key_size: int, value_size: int, per_key: bool = False) -> int:
@@ -115,16 +115,21 @@ def chunk_size(plan: BucketPlan, key_size: int, value_size: int, per_key: bool =
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(plan: BucketPlan, size: int) -> tuple[BucketPlan, np.ndarray, np.ndarray]:
-    """Returns the plan of chunks; for each of their N * C steps its cell, S for none; for each cell its step."""
+def _chunk_plan(plan: BucketPlan, size: int) -> BucketPlan:
+    """Returns the plan of chunks, of which a cell is one."""
     room = -(-plan.room // size)
-    chunks = end_to_end(room, int(room[0]))
-    index, offset = np.divmod(plan.cell_steps, size)
-    steps = chunks.slot_starts[plan.cell_slots] + index
-    places = (chunks.step_offsets[steps] + chunks.slot_rows[plan.cell_slots]) * size + offset
-    cells = np.full(chunks.size * size, plan.size, np.int32)
-    cells[places] = np.arange(plan.size)
-    return chunks, cells, places
+    return end_to_end(room, int(room[0]))
+
+
+def _layout(plan: BucketPlan, size: int) -> tuple[BucketPlan, jax.Array, jax.Array]:
+    """Returns the plan of chunks; for each of their N * C steps its cell, S for none; for each cell its step."""
+    chunks = _chunk_plan(plan, size)
+    slots, index = (leaf[:, None] for leaf in by_cell(chunks))
+    steps = index * size + jnp.arange(size, dtype=jnp.int32)[None]
+    inside = steps < room_of_slots(plan)[slots]
+    cells = jnp.where(inside, cells_of(plan, slots, jnp.where(inside, steps, 0)), plan.size)
+    slots, steps = by_cell(plan)
+    return chunks, cells.reshape(-1), cells_of(chunks, slots, steps // size) * size + steps % size
 
 
 def first_episode(chunk: Chunk) -> Any:

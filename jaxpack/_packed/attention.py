@@ -14,8 +14,9 @@ from jaxpack._dtypes import as_jax
 from jaxpack._packed.broadcast import expand
 from jaxpack._packed.gather import real_cells, slot_fits
 from jaxpack._packed.indices import same_sequences
+from jaxpack._packed.maps import by_cell, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
-from jaxpack._packed.rows import into_rows, out_of_rows, ranks_in_row
+from jaxpack._packed.rows import into_rows, out_of_rows, segment_ids
 from jaxpack._packed.slack import zero_slack
 from jaxpack._packed.statistics import as_inexact
 
@@ -90,12 +91,12 @@ def _attention(
     if not query.data.size:
         return query.data.astype(dtype)
     # A sequence that does not fit is zero here, and NaN afterwards: 0 * NaN would reach the others in its row.
-    kept = real_cells(query) & slot_fits(query)[plan.cell_slots]
+    kept = real_cells(query) & spread(plan, slot_fits(query))
 
     def rows_of(data: jax.Array) -> jax.Array:
         return into_rows(plan, jnp.where(expand(kept, data), data, 0).astype(dtype))
 
-    ids = into_rows(plan, jnp.where(real_cells(query), ranks_in_row(plan)[plan.cell_slots] + 1, 0))
+    ids = into_rows(plan, jnp.where(real_cells(query), segment_ids(plan), 0))
     output = jax.nn.dot_product_attention(
         rows_of(query.data),
         rows_of(key),
@@ -155,9 +156,9 @@ def rotary(
 @functools.partial(jax.jit, static_argnames="base")
 def _rotary(packed: PackedSequence, offset: jax.Array | None, base: float) -> jax.Array:
     plan, data = packed.plan, as_inexact(packed.data)
-    steps = jnp.asarray(plan.cell_steps)
+    steps = by_cell(plan).steps
     if offset is not None and len(offset):
-        steps = steps + offset[packed.sorted_indices][plan.cell_slots]
+        steps = steps + spread(plan, offset[packed.sorted_indices])
     wide = jnp.promote_types(data.dtype, jnp.float32)
     half = data.shape[-1] // 2
     rates = base ** (-jnp.arange(half, dtype=wide) / half)

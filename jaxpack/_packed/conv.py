@@ -15,9 +15,10 @@ from jax.typing import ArrayLike
 from jaxpack._checks import at_least_one
 from jaxpack._dtypes import as_jax
 from jaxpack._packed.broadcast import expand
-from jaxpack._packed.gather import cells_of, real_cells, rearrange, slot_fits, slot_lengths, slot_spans
+from jaxpack._packed.gather import real_cells, rearrange, slot_fits, slot_lengths, slot_spans
 from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import lay_out, pad
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import in_caller_order, zero_slack
 from jaxpack._packed.statistics import as_inexact
@@ -126,7 +127,7 @@ def convolve(
       starts: bool [S], the cells that begin an episode, before which the inputs are the carry; None for none.
     """
     data = packed.data if carry is None else packed.data.astype(jnp.result_type(packed.data, carry))
-    kept = real_cells(packed) & slot_fits(packed)[packed.plan.cell_slots]
+    kept = real_cells(packed) & spread(packed.plan, slot_fits(packed))
     data = jnp.where(expand(kept, data), data, 0)
     before = None if carry is None else carry.astype(data.dtype)[packed.sorted_indices]
     used = None if before is None else jnp.where((slot_spans(packed) == 0)[:, None, None], 0, before)  # may be NaN
@@ -158,7 +159,7 @@ def _entry(before: jax.Array | None, plan: BucketPlan, index: jax.Array) -> jax.
     """Returns an entry [S, F] of the inputs before the first step, [B, reach, F], for each cell."""
     if before is None:
         return 0
-    return before[plan.cell_slots, jnp.minimum(index, before.shape[1] - 1)]
+    return before[by_cell(plan).slots, jnp.minimum(index, before.shape[1] - 1)]
 
 
 def _shifts(
@@ -176,30 +177,34 @@ def _shifts(
         elif before is None and plan.num_buckets == 1:
             cells = min(back * plan.rows[0], plan.size)
             moved = lax.pad(data[: plan.size - cells], jnp.zeros((), data.dtype), ((cells, 0, 0), (0, 0, 0)))
-            yield jnp.where(expand(jnp.asarray(plan.cell_steps >= back), data), moved, jnp.zeros_like(moved))
+            yield jnp.where(expand(by_cell(plan).steps >= back, data), moved, jnp.zeros_like(moved))
         else:
             source, target = _moves_back(plan, back, 0 if before is None else reach)
             joined = data if before is None else jnp.concatenate([data, before.reshape(-1, data.shape[1])])
-            yield rearrange(joined, jnp.asarray(source), jnp.asarray(target))
+            yield rearrange(joined, source, target)
 
 
-@functools.lru_cache(maxsize=64)
-def _moves_back(plan: BucketPlan, back: int, reach: int) -> tuple[np.ndarray, np.ndarray]:
+def _moves_back(plan: BucketPlan, back: int, reach: int) -> tuple[jax.Array, jax.Array]:
     """Returns the index maps of a shift by `back` steps, for the cells followed by `reach` earlier inputs of each slot.
 
     Returns:
       For each cell, int32 [S], the entry that moves to it (one past the end for none); and its inverse, for each entry,
       int32 [S + B * reach], the cell to which it moves (S for none).
     """
-    slots, steps = plan.cell_slots, plan.cell_steps
-    entries = plan.size + plan.num_sequences * reach
-    earlier = np.maximum(steps - back, 0)
-    cell = plan.step_offsets[plan.slot_starts[slots] + earlier] + plan.slot_rows[slots]
-    outside = plan.size + slots * reach + reach + steps - back if reach else np.full(plan.size, entries)
-    source = np.where(steps >= back, cell, outside).astype(np.int32)
-    target = np.full(entries + 1, plan.size, np.int32)
-    target[source] = np.arange(plan.size)
-    return source, target[:-1]
+    size, room, (slots, steps) = plan.size, room_of_slots(plan), by_cell(plan)
+    entries = size + plan.num_sequences * reach
+    outside = size + slots * reach + reach + steps - back if reach else jnp.full_like(steps, entries)
+    source = jnp.where(steps >= back, cells_of(plan, slots, jnp.maximum(steps - back, 0)), outside)
+
+    def cells(slots: jax.Array, steps: jax.Array) -> jax.Array:
+        inside = (steps >= 0) & (steps < room[slots])
+        return jnp.where(inside, cells_of(plan, slots, jnp.where(inside, steps, 0)), size)
+
+    target = cells(slots, steps + back)
+    if reach:
+        earlier = jnp.arange(entries - size, dtype=jnp.int32)
+        target = jnp.concatenate([target, cells(earlier // reach, earlier % reach + back - reach)])
+    return source, target
 
 
 def _last_inputs(

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxpack._dtypes import as_jax
 from jaxpack._packed.gather import real_cells, rearrange
+from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import zero_slack
 from jaxpack._plans.best_fit import Distinct, best_fit, slot_starts
@@ -75,7 +76,7 @@ def to_rows(packed: PackedSequence) -> Rows:
 @jax.jit
 def _to_rows(packed: PackedSequence) -> Rows:
     plan, mask = packed.plan, real_cells(packed)
-    ids, steps = (jnp.where(mask, values, 0) for values in (ranks_in_row(plan)[plan.cell_slots] + 1, plan.cell_steps))
+    ids, steps = (jnp.where(mask, values, 0) for values in (segment_ids(plan), by_cell(plan).steps))
     return jax.tree.map(functools.partial(into_rows, plan), Rows(zero_slack(packed, packed.data), ids, steps))
 
 
@@ -127,7 +128,7 @@ def into_rows(plan: BucketPlan, leaf: jax.Array) -> jax.Array:
     if plan.num_buckets == 1:
         return jnp.swapaxes(leaf.reshape(*shape[::-1], *leaf.shape[1:]), 0, 1)
     cells, places = _moves(plan)
-    return rearrange(leaf, jnp.asarray(cells), jnp.asarray(places)).reshape(*shape, *leaf.shape[1:])
+    return rearrange(leaf, cells, places).reshape(*shape, *leaf.shape[1:])
 
 
 def out_of_rows(plan: BucketPlan, leaf: jax.Array) -> jax.Array:
@@ -136,7 +137,7 @@ def out_of_rows(plan: BucketPlan, leaf: jax.Array) -> jax.Array:
     if plan.num_buckets == 1:
         return jnp.swapaxes(leaf, 0, 1).reshape(flat)
     cells, places = _moves(plan)
-    return rearrange(leaf.reshape(flat), jnp.asarray(places), jnp.asarray(cells))
+    return rearrange(leaf.reshape(flat), places, cells)
 
 
 @functools.lru_cache(maxsize=64)
@@ -161,12 +162,17 @@ def ranks_in_row(plan: BucketPlan) -> np.ndarray:
     return ranks
 
 
-@functools.lru_cache(maxsize=16)
-def _moves(plan: BucketPlan) -> tuple[np.ndarray, np.ndarray]:
+def segment_ids(plan: BucketPlan) -> jax.Array:
+    """Returns the place of each cell's slot among those of its row in `rows_plan`, from 1 on: int32 [S]."""
+    return spread(plan, jnp.asarray(ranks_in_row(plan))) + 1
+
+
+def _moves(plan: BucketPlan) -> tuple[jax.Array, jax.Array]:
     """Returns the cell of each place in the rows, int32 [R * T] (S for none), and the place of each cell, [S]."""
     rows = rows_plan(plan)
-    steps = rows.slot_starts[plan.cell_slots] + plan.cell_steps
-    places = rows.slot_rows[plan.cell_slots] * rows.num_steps + steps
-    cells = np.full(rows.size, plan.size, np.int32)
-    cells[places] = np.arange(plan.size)
-    return cells, places
+    slots, steps = by_cell(rows)
+    inside = steps < room_of_slots(plan)[slots]
+    cells = jnp.where(inside, cells_of(plan, slots, jnp.where(inside, steps, 0)), plan.size)
+    across = cells_of(rows, *by_cell(plan))  # step by step, all rows at once
+    places = across % rows.rows[0] * rows.num_steps + across // rows.rows[0]
+    return jnp.swapaxes(cells.reshape(rows.num_steps, -1), 0, 1).reshape(-1), places
