@@ -118,7 +118,7 @@ def cost_model_for(platform: str | None, cost_model: CostModel | None) -> CostMo
 
 _ESTIMATES = {
     ("cpu", True): CostModel(),
-    ("cpu", False): CostModel(cell=4.7e-6, step=9e-6, crossing=0.5e-6, bucket=50e-6, compilation=0.17),
+    ("cpu", False): CostModel(cell=4.7e-6, step=9e-6, crossing=0.5e-6, bucket=20e-6, compilation=0.17),
     ("gpu", True): CostModel(cell=75e-9, step=22e-6, crossing=0, crossing_step=4e-6, bucket=160e-6, compilation=2),
     ("gpu", False): CostModel(cell=25e-9, step=9e-6, crossing=0, crossing_step=2e-6, bucket=60e-6, compilation=1),
     ("tpu", True): CostModel(cell=60e-9, step=3.5e-6, crossing=5e-9, bucket=80e-6, compilation=2),
