@@ -35,7 +35,8 @@ class Schedule(NamedTuple):
 
     Attributes:
       platform: "cpu", "gpu" or "tpu".
-      chunk_cells: about how many cells a chunk has; None for a whole bucket.
+      chunk_cells: about how many cells a chunk has; None for one chunk.
+      whole_buckets: whether under a plan a chunk is a whole bucket all the same. Operations then are few and large.
       steps: how the steps of a chunk run, if there is one stair.
       bodies: how many steps the iterations of all stairs together have at most, if each has more than one.
       fuse_directions: whether both directions of a layer run in one loop, as a batch of two.
@@ -45,6 +46,7 @@ class Schedule(NamedTuple):
 
     platform: str
     chunk_cells: int | None
+    whole_buckets: bool
     steps: StepLoop
     bodies: int
     fuse_directions: bool
@@ -54,16 +56,19 @@ class Schedule(NamedTuple):
         """Returns the loops of a program over these stairs."""
         unroll = max(1, min(self.steps.unroll, self.bodies // len(stairs)))
         steps = self.steps._replace(unroll=unroll)
-        return Loops(cell.on(self.platform), stairs, steps, self.platform != "cpu", real)
+        return Loops(cell.on(self.platform), stairs, steps, self.whole_buckets, real)
 
 
-CPU = Schedule("cpu", 512, StepLoop(stacked=False, unroll=1), bodies=1, fuse_directions=False, divisors=(1, 2, 4, 8))
+CPU = Schedule(
+    "cpu", 512, False, StepLoop(stacked=False, unroll=1), bodies=1, fuse_directions=False, divisors=(1, 2, 4, 8)
+)
 # A loop whose trip count follows the lengths would ask the host at every step whether to go on.
 # An iteration launches two or three kernels beside two or three a step, and each of its steps takes time to compile.
-GPU = Schedule("gpu", None, StepLoop(stacked=True, unroll=16), bodies=24, fuse_directions=True, divisors=(1,))
+GPU = Schedule("gpu", None, True, StepLoop(stacked=True, unroll=16), bodies=24, fuse_directions=True, divisors=(1,))
 # Stacked outputs took 1.3 times the cycles forward and 1.8 times backward (v5e, as the compiler estimates them).
-TPU = Schedule("tpu", None, StepLoop(stacked=False, unroll=8), bodies=24, fuse_directions=True, divisors=(1, 2, 4, 8))
-TPU_CHUNK = 4096  # cells of a chunk of dealt rows
+TPU = Schedule(
+    "tpu", 4096, True, StepLoop(stacked=False, unroll=8), bodies=24, fuse_directions=True, divisors=(1, 2, 4, 8)
+)
 
 
 class Schedules(NamedTuple):
@@ -99,9 +104,8 @@ class Recurrence(NamedTuple):
     def layouts(self, schedule: Schedule) -> tuple[Deal | tuple[Stair, ...], ...]:
         """Returns what a schedule goes over: the stairs of a plan, or the deals of a batch."""
         if isinstance(self.plan, BucketPlan):
-            return (stairs_of(self.plan, schedule.chunk_cells),)
-        chunk_cells = TPU_CHUNK if schedule.platform == "tpu" else schedule.chunk_cells
-        return deals_of(*self.plan, schedule.divisors, chunk_cells)
+            return (stairs_of(self.plan, None if schedule.whole_buckets else schedule.chunk_cells),)
+        return deals_of(*self.plan, schedule.divisors, schedule.chunk_cells)
 
     def empty_kept(self, like: Operands) -> Kept:
         """Returns arrays for what the forward pass keeps, the same on every platform.
