@@ -46,7 +46,7 @@ class LRU(DiagonalLayer):
     Args:
       input_size: the number of features F of each step, and of the output, at least 1.
       hidden_size: the number of complex features N of the state, at least 1.
-      r_min, r_max: the ring in which |λ| is drawn, 0 <= r_min < r_max <= 1. Long memories need it close to 1.
+      r_min, r_max: the ring in which abs(λ) is drawn, 0 <= r_min < r_max <= 1. Long memories need it close to 1.
       max_phase: the largest phase of λ in radians, above 0 and at most 2 π.
 
     Raises:

@@ -44,7 +44,7 @@ _EPSILON = 1e-5
 class MLSTM(MatrixLayer):
     """An mLSTM layer: a matrix memory with exponential input gates. Returns (output, (conv, (C, n, m))).
 
-        C_t = f_t C_{t-1} + i_t k_t v_tᵀ;  n_t = f_t n_{t-1} + i_t k_t;  h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1)
+        C_t = f_t C_{t-1} + i_t k_t v_tᵀ;  n_t = f_t n_{t-1} + i_t k_t;  h_t = C_tᵀ q_t / max(abs(n_tᵀ q_t), 1)
 
     The output is as wide as the input. The state is the convolution's last inputs [B, kernel_size - 1, hidden_size],
     and exp(-m) C [B, H, D, D], exp(-m) n [B, H, D] and m [B, H], for H heads of size D.

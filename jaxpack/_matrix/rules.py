@@ -136,7 +136,7 @@ MLSTMState = tuple[jax.Array, jax.Array]
 def mlstm(state: MLSTMState, initial: MLSTMState, chunk: Chunk) -> tuple[MLSTMState, jax.Array]:
     """Computes a chunk of mLSTM (Beck et al. 2024, "xLSTM", equations 19 to 27), with log f and log i as its gates:
 
-        C_t = f_t C_{t-1} + i_t k_t v_tᵀ;  n_t = f_t n_{t-1} + i_t k_t;  h_t = C_tᵀ q_t / max(|n_tᵀ q_t|, 1)
+        C_t = f_t C_{t-1} + i_t k_t v_tᵀ;  n_t = f_t n_{t-1} + i_t k_t;  h_t = C_tᵀ q_t / max(abs(n_tᵀ q_t), 1)
 
     The state holds exp(-m) C and exp(-m) n, side by side, and m >= 0, which keeps all exponents at or below 0; h does
     not depend on m. (The paper's m may be negative, where exp(-m) in its denominator overflows.)
