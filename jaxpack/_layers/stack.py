@@ -17,7 +17,7 @@ from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import checked_slot_fits, poison
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.derivative import BatchShape, Recurrence, Schedules, recur
-from jaxpack._recurrence.slots import RealCells
+from jaxpack._recurrence.slots import BatchCells, RealCells
 
 
 class Stack(NamedTuple):
@@ -83,7 +83,7 @@ def run_stack(
     return data, final_state
 
 
-def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells, jax.Array]:
+def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells | BatchCells, jax.Array]:
     """Returns the shape that a recurrence has, its real cells, and the permutation of cells that reverses sequences."""
     plan = packed.plan
     if planned:
@@ -93,7 +93,7 @@ def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchSha
     steps = jnp.arange(shape.max_length, dtype=jnp.int32)[None]
     first = jnp.arange(shape.num_sequences, dtype=jnp.int32)[:, None] * shape.max_length
     reverse = first + jnp.where(steps < spans, spans - 1 - steps, steps)
-    return shape, RealCells.of_batch(spans[:, 0], shape.max_length), reverse.reshape(-1)
+    return shape, BatchCells.of(spans[:, 0], shape.max_length), reverse.reshape(-1)
 
 
 @contextlib.contextmanager

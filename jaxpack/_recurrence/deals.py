@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._recurrence.slots import Borders, Places, RealCells
+from jaxpack._recurrence.slots import BatchCells, Borders, Places, RealCells
 from jaxpack._recurrence.windows import Stair
 
 
@@ -54,13 +54,12 @@ class Deal(NamedTuple):
         """Returns how many chunks the loop runs, for the real steps [B] of each sequence, longest first."""
         return 1 if self.length == self.steps else -(-self._by_row(ranked).sum(0).max() // self.steps)
 
-    def cells(self, batch: RealCells) -> RealCells:
+    def cells(self, batch: BatchCells) -> RealCells:
         """Returns the cells of the rows from those of the batch."""
         if self.rows == self.num_sequences:
             return self._of_single_sequences(batch)
-        assert batch.ranking is not None
-        number, rows, spans, (order, ranks) = self.num_sequences, self.rows, batch.spans, batch.ranking
-        ranked = self._by_row(spans[order])
+        number, rows, (_, spans, order, ranks) = self.num_sequences, self.rows, batch
+        ranked = self._by_row(batch.ranked)
         ends = jnp.cumsum(ranked, axis=0)
         # Of the sequences, longest first: the step at which each begins, and its row.
         starts = self._by_rank(ends - ranked)
@@ -79,9 +78,9 @@ class Deal(NamedTuple):
         last = first + jnp.maximum(spans - 1, 0) * rows
         time = jnp.arange(self.max_length, dtype=jnp.int32)[None]
         places = jnp.where(time < spans[:, None], first[:, None] + time * rows, self.length * rows)
-        return RealCells(real, spans, first, last, borders, None, Places(sources, places.reshape(-1)))
+        return RealCells(real, spans, first, last, borders, Places(sources, places.reshape(-1)))
 
-    def _of_single_sequences(self, batch: RealCells) -> RealCells:
+    def _of_single_sequences(self, batch: BatchCells) -> RealCells:
         """Returns the cells of rows that hold one sequence each, in the batch's own order."""
         rows, size = self.rows, self.length * self.rows
         row, step = jnp.arange(rows, dtype=jnp.int32), jnp.arange(self.length, dtype=jnp.int32)
@@ -91,7 +90,7 @@ class Deal(NamedTuple):
         targets = jnp.where(time < batch.spans[:, None], row[:, None] + time * rows, size)
         last = row + jnp.maximum(batch.spans - 1, 0) * rows
         places = Places(sources.reshape(-1), targets.reshape(-1))
-        return RealCells(real.reshape(-1), batch.spans, row, last, None, None, places)
+        return RealCells(real.reshape(-1), batch.spans, row, last, None, places)
 
     def _by_row(self, ranked: jax.Array) -> jax.Array:
         """Returns values of the sequences, longest first, in the rows to which they are dealt [rounds, R]."""

@@ -23,8 +23,8 @@ from jaxpack._packed.scan import scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.buffers import StepLoop, buffer
 from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
-from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, forward
-from jaxpack._recurrence.slots import RealCells
+from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, forward, widened
+from jaxpack._recurrence.slots import BatchCells, RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
 
 KEPT_BYTES = 16 * 2**20  # of the activations of one direction that the backward pass finds kept
@@ -101,10 +101,14 @@ class Recurrence(NamedTuple):
     forward_mode: bool = False
     schedules: Schedules = Schedules()
 
-    def layouts(self, schedule: Schedule) -> tuple[Deal | tuple[Stair, ...], ...]:
-        """Returns what a schedule goes over: the stairs of a plan, or the deals of a batch."""
-        if isinstance(self.plan, BucketPlan):
-            return (stairs_of(self.plan, None if schedule.whole_buckets else schedule.chunk_cells),)
+    def stairs(self, schedule: Schedule) -> tuple[Stair, ...]:
+        """Returns the stairs of a plan on a schedule."""
+        assert isinstance(self.plan, BucketPlan)
+        return stairs_of(self.plan, None if schedule.whole_buckets else schedule.chunk_cells)
+
+    def deals(self, schedule: Schedule) -> tuple[Deal, ...]:
+        """Returns the deals of a batch without a plan on a schedule."""
+        assert isinstance(self.plan, BatchShape)
         return deals_of(*self.plan, schedule.divisors, schedule.chunk_cells)
 
     def empty_kept(self, like: Operands) -> Kept:
@@ -115,8 +119,10 @@ class Recurrence(NamedTuple):
         Args:
           like: the operands of one direction.
         """
-        layouts = [layout for schedule in self.schedules for layout in self.layouts(schedule)]
-        stairs = [(layout.stair(0),) if isinstance(layout, Deal) else layout for layout in layouts]
+        if isinstance(self.plan, BucketPlan):
+            stairs = [self.stairs(schedule) for schedule in self.schedules]
+        else:
+            stairs = [(deal.stair(0),) for schedule in self.schedules for deal in self.deals(schedule)]
         cells = max(each[-1].end for each in stairs)
         x, sizes = like.x, jax.tree.leaves(self.cell.state_sizes)
         projected, h = (
@@ -135,6 +141,10 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+Directions = tuple[Operands, ...]
+Cells = RealCells | BatchCells  # under a plan, or of a batch without one
+
+
 def unplanned_cells(lengths: npt.ArrayLike, max_length: int) -> int:
     """Returns how many cells a CPU computes for a padded batch [B, T] with concrete lengths and without a plan."""
     deals = deals_of(len(np.asarray(lengths)), max_length, CPU.divisors, CPU.chunk_cells)
@@ -146,7 +156,7 @@ def recur(
     params: Sequence[Params],
     inputs: Sequence[jax.Array],
     carries: Sequence[Carry],
-    real: RealCells,
+    real: Cells,
 ) -> tuple[Results, ...]:
     """Runs a cell in each direction.
 
@@ -168,24 +178,17 @@ def recur(
     return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, real)
 
 
-Directions = tuple[Operands, ...]
-
-
-def _plain(recurrence: Recurrence, directions: Directions, real: RealCells) -> tuple[Results, ...]:
+def _plain(recurrence: Recurrence, directions: Directions, real: Cells) -> tuple[Results, ...]:
     """Runs the masked scan, all directions in one, with JAX's derivatives: the reference of the fast one."""
     cell, mask = recurrence.cell, real.mask[:, None]
     weights, inputs, carries = zip(*directions, strict=True)
-    sizes = jax.tree.leaves(cell.state_sizes)
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         stepped = tuple(cell.step(*each) for each in zip(weights, carries, projected, strict=True))
         return stepped, tuple(carry[0] for carry in stepped)
 
     projected = tuple(cell.project(w, jnp.where(mask, x, 0)) for w, x in zip(weights, inputs, strict=True))
-    carries = tuple(
-        tuple(jnp.broadcast_to(leaf, (len(leaf), size)) for leaf, size in zip(carry, sizes, strict=True))
-        for carry in carries
-    )
+    carries = tuple(widened(cell, carry) for carry in carries)
     zeros = jax.tree.map(jnp.zeros_like, carries)
     if isinstance(recurrence.plan, BucketPlan):
         carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
@@ -204,11 +207,11 @@ def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fast(recurrence: Recurrence, directions: Directions, real: RealCells) -> tuple[Results, ...]:
+def _fast(recurrence: Recurrence, directions: Directions, real: Cells) -> tuple[Results, ...]:
     return _forward(recurrence, False, directions, real)[0]
 
 
-def _fast_fwd(recurrence: Recurrence, directions: Directions, real: RealCells) -> Any:
+def _fast_fwd(recurrence: Recurrence, directions: Directions, real: Cells) -> Any:
     results, kept = _forward(recurrence, True, directions, real)
     outputs = [result.y for result in results]
     return results, (tuple(map(Residuals, directions, outputs, kept)), real)
@@ -223,9 +226,12 @@ _fast.defvjp(_fast_fwd, _fast_bwd)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _forward(
-    recurrence: Recurrence, keep: bool, directions: Directions, real: RealCells
+    recurrence: Recurrence, keep: bool, directions: Directions, real: Cells
 ) -> tuple[tuple[Results, ...], tuple[Kept, ...]]:
-    pairs = _on_each_platform(functools.partial(_run_forward, keep), recurrence, real, directions)
+    def run(loops: Loops, operands: Operands) -> tuple[Results, Kept]:
+        return forward(loops, recurrence.empty_kept(operands) if keep else Kept(), operands)
+
+    pairs = _on_each_platform(run, recurrence, real, directions)
     results, kept = zip(*pairs, strict=True)
     return results, kept
 
@@ -241,9 +247,12 @@ def _forward_jvp(recurrence: Recurrence, keep: bool, primals: Any, tangents: Any
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _backward(
-    recurrence: Recurrence, residuals: tuple[Residuals, ...], real: RealCells, cotangents: tuple[Results, ...]
+    recurrence: Recurrence,
+    residuals: tuple[Residuals, ...],
+    real: Cells,
+    cotangents: tuple[Results, ...],
 ) -> Directions:
-    return _on_each_platform(_run_backward, recurrence, real, residuals, cotangents)
+    return _on_each_platform(backward, recurrence, real, residuals, cotangents)
 
 
 @_backward.defjvp
@@ -260,45 +269,36 @@ def _backward_jvp(recurrence: Recurrence, primals: Any, tangents: Any) -> Any:
 
 
 def _on_each_platform(
-    run: Callable[..., Any], recurrence: Recurrence, real: RealCells, *operands: tuple[Any, ...]
+    run: Callable[..., Any], recurrence: Recurrence, real: Cells, *operands: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Returns run(recurrence, loops, *operands) for each direction, with the loops that suit the program's platform.
+    """Returns run(loops, *operands) for each direction, with the loops that suit the program's platform.
 
     Args:
-      run: `_run_forward` or `_run_backward`.
+      run: runs one direction.
       recurrence, real: what all directions share.
       operands: tuples, with one entry per direction.
     """
 
-    def on(schedule: Schedule, real: RealCells, *operands: Any) -> Any:
-        each, layouts = list(zip(*operands, strict=True)), recurrence.layouts(schedule)
-        ranked: Any = None if real.ranking is None else real.spans[real.ranking.order]
+    def on(schedule: Schedule, real: Cells, *operands: Any) -> Any:
+        each = list(zip(*operands, strict=True))
 
-        def run_all(layout: Deal | tuple[Stair, ...]) -> tuple[Any, ...]:
-            stairs: tuple[Stair, ...]
-            if isinstance(layout, Deal):
-                stairs, cells = (layout.stair(layout.chunks(ranked)),), layout.cells(real)
-            else:
-                stairs, cells = layout, real
-            loops = schedule.loops(recurrence.cell, stairs, cells)
-            one = functools.partial(run, recurrence, loops)
+        def run_all(stairs: tuple[Stair, ...], cells: RealCells) -> tuple[Any, ...]:
+            one = functools.partial(run, schedule.loops(recurrence.cell, stairs, cells))
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))
             results = jax.vmap(one)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
             return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], results) for i in range(len(each)))
 
-        if len(layouts) == 1:
-            return run_all(layouts[0])
-        deals = [layout for layout in layouts if isinstance(layout, Deal)]
-        return lax.switch(best_deal(deals, ranked), [functools.partial(run_all, deal) for deal in deals])
+        if isinstance(real, RealCells):
+            return run_all(recurrence.stairs(schedule), real)
+        ranked, deals = real.ranked, recurrence.deals(schedule)
+
+        def run_dealt(deal: Deal) -> tuple[Any, ...]:
+            return run_all((deal.stair(deal.chunks(ranked)),), deal.cells(real))
+
+        if len(deals) == 1:
+            return run_dealt(deals[0])
+        return lax.switch(best_deal(deals, ranked), [functools.partial(run_dealt, deal) for deal in deals])
 
     cpu, gpu, tpu = (functools.partial(on, schedule) for schedule in recurrence.schedules)
     return lax.platform_dependent(real, *operands, cpu=cpu, tpu=tpu, default=gpu)
-
-
-def _run_forward(keep: bool, recurrence: Recurrence, loops: Loops, operands: Operands) -> tuple[Results, Kept]:
-    return forward(loops, recurrence.empty_kept(operands) if keep else Kept(), operands)
-
-
-def _run_backward(_: Recurrence, loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
-    return backward(loops, residuals, cotangents)

@@ -109,14 +109,16 @@ class Loops(NamedTuple):
             return carry
         return tuple(buffer(leaf, (self.stairs[0].rows, *leaf.shape[1:]), 0) for leaf in carry)
 
-    def widened(self, carry: Carry) -> Carry:
-        """Returns a carry whose leaves [B, 1] are made [B, ...]."""
-        return tuple(jnp.broadcast_to(leaf, (len(leaf), size)) for leaf, size in zip(carry, self.sizes, strict=True))
-
     def where_real(self, carry: Carry, empty: Carry) -> Carry:
         """Returns the carry of each slot, or another one for empty slots."""
         real = (self.real.spans > 0)[:, None]
         return tuple(jnp.where(real, leaf, other) for leaf, other in zip(carry, empty, strict=True))
+
+
+def widened(cell: Cell, carry: Carry) -> Carry:
+    """Returns a carry whose leaves [B, 1] are made [B, ...]."""
+    sizes = jax.tree.leaves(cell.state_sizes)
+    return tuple(jnp.broadcast_to(leaf, (len(leaf), size)) for leaf, size in zip(carry, sizes, strict=True))
 
 
 def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept]:
@@ -129,7 +131,7 @@ def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept
     """
     weights, x, initial = operands
     run = _Forward(loops, lax.optimization_barrier(weights), x, initial)
-    wide = loops.widened(initial)
+    wide = widened(loops.cell, initial)
     y = buffer(x, (loops.size, loops.sizes[0]), 0)
     carry, memory = loops.start(wide), wide[1:]
     for stair in loops.stairs:
@@ -214,9 +216,10 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
     run = _Backward(loops, weights, transposed, residuals, cotangents, wide)
     dcarry, dinitial = loops.start(dfinal), dfinal if wide else ()
     dx, dweights = buffer(x, (loops.size, x.shape[1]), 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
+    first, *_ = loops.start(widened(loops.cell, initial))
     for k in reversed(range(len(loops.stairs))):
         stair = loops.stairs[k]
-        before = residuals.y[stair.offset - loops.stairs[k - 1].rows :] if k else loops.start(loops.widened(initial))[0]
+        before = residuals.y[stair.offset - loops.stairs[k - 1].rows :] if k else first
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
         count = stair.number if loops.wide else lax.optimization_barrier(jnp.int32(stair.number))
         state = _BackwardState(tuple(leaf[: stair.rows] for leaf in dcarry), dinitial, dx, dweights)
@@ -288,7 +291,7 @@ class _Backward(NamedTuple):
         dcarry, da, d, history = self._pull_back(window, point, d, dcarry)
         dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
         h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
-        out = self._linearize(point).out
+        out = self._linearize(point).out if self.weights.w_out is not None else None
         out = None if out is None else jnp.where(own, out, 0)
         if history:
             dinitial = tuple(window.collect(real.first, *each) for each in zip(history, dinitial, strict=True))

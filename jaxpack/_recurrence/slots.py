@@ -31,18 +31,6 @@ class Borders(NamedTuple):
     slots: jax.Array
 
 
-class Ranking(NamedTuple):
-    """The order of sequences by length.
-
-    Attributes:
-      order: int32 [B], the sequences, longest first.
-      ranks: int32 [B], the inverse: the place of each sequence in the order.
-    """
-
-    order: jax.Array
-    ranks: jax.Array
-
-
 class Places(NamedTuple):
     """Where cells are that the recurrence goes over in another order than the batch has them.
 
@@ -63,7 +51,6 @@ class RealCells(NamedTuple):
       spans: int32 [B], how many real cells each slot has.
       first, last: int32 [B], the first cell of each slot, and its last real one; of an empty slot, any cell.
       borders: None where each row is one slot.
-      ranking: the order of the sequences of a batch that runs without a plan.
       places: where the cells of dealt rows are in the batch; None where both are the same.
     """
 
@@ -72,7 +59,6 @@ class RealCells(NamedTuple):
     first: jax.Array
     last: jax.Array
     borders: Borders | None
-    ranking: Ranking | None = None
     places: Places | None = None
 
     @classmethod
@@ -86,16 +72,6 @@ class RealCells(NamedTuple):
             cells = jnp.arange(packed.plan.size, dtype=jnp.int32)
             borders = Borders(maps.steps == 0, maps.last[maps.slots] == cells, maps.slots)
         return cls(maps.mask, spans, maps.first, last, borders)
-
-    @classmethod
-    def of_batch(cls, spans: jax.Array, max_length: int) -> RealCells:
-        """Returns the real cells of a padded batch [B, T], each row of which is followed by the next."""
-        steps = jnp.arange(max_length, dtype=jnp.int32)[None]
-        first = jnp.arange(len(spans), dtype=jnp.int32) * max_length
-        order = jnp.argsort(-spans).astype(jnp.int32)
-        ranking = Ranking(order, jnp.argsort(order).astype(jnp.int32))
-        mask = (steps < spans[:, None]).reshape(-1)
-        return cls(mask, spans, first, first + jnp.maximum(spans - 1, 0), None, ranking)
 
     def read(self, window: Window, leaf: jax.Array) -> jax.Array:
         """Returns a window's cells [M, ...] out of all cells of the batch [S, ...]."""
@@ -127,6 +103,34 @@ class RealCells(NamedTuple):
         assert self.borders is not None
         slots = window.read(self.borders.slots)
         return window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values)
+
+
+class BatchCells(NamedTuple):
+    """The real cells of a padded batch [B, T] that runs without a plan, each row of which is followed by the next.
+
+    Attributes:
+      mask: bool [B * T].
+      spans: int32 [B], how many real cells each sequence has.
+      order: int32 [B], the sequences, longest first.
+      ranks: int32 [B], the inverse: the place of each sequence in the order.
+    """
+
+    mask: jax.Array
+    spans: jax.Array
+    order: jax.Array
+    ranks: jax.Array
+
+    @classmethod
+    def of(cls, spans: jax.Array, max_length: int) -> BatchCells:
+        """Returns the real cells of a batch."""
+        mask = jnp.arange(max_length, dtype=jnp.int32)[None] < spans[:, None]
+        order = jnp.argsort(-spans).astype(jnp.int32)
+        return cls(mask.reshape(-1), spans, order, jnp.argsort(order).astype(jnp.int32))
+
+    @property
+    def ranked(self) -> jax.Array:
+        """The spans, longest first."""
+        return self.spans[self.order]
 
 
 def enter(entry: Any, carry: Carry) -> Carry:

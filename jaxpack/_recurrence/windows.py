@@ -111,17 +111,12 @@ def stairs_of(plan: BucketPlan, chunk_cells: int | None) -> tuple[Stair, ...]:
     """
     stairs, checkpoint = [], 0
     for bucket in plan.buckets:
-        steps = chunk_steps(bucket.rows, bucket.steps, chunk_cells)
+        chunks = 1 if chunk_cells is None else min(bucket.steps, -(-bucket.size // chunk_cells))
+        steps = -(-bucket.steps // chunks)
         count = -(-bucket.steps // steps)
         stairs.append(Stair(bucket.rows, bucket.offset, bucket.steps, steps, count, checkpoint))
         checkpoint += count * bucket.rows
     return tuple(stairs)
-
-
-def chunk_steps(rows: int, steps: int, chunk_cells: int | None) -> int:
-    """Returns how many steps a chunk of about so many cells has, if a bucket's chunks are of nearly equal length."""
-    count = 1 if chunk_cells is None else min(steps, -(-rows * steps // chunk_cells))
-    return -(-steps // count)
 
 
 def checkpoint_rows(stairs: tuple[Stair, ...]) -> int:

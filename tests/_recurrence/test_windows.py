@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxpack._recurrence.deals import deals_of
 from jaxpack._recurrence.derivative import CPU, unplanned_cells
-from jaxpack._recurrence.slots import RealCells
+from jaxpack._recurrence.slots import BatchCells
 from jaxpack._recurrence.windows import checkpoint_rows, stairs_of
 
 
@@ -49,13 +49,12 @@ def test_dealt_rows_hold_each_sequence_from_its_first_step_to_its_last(lengths, 
     number, longest = len(lengths), max(1, *lengths, 1) + more
     (deal,) = deals_of(number, longest, divisors, chunk_cells)
     spans = jnp.array(lengths, jnp.int32)
-    batch = RealCells.of_batch(spans, longest)
+    batch = BatchCells.of(spans, longest)
     cells = deal.cells(batch)
-    assert batch.ranking is not None
     assert cells.places is not None
     borders = cells.borders
     assert (borders is None) == (deal.rows == number)
-    chunks = int(deal.chunks(spans[batch.ranking.order]))
+    chunks = int(deal.chunks(batch.ranked))
     sources, targets = np.asarray(cells.places.sources), np.asarray(cells.places.targets)
     real = np.asarray(cells.mask)
     assert len(real) == deal.length * deal.rows
