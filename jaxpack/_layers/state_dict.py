@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,18 +25,32 @@ def from_state_dict(shapes: Shapes, state_dict: Mapping[str, Any]) -> dict[str, 
       ValueError: if a shape is wrong, or JAX would round a value.
     """
     names = {f"{name}_{group}": (group, name) for group, entries in shapes.items() for name in entries}
-    missing, extra = [k for k in names if k not in state_dict], [k for k in state_dict if k not in names]
-    if missing or extra:
-        found = [f"missing {missing}"] * bool(missing) + [f"not known {extra}"] * bool(extra)
-        raise KeyError(f"state_dict does not match the layer: {'; '.join(found)}.{_hint(names, extra)}")
+    if wrong := wrong_names(names, state_dict):
+        raise KeyError(f"state_dict does not match the layer: {wrong}.{_hint(names, state_dict)}")
     params: dict[str, dict[str, jax.Array]] = {group: {} for group in shapes}
     for key, (group, name) in names.items():
-        array = np.asarray(without_torch(state_dict[key]))
-        expected = shapes[group][name][::-1]
-        if array.shape != expected:
-            raise ValueError(f"state_dict[{key!r}] must have shape {expected}, got {array.shape}.")
-        params[group][name] = jnp.asarray(exactly(array, f"state_dict[{key!r}]").T)
+        array = exact_array(state_dict[key], shapes[group][name][::-1], f"state_dict[{key!r}]")
+        params[group][name] = jnp.asarray(array.T)
     return params
+
+
+def wrong_names(expected: Collection[str], given: Collection[str]) -> str:
+    """Returns which names are missing or not known, for an error; an empty string if none is."""
+    missing, extra = [n for n in expected if n not in given], [n for n in given if n not in expected]
+    return "; ".join([f"missing {missing}"] * bool(missing) + [f"not known {extra}"] * bool(extra))
+
+
+def exact_array(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """Returns a tensor or an array as a NumPy array of this shape, if JAX holds its values exactly.
+
+    Raises:
+      TypeError: if its dtype is not floating.
+      ValueError: if its shape is another, or JAX would round its values.
+    """
+    array = np.asarray(without_torch(value))
+    if array.shape != shape:
+        raise ValueError(f"{where} must have shape {shape}, got {array.shape}.")
+    return exactly(array, where)
 
 
 def exactly(array: np.ndarray, where: str) -> np.ndarray:
@@ -65,9 +79,9 @@ def to_state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarr
     }
 
 
-def _hint(names: Mapping[str, Any], extra: list[str]) -> str:
+def _hint(names: Collection[str], given: Collection[str]) -> str:
     """Returns what to do about keys of a module that holds the layer."""
-    prefixed = {key[: -len(name)] for key in extra for name in names if key.endswith("." + name)}
+    prefixed = {key[: -len(name)] for key in given for name in names if key.endswith("." + name)}
     if not prefixed:
         return ""
     prefix = sorted(prefixed)[0]

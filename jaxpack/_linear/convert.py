@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpack._dtypes import without_torch
-from jaxpack._layers.state_dict import exactly
+from jaxpack._layers.state_dict import exact_array, wrong_names
 from jaxpack._types import PyTree
 
 
@@ -44,16 +43,11 @@ def converted(params: Mapping[str, Any], entries: PyTree) -> Any:
     """
     given = dict(_flat(params, ""))
     expected = [entry.name for entry in jax.tree.leaves(entries, is_leaf=_is_entry)]
-    missing, extra = [n for n in expected if n not in given], [n for n in given if n not in expected]
-    if missing or extra:
-        found = [f"missing {missing}"] * bool(missing) + [f"not known {extra}"] * bool(extra)
-        raise KeyError(f"params do not match the layer: {'; '.join(found)}. Pass those of one layer, by these names.")
+    if wrong := wrong_names(expected, given):
+        raise KeyError(f"params do not match the layer: {wrong}. Pass those of one layer, by these names.")
 
     def convert(entry: Arrays) -> jax.Array:
-        array = np.asarray(without_torch(given[entry.name]))
-        if array.shape != entry.shape:
-            raise ValueError(f"{entry.name} must have shape {entry.shape}, got {array.shape}.")
-        array = exactly(array, entry.name)
+        array = exact_array(given[entry.name], entry.shape, entry.name)
         if entry.parts is not None:
             pieces = np.split(array, len(entry.parts))
             array = np.concatenate([pieces[i] for i in entry.parts])

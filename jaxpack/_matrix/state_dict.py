@@ -7,10 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxpack._dtypes import without_torch
-from jaxpack._layers.state_dict import exactly
+from jaxpack._layers.state_dict import exact_array, wrong_names
 
 
 def from_names(
@@ -29,17 +27,13 @@ def from_names(
       ValueError: if a shape is wrong, or JAX would round a value.
     """
     by_name = {names.get(name, name): name for name in shapes}
-    missing, extra = [k for k in by_name if k not in state_dict], [k for k in state_dict if k not in by_name]
-    if missing or extra:
-        found = [f"missing {missing}"] * bool(missing) + [f"not known {extra}"] * bool(extra)
-        raise KeyError(f"state_dict does not match the layer: {'; '.join(found)}. Pass the tensors of one layer.")
+    if wrong := wrong_names(by_name, state_dict):
+        raise KeyError(f"state_dict does not match the layer: {wrong}. Pass the tensors of one layer.")
     params = {}
     for key, name in by_name.items():
-        array = np.asarray(without_torch(state_dict[key]))
         expected = shapes[name][::-1]
         if "conv" in key and len(expected) == 2:
             expected = (expected[0], 1, expected[1])
-        if array.shape != expected:
-            raise ValueError(f"state_dict[{key!r}] must have shape {expected}, got {array.shape}.")
-        params[name] = jnp.asarray(exactly(array, f"state_dict[{key!r}]").T.reshape(shapes[name]))
+        array = exact_array(state_dict[key], expected, f"state_dict[{key!r}]")
+        params[name] = jnp.asarray(array.T.reshape(shapes[name]))
     return params
