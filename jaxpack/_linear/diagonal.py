@@ -7,9 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from jaxpack._layers.params import check_params
 from jaxpack._linear.chunks import Operands, Recurrence, run_chunks
 from jaxpack._linear.layer import Direction, LinearLayer
 from jaxpack._linear.reading import Reading
@@ -67,35 +65,14 @@ class DiagonalLayer(LinearLayer):
             final = jnp.where(expand(reading.empty, final), initial.astype(final.dtype), final)
         return y, jax.tree.map(lambda leaf: leaf[places], self.leave(final, packed.data.dtype))
 
-    def step(self, params: PyTree, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
-        """Runs one step, for step-by-step decoding.
-
-        Args:
-          params: the parameters.
-          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis. None for the first
-            step of a sequence.
-          x: [B, F], or [F].
-
-        Returns:
-          The new state, and the output [B, O], or [O].
-
-        Raises:
-          ValueError: if a shape does not match the layer.
-        """
-        dtype = jnp.result_type(x, check_params(params, self.shapes, self), float)
-        x = jnp.asarray(x, dtype)
-        if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
-            raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
-        given = None if state is None else self._checked_state(state, x.shape[:-1], dtype)
-        if x.ndim == 1:
-            given, y = self.step(params, jax.tree.map(lambda leaf: leaf[None], given), x[None])
-            return jax.tree.map(lambda leaf: leaf[0], given), y[0]
-        prepared = self.prepare(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params))
-        decay, h = self.gates(prepared, x, jnp.full(len(x), given is None))
+    def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
+        """Computes the equations of one step."""
+        prepared = self.prepare(params)
+        decay, h = self.gates(prepared, x, jnp.full(len(x), state is None))
         h = h.astype(accumulator(h.dtype))
-        if given is not None:
-            h += decay.astype(h.dtype) * self.enter(given).astype(h.dtype)
-        return self.leave(h, dtype), self.readout(prepared, x, h).astype(dtype)
+        if state is not None:
+            h += decay.astype(h.dtype) * self.enter(state).astype(h.dtype)
+        return self.leave(h, x.dtype), self.readout(prepared, x, h).astype(x.dtype)
 
 
 def split(key: jax.Array, number: int) -> jax.Array:

@@ -2,8 +2,8 @@
 
 A layer is a frozen specification. Its parameters are a plain pytree; its state, for all sequences or for one, is a
 pytree as well, in the layout that `state_like` gives. A subclass adds its equations: `shapes`, `init`, `state_like`,
-`run` for whole sequences, and `step` for one step of decoding. The modules of jaxpack.nnx and jaxpack.linen are made
-from the specification alone.
+`run` for whole sequences, and `step_batch` for one step of decoding. The modules of jaxpack.nnx and jaxpack.linen are
+made from the specification alone.
 """
 
 from __future__ import annotations
@@ -97,6 +97,9 @@ class LinearLayer(abc.ABC):
         """
 
     @abc.abstractmethod
+    def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
+        """Runs one step of a batch [B, F], checked and in one dtype; state None for sequences that begin."""
+
     def step(self, params: PyTree, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
         """Runs one step, for step-by-step decoding.
 
@@ -110,8 +113,18 @@ class LinearLayer(abc.ABC):
           The new state, and the output [B, O], or [O].
 
         Raises:
-          ValueError: if a last axis does not match the layer.
+          ValueError: if a shape does not match the layer.
         """
+        dtype = jnp.result_type(x, check_params(params, self.shapes, self), float)
+        x = jnp.asarray(x, dtype)
+        if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
+            raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
+        state = None if state is None else self._checked_state(state, x.shape[:-1], dtype)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        if x.ndim == 2:
+            return self.step_batch(params, state, x)
+        state, y = self.step_batch(params, jax.tree.map(lambda leaf: leaf[None], state), x[None])
+        return jax.tree.map(lambda leaf: leaf[0], state), y[0]
 
     def apply(
         self,

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from jaxpack._layers.params import check_params
 from jaxpack._linear.layer import Direction, LinearLayer
 from jaxpack._linear.reading import Reading
 from jaxpack._matrix.chunks import Chunk, Rule, chunk_size, scan_chunks
@@ -121,35 +119,10 @@ class MatrixLayer(LinearLayer):
             outputs = rearrange(outputs, cells, cells)
         return zero_slack(bare, outputs), (carry, self._narrowed(final, x.dtype))
 
-    def step(self, params: PyTree, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
-        """Runs one step, for step-by-step decoding.
-
-        Args:
-          params: the parameters.
-          state: the state, as `apply` returns it: leaves [B, ...], or without a batch axis. None where a sequence
-            begins.
-          x: [B, F], or [F].
-
-        Returns:
-          The new state, and the output [B, F], or [F].
-
-        Raises:
-          ValueError: if a shape does not match the layer.
-        """
-        dtype = jnp.result_type(x, check_params(params, self.shapes, self), float)
-        x = jnp.asarray(x, dtype)
-        if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
-            raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
-        rows = x.shape[:-1]
-        state = self._zeros(rows, x) if state is None else self._checked_state(state, rows, dtype)
-        if not rows:
-            state, y = self.step(params, jax.tree.map(lambda leaf: leaf[None], state), x[None])
-            return jax.tree.map(lambda leaf: leaf[0], state), y[0]
-        return self._step(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params), state, x)
-
-    def _step(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
-        """Computes `step` of a batch [B, F]: a chunk of one step."""
-        carry, matrices = state[0], jax.tree.map(wide, state[1])
+    def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
+        """Runs a chunk of one step."""
+        carry, matrices = self._zeros((len(x),), x) if state is None else state
+        matrices = jax.tree.map(wide, matrices)
         entering, kept = self.project(params, x)
         kernel, bias = self.kernel(params)
         window = jnp.concatenate([carry, entering.astype(carry.dtype)[:, None]], 1)

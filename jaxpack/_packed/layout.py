@@ -63,20 +63,16 @@ def pad(packed: PackedSequence, padding: PyTree, length: int, batch_first: bool 
             length=packed.lengths[jnp.argmin(short)],
         )
     fits = checked_slot_fits(packed)[packed.unsorted_indices] & short
-    if _is_batch(packed, length):
-        taken = (steps < packed.lengths[:, None]) | ~fits[:, None]
-
-        def restore(leaf: jax.Array, padding: jax.Array) -> jax.Array:
-            padded = leaf.reshape(*taken.shape, *leaf.shape[1:])
-            padded = select_or_poison(padded, taken, padding, fits)
-            return padded if batch_first else jnp.swapaxes(padded, 0, 1)
-
-        return jax.tree.map(restore, packed.data, padding)
-    places, cells = _places_of_cells(packed, length), _cells_of_steps(packed, length)
-    taken = ((cells < plan.size) & (steps < packed.lengths[:, None])) | ~fits[:, None]
+    taken = steps < packed.lengths[:, None]
+    in_place = _is_batch(packed, length)
+    if not in_place:
+        places, cells = _places_of_cells(packed, length), _cells_of_steps(packed, length)
+        taken &= cells < plan.size
+    taken |= ~fits[:, None]
 
     def gather(leaf: jax.Array, padding: jax.Array) -> jax.Array:
-        padded = rearrange(leaf, cells.reshape(-1), places).reshape(*cells.shape, *leaf.shape[1:])
+        padded = leaf if in_place else rearrange(leaf, cells.reshape(-1), places)
+        padded = padded.reshape(*taken.shape, *leaf.shape[1:])
         padded = select_or_poison(padded, taken, padding, fits)
         return padded if batch_first else jnp.swapaxes(padded, 0, 1)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpack._packed.broadcast import tree_where
 from jaxpack.cli.bench.calls import Calls, jax_calls
 from jaxpack.cli.bench.workloads import Workload
 
@@ -24,10 +25,7 @@ def step_calls(workload: Workload) -> Calls:
         def step(state: Any, cell: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             x, real = cell
             after, y = layer.step(params, state, x)
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(real.reshape(-1, *(1,) * (old.ndim - 1)), new, old), after, state
-            )
-            return kept, jnp.where(real[:, None], y, 0)
+            return tree_where(real, after, state), jnp.where(real[:, None], y, 0)
 
         like = jax.tree.map(
             lambda leaf: jnp.zeros((workload.batch_size, *leaf.shape), leaf.dtype), layer.state_like(inputs.dtype)
