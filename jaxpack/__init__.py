@@ -3,7 +3,6 @@
 from jaxpack._cells.gru import gru_cell
 from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.rnn import rnn_cell
-from jaxpack._checks import unchecked
 from jaxpack._layers.layers import GRU, LSTM, RNN
 from jaxpack._linear.lru import LRU
 from jaxpack._linear.minimal import MinGRU, MinLSTM
@@ -46,6 +45,7 @@ from jaxpack._packed.steps import broadcast_to_steps, concatenate, softmax
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
+from jaxpack._traced_checks import unchecked
 
 __version__ = "0.1.0"
 

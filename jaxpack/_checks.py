@@ -1,16 +1,13 @@
-"""Checks of arguments that many public functions take: integers and lengths; and `unchecked`."""
+"""Checks of arguments that many public functions take: integers and lengths."""
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any
+from collections.abc import Iterable, Mapping, Set
 
 import jax
 import numpy as np
 import numpy.typing as npt
-from jax.experimental import checkify
 
 
 def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarray:
@@ -104,25 +101,3 @@ def at_least_one(name: str, value: object) -> int:
 def is_traced(array: object) -> bool:
     """Returns whether an array is a tracer, whose values are not known yet."""
     return isinstance(array, jax.core.Tracer)
-
-
-def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Removes the checks that a function has for `checkify`, so that jax.export can serialise it.
-
-    jax.export.export(jax.jit(jaxpack.unchecked(serve)))(packed).serialize()
-
-    Examples:
-      >>> packed = jaxpack.pack_sequence([jnp.ones(1), jnp.ones(2)])
-      >>> jax.jit(unchecked(jaxpack.segment_sum))(packed).tolist()
-      [1.0, 2.0]
-
-    Under plain jit those checks do nothing, but an export that contains them cannot be written to a file. Sequences
-    that do not fit still give NaN.
-    """
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        _, result = checkify.checkify(function, errors=frozenset())(*args, **kwargs)
-        return result
-
-    return run

@@ -229,6 +229,10 @@ class Contract:
             for call in others:
                 assert_close(program(subject, call)(given), expected)
 
+    def test_programs_have_no_effects(self, subject, call):
+        """A jitted function with an effect is called through Python, which takes longer than a small layer."""
+        assert not program(subject, call).trace(operands(subject, LENGTHS[0])).jaxpr.effects
+
     def test_batch_mates_do_not_matter(self, subject, call):
         together = program(subject, call)(operands(subject, (3, 5, 2)))
         for row, length in enumerate((3, 5, 2)):

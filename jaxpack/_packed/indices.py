@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 
 from jaxpack._checks import check_lengths_type, check_not_negative, is_traced
 from jaxpack._packed.describe import type_of
 from jaxpack._packed.gather import PACK_ANEW, Indexed, slot_lengths
+from jaxpack._traced_checks import checked
 
 INDEX_NAMES = ("lengths", "sorted_indices", "unsorted_indices")
 
@@ -95,7 +95,7 @@ def same_sequences(
             )
         return also
     same = (other.sorted_indices == packed.sorted_indices) & (slot_lengths(other) == slot_lengths(packed))
-    checkify.debug_check(jnp.all(same), f"{function}: {names[1]} other lengths.")
+    same = checked(same, jnp.all(same), f"{function}: {names[1]} other lengths.")
     return same if also is None else same & also
 
 

@@ -6,7 +6,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
 
 from jaxpack._packed.gather import rearrange, reversed_cells
 from jaxpack._packed.inputs import batch_plan
@@ -14,6 +13,7 @@ from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, Unsorted
 from jaxpack._packed.slack import checked_slot_fits, select_or_poison, zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._traced_checks import checked
 from jaxpack._types import PyTree
 
 
@@ -56,7 +56,8 @@ def pad(packed: PackedSequence, padding: PyTree, length: int, batch_first: bool 
     steps = jnp.arange(length, dtype=jnp.int32)[None]
     short = packed.lengths <= length
     if plan.num_sequences:
-        checkify.debug_check(
+        short = checked(
+            short,
             jnp.all(short),
             f"lengths[{{row}}] = {{length}} is above total_length = {length}.",
             row=jnp.argmin(short),

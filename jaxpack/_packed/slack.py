@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 
 from jaxpack._packed.broadcast import expand
 from jaxpack._packed.gather import (
@@ -18,6 +17,7 @@ from jaxpack._packed.gather import (
     slot_lengths,
 )
 from jaxpack._packed.maps import cells_of, room_of_slots, spread, take
+from jaxpack._traced_checks import checked
 from jaxpack._types import PyTree
 
 
@@ -72,12 +72,10 @@ def checked_slot_fits(packed: Indexed) -> jax.Array:
     if not len(fits):
         return fits
     agree = indices_agree(packed)
-    checkify.debug_check(
-        agree,
-        f"lengths, sorted_indices and unsorted_indices do not belong together: {PACK_ANEW}",
-    )
+    fits = checked(fits, agree, f"lengths, sorted_indices and unsorted_indices do not belong together: {PACK_ANEW}")
     slot = jnp.argmin(fits)
-    checkify.debug_check(
+    return checked(
+        fits,
         jnp.all(fits) | ~agree,
         "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps (a negative length was "
         "below 0, or longer than its padded batch). Use a plan that covers it (jaxpack.plan_buckets(lengths)) or "
@@ -86,7 +84,6 @@ def checked_slot_fits(packed: Indexed) -> jax.Array:
         length=slot_lengths(packed)[slot],
         room=room_of_slots(packed.plan)[slot],
     )
-    return fits
 
 
 def select_or_poison(leaf: jax.Array, taken: jax.Array, filling: jax.Array, fits: jax.Array) -> jax.Array:

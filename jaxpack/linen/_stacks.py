@@ -11,9 +11,6 @@ A module is called with packed data or with a padded batch. It takes the input s
 
     variables = {"params": lstm.layer(12).from_torch(state_dict)}
     lstm.layer(12).to_torch(variables["params"])
-
-nn.scan over stacks needs check_constancy_invariants=False if packed data is the carry: Flax 0.12.12 mistakes any effect
-in the body, such as jax.debug.print or a layer's check for checkify, for a broadcast variable (google/flax#5540).
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import checkify
 from numpy.typing import ArrayLike
 
 from jaxpack._checks import as_int
@@ -68,11 +67,6 @@ def refuse(bad: np.ndarray, name: str, values: np.ndarray, rule: str) -> None:
     if bad.any():
         index = tuple(np.argwhere(bad)[0])
         raise ValueError(f"{name} must {rule}, got {name}[{', '.join(map(str, index))}] = {values[index]}.")
-
-
-def debug_refuse(bad: jax.Array, name: str, rule: str) -> None:
-    """Does the same inside a program under checkify; without checkify a bad value gives NaN."""
-    checkify.debug_check(~jnp.any(bad), f"{name} must {rule}.")
 
 
 def check_classes(

@@ -18,7 +18,8 @@ from jaxpack._packed.gather import slot_fits
 from jaxpack._packed.indices import values_of
 from jaxpack._packed.layout import pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
-from jaxpack.losses._checks import as_labels, check_weights, debug_refuse, outside, refuse, widened
+from jaxpack._traced_checks import checked
+from jaxpack.losses._checks import as_labels, check_weights, outside, refuse, widened
 from jaxpack.losses._mean import Mean
 from jaxpack.losses._weighted import weighted
 
@@ -106,7 +107,7 @@ def _ctc(
     counted = weights != 0
     broken = ~slot_fits(logits)[logits.unsorted_indices]
     for bad, name, _, rule in _bad(labels, label_lengths, counted, num_classes, blank_id):
-        debug_refuse(bad, name, rule)
+        bad = checked(bad, ~jnp.any(bad), f"{name} must {rule}.")
         broken |= bad if bad.ndim == 1 else bad.any(1)
     scored = counted & (lengths >= _min_frames(labels, label_lengths))
     num_frames = logits.plan.max_length * frames_per_step

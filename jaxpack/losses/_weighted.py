@@ -16,6 +16,7 @@ from jaxpack._packed.indices import same_sequences, values_of
 from jaxpack._packed.maps import spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import checked_slot_fits
+from jaxpack._traced_checks import checked
 from jaxpack.losses._checks import (
     Weights,
     as_array,
@@ -23,7 +24,6 @@ from jaxpack.losses._checks import (
     check_classes,
     check_token_weights,
     check_weights,
-    debug_refuse,
     ignored_number,
     outside,
     refuse,
@@ -159,7 +159,7 @@ def _mean(score: Score, logits: jax.Array, labels: jax.Array, weights: jax.Array
     """Computes the weighted mean of scores; logits of weight 0 are set to 0, so that no gradient is NaN there."""
     counted = weights != 0
     bad = counted & outside(labels, logits.shape[1])
-    debug_refuse(bad, name, _rule(logits.shape[1]))
+    bad = checked(bad, ~jnp.any(bad), f"{name} must {_rule(logits.shape[1])}.")
     scores = score(jnp.where(counted[:, None], widened(logits), 0), jnp.where(counted & ~bad, labels, 0))
     return weighted(jnp.where(counted, scores, 0), jnp.where(bad, jnp.nan, weights))
 

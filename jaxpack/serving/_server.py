@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._checks import concrete_lengths, unchecked
+from jaxpack._checks import concrete_lengths
 from jaxpack._dtypes import canonical
 from jaxpack._packed.host_layout import HostLayout
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
+from jaxpack._traced_checks import unchecked
 from jaxpack._types import PyTree
 from jaxpack.serving._files import Saved, check_flatbuffers, read_server, undamaged, write_server
 from jaxpack.serving._results import check_forms, form_of, results_of

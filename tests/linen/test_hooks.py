@@ -211,7 +211,7 @@ def test_vmap_and_scan_stack_parameters(name, inputs):
             narrow = lambda data: data[..., :F]  # noqa: E731
             return (y.map(narrow) if isinstance(y, jaxpack.PackedSequence) else narrow(y)), None
 
-    scan = nn.scan(Block, length=2, check_constancy_invariants=False, **split)(module)
+    scan = nn.scan(Block, length=2, **split)(module)
     (outputs, _), variables = jax.eval_shape(scan.init_with_output, KEYS, inputs, None)
     assert shapes(outputs) == shapes(inputs)
     assert shapes(variables["params"]["inner"]) == shapes(stacked["params"])

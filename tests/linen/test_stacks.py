@@ -245,7 +245,6 @@ def scanned(num, **options):
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=num,
-        check_constancy_invariants=False,  # see jaxpack/linen/stacks.py
         metadata_params={nn.meta.PARTITION_NAME: "layers"},
     )(H, **options)
 
