@@ -109,9 +109,9 @@ def plan_cover(
     Examples:
       >>> plan_cover([400, 400, 200, 200], batch_size=2)  # one long and one short per batch
       BucketPlan(boundaries=(200, 400), rows=(2, 1))
-      >>> plans = plan_cover({"source": [9, 9, 1, 1], "target": [7, 7, 2, 2]}, batch_size=2)
+      >>> plans = plan_cover({"source": [90, 90, 10, 10], "target": [70, 70, 20, 20]}, batch_size=2)
       >>> {name: plan.room.tolist() for name, plan in plans.items()}
-      {'source': [9, 1], 'target': [7, 2]}
+      {'source': [90, 10], 'target': [70, 20]}
 
     Args:
       lengths: [N] whole numbers >= 0: the lengths of the corpus. Or a dict of such arrays by time axis, with an
