@@ -114,8 +114,10 @@ class LinearLayer(abc.ABC):
 
         Raises:
           ValueError: if a shape does not match the layer.
+          TypeError: if x, parameters or state are complex.
         """
-        dtype = jnp.result_type(x, check_params(params, self.shapes, self), float)
+        dtype = jnp.result_type(x, self._checked_dtype(params), float)
+        _check_real("x", dtype)
         x = jnp.asarray(x, dtype)
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
@@ -173,11 +175,11 @@ class LinearLayer(abc.ABC):
         Raises:
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, or a parameter
             is sharded under an explicit mesh.
-          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, inputs
-            or states are complex, resets are not bool, or the call is differentiated in forward mode without
+          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, inputs,
+            parameters or states are complex, resets are not bool, or the call is differentiated in forward mode without
             forward_mode.
         """
-        params_dtype = check_params(params, self.shapes, self)
+        params_dtype = self._checked_dtype(params)
         check_sharding(params)
         batch = inputs if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
         alone = not isinstance(batch, PackedSequence) and jnp.ndim(batch) == 2
@@ -198,6 +200,12 @@ class LinearLayer(abc.ABC):
             outputs, final = _run(self, direction, jnp.dtype(dtype).name, params, aligned._replace(length=None), state)
         laid_out: Any = aligned.laid_out(aligned.packed.replace(data=outputs))
         return (laid_out[0], jax.tree.map(lambda leaf: leaf[0], final)) if alone else (laid_out, final)
+
+    def _checked_dtype(self, params: PyTree) -> Any:
+        """Checks parameters, and returns their common dtype."""
+        dtype = check_params(params, self.shapes, self)
+        _check_real("params", dtype)
+        return dtype
 
     def _zeros(self, lead: tuple[int, ...], like: jax.Array) -> PyTree:
         """Returns zeros for a state, made from an array so that they have its sharding."""
@@ -226,8 +234,7 @@ class LinearLayer(abc.ABC):
                 f"inputs must be {lead}{self.input_size}] (input_size={self.input_size}), got shape "
                 f"({', '.join(map(str, shape))})."
             )
-        if jnp.issubdtype(data.dtype, jnp.complexfloating):
-            raise TypeError(f"inputs must be real, got dtype {data.dtype}.")
+        _check_real("inputs", data.dtype)
         check_resets(aligned)
 
     def _checked_state(self, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
@@ -239,9 +246,14 @@ class LinearLayer(abc.ABC):
                 f"initial_state must have the layout of the final state of {self}, {expected} (B first), got "
                 f"{shapes_of(given)}."
             )
-        if any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in jax.tree.leaves(given)):
-            raise TypeError("initial_state must be real, got a complex array.")
+        _check_real("initial_state", jnp.result_type(*jax.tree.leaves(given)))
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), given, self.state_like(dtype))
+
+
+def _check_real(what: str, dtype: Any) -> None:
+    """Raises TypeError if a dtype is complex."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{what} must be real, got dtype {dtype}.")
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "direction", "dtype"))

@@ -61,7 +61,8 @@ def linear_attention(
       that do not fit are NaN in both.
 
     Raises:
-      TypeError: if some arguments are packed and others padded, or lengths or plan are given beside packed ones.
+      TypeError: if some arguments are packed and others padded, lengths or plan are given beside packed ones, or an
+        argument is complex.
       ValueError: if sequences or shapes differ, or heads do not divide.
     Source: Katharopoulos et al. 2020, "Transformers are RNNs"; Yang et al. 2023, "Gated linear attention"; Dao & Gu
     2024, "Transformers are SSMs".
@@ -116,11 +117,16 @@ def gated_delta_rule(
 
 
 def _call(name: str, rule: Rule, aligned: Aligned, initial_state: Any) -> tuple[Any, jax.Array]:
-    """Validates the shapes of a function's arguments and runs its rule."""
+    """Validates the shapes and dtypes of a function's arguments and runs its rule."""
     heads = _heads_of(name, rule, aligned)
+    given = {"value": aligned.packed.data} | aligned.others
+    if initial_state is not None:
+        given["initial_state"] = initial_state = as_jax(initial_state, "initial_state")
+    for each, array in given.items():
+        if array is not None and jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{name}: {each} must be real, got dtype {array.dtype}.")
     size = aligned.packed.plan.num_sequences
     if initial_state is not None:
-        initial_state = as_jax(initial_state, "initial_state")
         expected = (size, heads.num_heads, heads.key_size, heads.value_size)
         if initial_state.shape != expected:
             raise ValueError(

@@ -165,7 +165,10 @@ def mlstm(state: MLSTMState, initial: MLSTMState, chunk: Chunk) -> tuple[MLSTMSt
     seen = query @ memory
     seen = seen if decays.follows is None else jnp.where(decays.follows, seen, query @ start)
     both = scores @ value + jnp.exp(before - largest) * seen
-    outputs = both[..., :-1] / jnp.maximum(jnp.abs(both[..., -1:]), jnp.exp(-largest))
+    floor = jnp.maximum(jnp.exp(-largest), jnp.finfo(both.dtype).tiny)
+    divisor = jnp.maximum(jnp.abs(both[..., -1:]), floor)
+    scale = lax.stop_gradient(1 / divisor)  # the derivative squares the divisor, and exp(-50)² is 0 in float32
+    outputs = both[..., :-1] * scale / (divisor * scale)
 
     out, before = decays.out + gate, before[..., -1:, :]
     least = jnp.where(chunk.real.any(1), 0, -jnp.inf).reshape(-1, 1, 1, 1, 1)  # without steps m stays as it is

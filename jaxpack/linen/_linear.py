@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import unfreeze
-from jax.typing import ArrayLike
 
+from jaxpack._flax import linear
 from jaxpack._linear.layer import LinearLayer
 from jaxpack._linear.lru import LRU as _LRU
 from jaxpack._linear.minimal import MinGRU as _MinGRU
@@ -29,7 +28,6 @@ from jaxpack._linear.minimal import MinLSTM as _MinLSTM
 from jaxpack._linear.rglru import RGLRU as _RGLRU
 from jaxpack._packed.inputs import as_batch
 from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
 __all__ = ["LRU", "RGLRU", "MinGRU", "MinLSTM"]
@@ -49,66 +47,13 @@ class _Linear(nn.Module):
         names = [field.name for field in dataclasses.fields(self.layer_class) if field.name != "input_size"]
         return self.layer_class(input_size, **{name: getattr(self, name) for name in names})
 
-    @nn.compact
-    def __call__(
-        self,
-        inputs: PackedSequence | ArrayLike,
-        initial_state: PyTree = None,
-        *,
-        seq_lengths: ArrayLike | Sequence[int] | None = None,
-        plan: BucketPlan | None = None,
-        resets: PackedSequence | ArrayLike | None = None,
-        reverse: bool = False,
-        forward_mode: bool = False,
-    ) -> tuple[Any, PyTree]:
-        """Runs the layer as `jaxpack.MinGRU.apply` does.
-
-        Args:
-          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
-          initial_state: in the layout of the final state. Default: zeros.
-          seq_lengths: int [B], for padded inputs. Default: all T.
-          plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
-          resets: bool, one a step, laid out as the inputs: True where an episode begins.
-          reverse: set True to read each sequence from its end.
-          forward_mode: set True to differentiate this call in forward mode.
-
-        Returns:
-          The output in the layout of the inputs, and the final state.
-
-        Raises:
-          ValueError: as `jaxpack.MinGRU.apply` does.
-          TypeError: as `jaxpack.MinGRU.apply` does.
-        """
-        layer, params = self._parts(inputs.data if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs"))
-        return layer.apply(
-            params,
-            inputs,
-            initial_state,
-            lengths=seq_lengths,
-            plan=plan,
-            resets=resets,
-            reverse=reverse,
-            dtype=self.dtype,
-            forward_mode=forward_mode,
-        )
-
-    @nn.compact
-    def step(self, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
-        """Runs one step, for step-by-step decoding.
-
-        Args:
-          state: the state, as a call returns it; None for the first step of a sequence.
-          x: [B, F], or [F].
-
-        Returns:
-          The new state, and the output [B, O], or [O].
-        """
-        layer, params = self._parts(x)
-        return layer.step(params, state, x)
+    __call__ = nn.compact(linear.call)
+    step = nn.compact(linear.step)
 
     @nn.nowrap
-    def _parts(self, data: Any) -> tuple[LinearLayer, PyTree]:
-        """Returns the specification for inputs with data [..., F], and its parameters, drawn if there are none yet."""
+    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+        """Returns the specification for inputs [..., F], and its parameters, drawn if there are none yet."""
+        data = inputs.data if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
         size = max((1, *jnp.shape(jax.tree.leaves(data)[0]))[-1], 1)  # 1 without features, which the layer refuses
         layer = self.layer(size)
         drawn: dict[str, Any] = {}

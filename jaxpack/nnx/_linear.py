@@ -14,20 +14,17 @@ structure:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 from flax import nnx
-from jax.typing import ArrayLike
 
+from jaxpack._flax import linear
 from jaxpack._linear.layer import LinearLayer
 from jaxpack._linear.lru import LRU as _LRU
 from jaxpack._linear.minimal import MinGRU as _MinGRU
 from jaxpack._linear.minimal import MinLSTM as _MinLSTM
 from jaxpack._linear.rglru import RGLRU as _RGLRU
-from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
 __all__ = ["LRU", "RGLRU", "MinGRU", "MinLSTM"]
@@ -53,67 +50,17 @@ class _Linear(nnx.Module):
         for name, value in params.items():
             setattr(self, name, nnx.data(jax.tree.map(nnx.Param, value)))
 
-    def __call__(
-        self,
-        inputs: PackedSequence | ArrayLike,
-        initial_state: PyTree = None,
-        *,
-        seq_lengths: ArrayLike | Sequence[int] | None = None,
-        plan: BucketPlan | None = None,
-        resets: PackedSequence | ArrayLike | None = None,
-        reverse: bool = False,
-        forward_mode: bool = False,
-    ) -> tuple[Any, PyTree]:
-        """Runs the layer as `jaxpack.MinGRU.apply` does.
-
-        Args:
-          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
-          initial_state: in the layout of the final state. Default: zeros.
-          seq_lengths: int [B], for padded inputs. Default: all T.
-          plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
-          resets: bool, one a step, laid out as the inputs: True where an episode begins.
-          reverse: set True to read each sequence from its end.
-          forward_mode: set True to differentiate this call in forward mode.
-
-        Returns:
-          The output in the layout of the inputs, and the final state.
-
-        Raises:
-          ValueError: as `jaxpack.MinGRU.apply` does.
-          TypeError: as `jaxpack.MinGRU.apply` does.
-        """
-        return self.layer.apply(
-            self._values(),
-            inputs,
-            initial_state,
-            lengths=seq_lengths,
-            plan=plan,
-            resets=resets,
-            reverse=reverse,
-            dtype=self.dtype,
-            forward_mode=forward_mode,
-        )
-
-    def step(self, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
-        """Runs one step, for step-by-step decoding.
-
-        Args:
-          state: the state, as a call returns it; None for the first step of a sequence.
-          x: [B, F], or [F].
-
-        Returns:
-          The new state, and the output [B, O], or [O].
-        """
-        return self.layer.step(self._values(), state, x)
+    __call__ = linear.call
+    step = linear.step
 
     @property
     def params(self) -> nnx.Dict:
         """The module's nnx.Param, with the structure of the layer's parameters."""
         return nnx.Dict({name: _as_dict(getattr(self, name)) for name in self.layer.shapes})
 
-    def _values(self) -> PyTree:
-        """Returns the parameters as the layer takes them."""
-        return {name: _values_of(getattr(self, name), shape) for name, shape in self.layer.shapes.items()}
+    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+        """Returns the specification, and its parameters as it takes them."""
+        return self.layer, {name: _values_of(getattr(self, name), shape) for name, shape in self.layer.shapes.items()}
 
 
 def _as_dict(variables: Any) -> Any:

@@ -309,6 +309,13 @@ X = np.ones((2, 3, F), np.float32)
         (lambda: LAYERS["min_gru"].apply(PARAMS, np.ones((2, 3, F + 1))), ValueError, r"\(B, T, 5\)"),
         (lambda: LAYERS["min_gru"].apply(PARAMS, X.astype(complex)), TypeError, "inputs must be real"),
         (lambda: LAYERS["min_gru"].apply(PARAMS, X, np.ones((2, H), complex)), TypeError, "initial_state must be real"),
+        (
+            lambda: LAYERS["min_gru"].apply(jax.tree.map(lambda leaf: leaf + 0j, PARAMS), X),
+            TypeError,
+            "params must be real",
+        ),
+        (lambda: LAYERS["min_gru"].step(PARAMS, None, X[0].astype(complex)), TypeError, "x must be real"),
+        (lambda: LAYERS["min_gru"].step(PARAMS, np.ones((3, H), complex), X[0]), TypeError, "must be real"),
         (lambda: LAYERS["min_gru"].apply(PARAMS, X, np.ones((3, H))), ValueError, r"\(2, 4\) \(B first\)"),
         (lambda: LAYERS["min_gru"].apply(PARAMS, X, resets=np.ones((2, 3))), TypeError, "resets must be one bool"),
         (lambda: LAYERS["min_gru"].apply(PARAMS, X[0], lengths=[3]), ValueError, "are one sequence"),

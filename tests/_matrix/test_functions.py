@@ -171,6 +171,7 @@ def test_a_chunk_is_shorter_where_sequences_are_short():
 
 
 ONES = jaxpack.pack_sequence([np.ones((3, 2, 4)), np.ones((1, 2, 4))])
+COMPLEX = ONES.map(lambda x: x.astype(jnp.complex64))
 
 
 def of(*shape):
@@ -195,6 +196,13 @@ def of(*shape):
             r"initial_state must be \[B, H, K, V\] = \[2, 2, 4, 4\]",
         ),
         (lambda: jaxpack.linear_attention(ONES.data, ONES, ONES), TypeError, "must be packed too"),
+        (lambda: jaxpack.linear_attention(COMPLEX, ONES, ONES), TypeError, "query must be real, got dtype complex64"),
+        (lambda: jaxpack.gated_delta_rule(ONES, ONES, COMPLEX, of(2)), TypeError, "value must be real"),
+        (
+            lambda: jaxpack.linear_attention(ONES, ONES, ONES, None, np.ones((2, 2, 4, 4), complex)),
+            TypeError,
+            "initial_state must be real",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong(call, error, message):

@@ -92,6 +92,41 @@ def test_initial_parameters_have_their_shapes_and_run_in_float32(kind):
     assert (np.abs(output) > 0).any()
 
 
+EXTREME: dict[str, dict[str, tuple[float, float]]] = {
+    "mamba2": {"dt_bias": (50, -50)},
+    "gated_delta_net": {"dt_bias": (50, -50)},
+    "mlstm": {"igate_bias": (50, -50), "fgate_bias": (50, -50)},
+    "mlstm, gates apart": {"igate_bias": (50, -50), "fgate_bias": (-50, 50)},
+}
+
+
+@pytest.mark.parametrize("case", EXTREME)
+def test_gates_at_50_are_stable_in_values_and_gradients(case):
+    kind = case.split(",")[0]
+    layer, drawn = LAYERS[kind], LAYERS[kind].init(jax.random.key(0))
+    params = drawn | {
+        name: jnp.asarray(np.resize(gates, drawn[name].shape), jnp.float32) for name, gates in EXTREME[case].items()
+    }
+    if kind == "gated_delta_net":
+        params["b_proj"] = 50 * jnp.sign(params["b_proj"])
+    x = np.random.default_rng(0).standard_normal((2, T, F)).astype(np.float32)
+
+    @jax.jit
+    def run(params, x):
+        def loss(params, x):
+            output, _ = layer.apply(params, x)
+            return output.sum(), output
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+    gradients, output = run(params, x)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((gradients, output)))
+    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), layer.state_like(np.float64))
+    for row, ours in enumerate(output):
+        np.testing.assert_allclose(ours, alone(kind, exact, np.float64(x[row]), zeros)[0], rtol=1e-4, atol=1e-5)
+
+
 CONVERTERS: dict[str, Any] = {
     "mamba2": (
         LAYERS["mamba2"].from_mamba_ssm,

@@ -34,11 +34,18 @@ _REPEATS, _REPEATS_OF_EPOCH = 15, 3
 
 
 class CellName(enum.StrEnum):
-    """The cells that can be measured on a user's own lengths."""
+    """The layers that can be measured on a user's own lengths."""
 
     LSTM = "lstm"
     GRU = "gru"
     RNN = "rnn"
+    LRU = "lru"
+    MINGRU = "mingru"
+    MINLSTM = "minlstm"
+    RGLRU = "rglru"
+    MAMBA2 = "mamba2"
+    GATEDDELTANET = "gateddeltanet"
+    MLSTM = "mlstm"
 
 
 Lengths = Annotated[
@@ -48,7 +55,7 @@ Lengths = Annotated[
     ),
 ]
 Cell = Annotated[
-    CellName | None, typer.Option(help="The cell to run on --lengths.", show_default="lstm", case_sensitive=False)
+    CellName | None, typer.Option(help="The layer to run on --lengths.", show_default="lstm", case_sensitive=False)
 ]
 Repeats = Annotated[
     int | None,
@@ -91,6 +98,9 @@ def bench(
     ] = False,
 ) -> None:
     """Measure packed and padded layers of jaxpack, Flax, PyTorch, Haiku and Keras.
+
+    Layers that are linear in their state run beside scans over the padded batch,
+    memax, memorax and mamba2-jax.
 
     All libraries run in one process, in turns, with the same batch and the same
     number of threads; those that are not installed are listed. The default
@@ -159,6 +169,10 @@ def _workload(
     if name not in (None, EPOCH):
         raise typer.BadParameter(f"pass a workload ({name}) or lengths, not both.", param_hint=hint)
     workload = Workload(pathlib.Path(name_of(path)).name, read_lengths(path, "--lengths"), seed=seed, **given)
+    try:
+        _ = workload.layer
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--cell'") from error
     if not workload.tokens:
         raise typer.BadParameter(f"all lengths in {name_of(path)} are 0: there is nothing to compute.", param_hint=hint)
     _check_size(workload, path, is_epoch=name == EPOCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from jaxpack._linear.diagonal import DiagonalLayer
+from jaxpack._matrix.layer import MatrixLayer
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls
-from jaxpack.cli.bench.workloads import Workload
+from jaxpack.cli.bench.workloads import Workload, layer_name
 
 Scan = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # from decays, inputs [T, B, H] and the mask to states
 
@@ -40,8 +42,11 @@ def masked_scan(decay: jax.Array, inputs: jax.Array, mask: jax.Array) -> jax.Arr
 def padded_calls(workload: Workload, scan: Scan) -> Calls:
     """Makes the calls of a layer's equations around a scan over the padded batch, time first."""
     layer: Any = workload.layer
+    if isinstance(layer, MatrixLayer):
+        size = math.prod(layer.heads) * workload.padded_plan.size * 4 / 2**30
+        raise Missing(f"it would keep a matrix of each head for every step: arrays of {size:.2g} GiB")
     if not isinstance(layer, DiagonalLayer):
-        raise Missing(f"a scan of this kind needs a linear recurrence, and {workload.cell} has none")
+        raise Missing(f"it needs a recurrence that is linear in its state, which {layer_name(workload.cell)} is not")
     inputs, cotangent, mask = (
         np.ascontiguousarray(array.swapaxes(0, 1)) for array in (workload.inputs, workload.cotangent, workload.mask)
     )

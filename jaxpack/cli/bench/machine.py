@@ -15,7 +15,19 @@ import jax
 import jaxpack
 from jaxpack.cli.bench.calls import num_threads
 
-_PACKAGES = ("jaxpack", "jax", "jaxlib", "flax", "numpy", "torch", "dm-haiku", "keras")
+_PACKAGES = (
+    "jaxpack",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "torch",
+    "dm-haiku",
+    "keras",
+    "memax",
+    "memorax",
+    "mamba2-jax",
+)
 
 
 def load() -> float | None:

@@ -25,6 +25,7 @@ from jaxpack._matrix.layer import MatrixLayer
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, num_threads, of_cell
 from jaxpack.cli.bench.cudnn_peer import cudnn_calls
 from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
+from jaxpack.cli.bench.linear_libraries import mamba2_jax_calls, memax_calls, memorax_calls
 from jaxpack.cli.bench.linear_peers import associative_scan, masked_scan, padded_calls
 from jaxpack.cli.bench.matrix_peers import step_calls
 from jaxpack.cli.bench.workloads import Workload
@@ -165,6 +166,24 @@ def _associative_scan(workload: Workload) -> Calls:
 def _masked_scan(workload: Workload) -> Calls:
     """Runs jax.lax.scan on the padded batch with a mask, for layers with a linear recurrence."""
     return step_calls(workload) if isinstance(workload.layer, MatrixLayer) else padded_calls(workload, masked_scan)
+
+
+@peer("memax")
+def _memax(workload: Workload) -> Calls:
+    """Runs memax's LRU or GDN on all sequences end to end, with a flag where each begins."""
+    return memax_calls(workload)
+
+
+@peer("memorax")
+def _memorax(workload: Workload) -> Calls:
+    """Runs memorax's LRU, MinGRU or mLSTM on all sequences end to end, with a flag where each begins."""
+    return memorax_calls(workload)
+
+
+@peer("mamba2-jax")
+def _mamba2_jax(workload: Workload) -> Calls:
+    """Runs mamba2_jax's mixer on the padded batch, which it does not mask."""
+    return mamba2_jax_calls(workload)
 
 
 @peer("torch-packed")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.cli._text import print_parts
+from jaxpack.cli.bench.workloads import layer_name
 
 Result = Mapping[str, Any]
 _MIB = 2**20
@@ -37,7 +38,7 @@ def title_of(workload: Result) -> str:
     directions = "bidirectional " if workload["bidirectional"] else ""
     layers = f"{workload['num_layers']} layers of " if workload["num_layers"] > 1 else ""
     sizes = f"{workload['features']} features, hidden size {workload['hidden_size']}"
-    return f"{workload['name']}: {layers}{directions}{workload['cell'].upper()}, {sizes}, {workload['dtype']}"
+    return f"{workload['name']}: {layers}{directions}{layer_name(workload['cell'])}, {sizes}, {workload['dtype']}"
 
 
 def _batch(result: Result) -> str:

@@ -15,23 +15,33 @@ import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
 from jaxpack._linear.layer import LinearLayer
+from jaxpack._matrix.layer import MatrixLayer
 from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.datasets import japanese_vowels
 
 EPOCH = "epoch"  # the name of the workload that is a corpus
 
-LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
-    {"lstm": jaxpack.LSTM, "gru": jaxpack.GRU, "rnn": jaxpack.RNN}
+
+def _by_name(*layers: Any) -> Mapping[str, Any]:
+    return MappingProxyType({layer.__name__.lower(): layer for layer in layers})
+
+
+LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = _by_name(jaxpack.LSTM, jaxpack.GRU, jaxpack.RNN)
+LINEAR_LAYERS: Mapping[str, Callable[..., LinearLayer]] = _by_name(
+    jaxpack.LRU,
+    jaxpack.MinGRU,
+    jaxpack.MinLSTM,
+    jaxpack.RGLRU,
+    jaxpack.Mamba2,
+    jaxpack.GatedDeltaNet,
+    jaxpack.MLSTM,
 )
-LINEAR_LAYERS: Mapping[str, Callable[[int, int], LinearLayer]] = MappingProxyType(
-    {
-        "lru": jaxpack.LRU,
-        "mingru": jaxpack.MinGRU,
-        "rglru": jaxpack.RGLRU,
-        "mamba2": jaxpack.Mamba2,
-        "delta": jaxpack.GatedDeltaNet,
-    }
-)
+_HEAD_SIZE = 64  # of GatedDeltaNet
+
+
+def layer_name(cell: str) -> str:
+    """Returns the name of a cell's layer in jaxpack."""
+    return ({**LAYERS, **LINEAR_LAYERS})[cell].__name__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +51,7 @@ class Workload:
     Attributes:
       name: the workload's name.
       lengths: int [B], the lengths of all sequences.
-      cell: "lstm", "gru" or "rnn"; or one of `LINEAR_LAYERS`, which are one layer in one direction.
+      cell: a name in `LAYERS`; or in `LINEAR_LAYERS`, which are one layer in one direction.
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
       dtype: "float32" or "bfloat16", of all of these and of the computation.
@@ -61,7 +71,8 @@ class Workload:
     def layer(self) -> Any:
         """The layer of jaxpack, a RecurrentLayer or a LinearLayer."""
         if self.cell in LINEAR_LAYERS:
-            return LINEAR_LAYERS[self.cell](self.features, self.hidden_size)
+            heads = {"num_heads": max(1, self.hidden_size // _HEAD_SIZE)} if self.cell == "gateddeltanet" else {}
+            return LINEAR_LAYERS[self.cell](self.features, self.hidden_size, **heads)
         sizes = self.features, self.hidden_size, self.num_layers
         return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
 
@@ -104,6 +115,8 @@ class Workload:
         """Counts the cells that jaxpack computes under a plan, or without one."""
         if plan is not None:
             return plan.size
+        if isinstance(self.layer, MatrixLayer):
+            return self.padded_plan.size
         if self.cell in LINEAR_LAYERS:
             return linear_ladder_cells(self.padded_plan, self.lengths)
         return unplanned_cells(self.lengths, self.longest)
@@ -204,7 +217,12 @@ _WORKLOADS: Mapping[str, tuple[Callable[[np.random.Generator], np.ndarray], Mapp
         "mingru": (lognormal_lengths, {"cell": "mingru"}),
         "rglru": (lognormal_lengths, {"cell": "rglru", "features": 256}),
         "mamba2": (lognormal_lengths, {"cell": "mamba2"}),
-        "delta": (lognormal_lengths, {"cell": "delta"}),
+        "mlstm": (lognormal_lengths, {"cell": "mlstm"}),
+        "delta": (lognormal_lengths, {"cell": "gateddeltanet"}),
+        "delta-long": (
+            functools.partial(equal_lengths, batch_size=1, length=1024),
+            {"cell": "gateddeltanet", "features": 512, "hidden_size": 512},
+        ),
         "small": (functools.partial(lognormal_lengths, batch_size=8), {"features": 32, "hidden_size": 32}),
         "wide": (functools.partial(lognormal_lengths, batch_size=256), {"hidden_size": 512}),
         "long": (functools.partial(equal_lengths, batch_size=16, length=10_000), {}),

@@ -28,7 +28,7 @@ from jaxpack.cli.bench.measure import measure
 from jaxpack.cli.bench.peers import PEERS
 from jaxpack.cli.bench.products import count_flops, product_runs, product_shapes, useful_flops
 from jaxpack.cli.bench.turns import take_turns
-from jaxpack.cli.bench.workloads import Workload, named_workload, workload_names
+from jaxpack.cli.bench.workloads import LAYERS, LINEAR_LAYERS, Workload, named_workload, workload_names
 
 LENGTHS = np.array([3, 8, 2])  # few, since a run without a plan has a loop for each of up to eight
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
@@ -48,7 +48,9 @@ NAMES = (
     "mingru",
     "rglru",
     "mamba2",
+    "mlstm",
     "delta",
+    "delta-long",
     "small",
     "wide",
     "long",
@@ -259,6 +261,24 @@ def test_only_the_named_libraries_are_measured(toys, tmp_path):
     assert found.row("Forward", "other")[-1] == "-"
 
 
+@pytest.mark.parametrize("name", ["MinGRU", "RGLRU", "GatedDeltaNet"])
+def test_linear_layers_are_measured_on_lengths_of_ones_own(toys, tmp_path, name):
+    found = Run(tmp_path, "--cell", name, "--hidden-size", FEATURES)
+    assert found.result["workload"]["cell"] == name.lower()
+    assert f"lengths.txt: {name}, {FEATURES} features, hidden size {FEATURES}" in " ".join(found.report.split())
+
+
+def test_sizes_that_a_layer_refuses_are_an_error_of_its_option(tmp_path):
+    (tmp_path / "lengths.txt").write_text("3 8 2")
+    result = invoke("--lengths", tmp_path / "lengths.txt", "--cell", "RGLRU")
+    assert result.exit_code == 2
+    assert "Invalid value for '--cell': hidden_size must be input_size" in message(result)
+
+
+def test_the_layers_of_the_command_are_those_of_the_workloads():
+    assert [cell.value for cell in bench_file.CellName] == [*LAYERS, *LINEAR_LAYERS]
+
+
 def expected_loss(workload):
     output, _ = workload.layer.apply(workload.params, workload.inputs, lengths=workload.lengths)
     return np.sum(np.asarray(output, np.float64) * workload.cotangent)
@@ -293,14 +313,15 @@ def test_torch_runs_the_other_cells_too(cell):
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("cell", ["mamba2", "delta"])
+@pytest.mark.parametrize("cell", ["mamba2", "gateddeltanet", "mlstm"])
 def test_a_layer_of_matrix_states_has_a_peer_that_steps_over_the_padded_batch(cell):
     workload = tiny(cell=cell, hidden_size=64)
     for name in ("jaxpack", "masked_scan"):
         loss, (_, gradient) = PEERS[name](workload).training()
         assert loss.item() == pytest.approx(expected_loss(workload), abs=1e-5), name
         assert np.isfinite(gradient).all()
-    with pytest.raises(Missing, match=f"{cell} has none"):
+    assert workload.cells_under(None) == len(LENGTHS) * LENGTHS.max()
+    with pytest.raises(Missing, match="would keep a matrix of each head for every step"):
         PEERS["associative_scan"](workload)
 
 
@@ -315,7 +336,7 @@ def test_a_linear_layer_has_peers_that_scan_the_padded_batch(cell):
     for name in ("flax.nnx", "flax.linen", "jaxpack.nnx"):
         with pytest.raises(Missing, match=f"it has no {cell}"):
             PEERS[name](workload)
-    with pytest.raises(Missing, match="lstm has none"):
+    with pytest.raises(Missing, match="which LSTM is not"):
         PEERS["masked_scan"](tiny())
 
 
@@ -479,6 +500,8 @@ def test_workloads_are_those_of_the_list():
     assert (sizes["small"][0], sizes["small"][2:4]) == (8, (32, 32))
     assert (sizes["wide"][0], sizes["wide"][3]) == (256, 512)
     assert sizes["long"][:4] == (16, 10_000, 128, 256)
+    assert sizes["delta-long"][:5] == (1, 1024, 512, 512, "gateddeltanet")
+    assert named_workload("delta-long").layer.heads == (8, 1, 64, 64)
     assert sizes["epoch"][:4] == (4096, 200, 128, 256)
 
 
