@@ -56,9 +56,9 @@ class CostModel:
     def for_platform(cls, platform: str | None = None, *, training: bool = True) -> CostModel:
         """Returns the estimates for an LSTM with B=64, F=128, H=256 in float32 on a platform.
 
-        Those for CPUs are from times on 2 cores of an AMD EPYC. A cell is fitted. A step was too short to measure beside
-        its cells (0 to 10 microseconds in training), and a bucket took 20 to 500 microseconds: these are the estimates
-        whose plans were the fastest.
+        Those for CPUs are from times on 2 cores of an AMD EPYC. A cell is fitted. A step was too short to measure
+        beside its cells (0 to 10 microseconds in training), and a bucket took 20 to 500 microseconds: these are the
+        estimates whose plans were the fastest.
 
         Those for GPUs and TPUs are computed, not measured. GPU: a step is 2.3 kernels forward and 3.3 backward (read
         from programs compiled for an H100), 0.5 more each way where sequences share rows, at 4 microseconds a kernel;
