@@ -1,7 +1,7 @@
 """The committed counts, and the guide's tables of them.
 
 cd tests
-../.venv/bin/python -m accelerators.table              # counts every program anew: about eight minutes
+../.venv/bin/python -m accelerators.table              # counts every program anew: ten CPU minutes
 ../.venv/bin/python -m accelerators.table h100-GRU     # counts those whose names start so, and keeps the others
 ../.venv/bin/python -m accelerators.table --changed    # counts those whose lowered programs are others than before
 """
