@@ -101,7 +101,8 @@ def alone(kind, sequences, initial, starts, weights):
         losses = []
         for row, arrays in enumerate(sequences):
             state = jax.tree.map(lambda leaf, row=row: leaf[row], initial)
-            losses.append(total(*plain(kind, arrays, state, starts[row]), weights[row]))
+            ys, final = plain(kind, arrays, state, starts[row])
+            losses.append(total(ys, final, weights[row]))
         return sum(losses)
 
     return jax.value_and_grad(loss, (0, 1))(sequences, initial)
