@@ -257,16 +257,16 @@ MATRIX: dict[str, Callable[[], Subject]] = {
     "MLSTM": lambda: of_linear("mlstm", jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3), step=matrix_step),
     "nnx.Mamba2": lambda: of_linear(
         "mamba2",
-        jaxpack.Mamba2(F, 4, head_size=2, state_size=2),
+        jaxpack.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3),
         "nnx",
-        lambda: jaxpack.nnx.Mamba2(F, 4, head_size=2, state_size=2, **FLOAT64),
+        lambda: jaxpack.nnx.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3, **FLOAT64),
         matrix_step,
     ),
     "linen.MLSTM": lambda: of_linear(
         "mlstm",
-        jaxpack.MLSTM(F, 4, 2, block_size=2),
+        jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3),
         "linen",
-        lambda: jaxpack.linen.MLSTM(4, 2, block_size=2, param_dtype=float),
+        lambda: jaxpack.linen.MLSTM(4, 2, block_size=2, kernel_size=3, param_dtype=float),
         matrix_step,
     ),
 }

@@ -87,19 +87,17 @@ def test_states_are_the_definitions(plan, reverse):
 
 
 def scanned(decay, inputs, initial):
-    """The forward recurrence of every sequence by lax.scan, which JAX differentiates by itself."""
-    states, finals = [], []
-    for row, length in enumerate(LENGTHS):
+    """The forward recurrence by lax.scan, which JAX differentiates by itself; a sequence that has ended stays."""
 
-        def step(h, cell):
-            h = cell[0] * h + cell[1]
-            return h, h
+    def step(h, cells):
+        decay, inputs, is_real = cells
+        h = jnp.where(is_real, decay * h + inputs, h)
+        return h, jnp.where(is_real, h, 0)
 
-        decays = jnp.broadcast_to(decay, inputs.shape)[row, :length]
-        final, ys = jax.lax.scan(step, initial[row], (decays, inputs[row, :length]))
-        states.append(jnp.zeros_like(inputs[row]).at[:length].set(ys))
-        finals.append(final)
-    return jnp.stack(states), jnp.stack(finals)
+    is_real = np.arange(T)[:, None] < LENGTHS
+    decays, steps = (jnp.moveaxis(array, 1, 0) for array in (jnp.broadcast_to(decay, inputs.shape), inputs))
+    final, states = jax.lax.scan(step, initial, (decays, steps, is_real[..., None, None]))
+    return jnp.moveaxis(states, 0, 1), final
 
 
 def weighed(run, weights):

@@ -48,30 +48,64 @@ def operands(kind, gates, seed=0):
     return sequences, (state, np.abs(state[..., 0, 0])) if kind == "mlstm" else state
 
 
-def plain(kind, arrays, state, starts):
+@functools.partial(jax.jit, static_argnums=0)
+def plain(kind, arrays, initial, starts):
     """The recurrence of one sequence, step by step, in jax.numpy: outputs [L, G, P, V] and the final state."""
-    initial, outputs = state, []
-    for t in range(len(starts)):
-        state = initial if starts[t] else state
-        q, k, v = arrays["query"][t][:, None], arrays["key"][t][:, None], arrays["value"][t]
-        decay = jnp.exp(arrays["log_decay"][t])[..., None]
+
+    def step(state, at):
+        arrays, begins = at
+        state = jax.tree.map(lambda first, before: jnp.where(begins, first, before), initial, state)
+        q, k, v = arrays["query"][:, None], arrays["key"][:, None], arrays["value"]
+        decay = jnp.exp(arrays["log_decay"])[..., None]
         if kind == "mlstm":
             memory, m = state
-            log_f, log_i = arrays["log_decay"][t][..., 0], arrays["log_input"][t][..., 0]
+            log_f, log_i = arrays["log_decay"][..., 0], arrays["log_input"][..., 0]
             new_m = jnp.maximum(jnp.maximum(log_f + m, log_i), 0)
             v = jnp.concatenate([v, jnp.ones((G, P, 1))], -1)
             f, i = (jnp.exp(each - new_m)[..., None, None] for each in (log_f + m, log_i))
             memory = f * memory + i * k[..., None] * v[..., None, :]
             read = jnp.einsum("gpkv,gqk->gpv", memory, q)
-            outputs.append(read[..., :-1] / jnp.maximum(jnp.abs(read[..., -1:]), jnp.exp(-new_m)[..., None]))
-            state = memory, new_m
-            continue
+            return (memory, new_m), read[..., :-1] / jnp.maximum(jnp.abs(read[..., -1:]), jnp.exp(-new_m)[..., None])
         state = decay * state
         if kind == "delta":
-            v = arrays["beta"][t][..., None] * (v - jnp.einsum("gpkv,gqk->gpv", state, k))
+            v = arrays["beta"][..., None] * (v - jnp.einsum("gpkv,gqk->gpv", state, k))
         state = state + k[..., None] * v[..., None, :]
-        outputs.append(jnp.einsum("gpkv,gqk->gpv", state, q))
-    return (jnp.stack(outputs) if outputs else jnp.zeros((0, G, P, V))), state
+        return state, jnp.einsum("gpkv,gqk->gpv", state, q)
+
+    final, outputs = jax.lax.scan(step, initial, (arrays, starts))
+    return outputs, final
+
+
+def total(ys, final, weights):
+    """A number that every output and every leaf of the final state changes."""
+    return (ys * weights).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(final))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def in_chunks(kind, size, packed, initial):
+    """The total of a batch that runs in chunks, and its gradients by data and initial states."""
+
+    def loss(data, initial):
+        arrays = {name: data[name] for name in packed.data if name not in ("starts", "weights")}
+        y, final = scan_chunks(RULES[kind], packed, arrays, initial, data["starts"], size)
+        return total(jnp.where(packed.mask[:, None, None, None], y, 0), final, data["weights"])
+
+    return jax.value_and_grad(loss, (0, 1), allow_int=True)(packed.data, initial)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def alone(kind, sequences, initial, starts, weights):
+    """The same of each sequence by itself, step by step."""
+
+    def loss(sequences, initial):
+        losses = []
+        for row, arrays in enumerate(sequences):
+            state = jax.tree.map(lambda leaf, row=row: leaf[row], initial)
+            ys, final = plain(kind, arrays, state, starts[row])
+            losses.append(total(ys, final, weights[row]))
+        return sum(losses)
+
+    return jax.value_and_grad(loss, (0, 1))(sequences, initial)
 
 
 @pytest.mark.usefixtures("x64")
@@ -82,35 +116,13 @@ def test_chunks_are_the_plain_recurrence_values_and_gradients_resets_included(ki
     rng = np.random.default_rng(1)
     starts = [rng.random(length) < 0.25 for length in LENGTHS]
     weights = [rng.standard_normal((length, G, P, V)) for length in LENGTHS]
-
-    def total(ys, final, weights):
-        return (ys * weights).sum() + sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(final))
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def ours(packed, initial, size):
-        def loss(data, initial):
-            arrays = {name: data[name] for name in packed.data if name not in ("starts", "weights")}
-            y, final = scan_chunks(RULES[kind], packed, arrays, initial, data["starts"], size)
-            y = jnp.where(packed.mask[:, None, None, None], y, 0)
-            return total(y, final, data["weights"])
-
-        return jax.value_and_grad(loss, (0, 1), allow_int=True)(packed.data, initial)
-
-    def alone(sequences, initial):
-        losses = []
-        for row, arrays in enumerate(sequences):
-            state = jax.tree.map(lambda leaf, row=row: leaf[row], initial)
-            ys, final = plain(kind, arrays, state, starts[row])
-            losses.append(total(ys, final, weights[row]))
-        return sum(losses)
-
-    value, (dsequences, dinitial) = jax.jit(jax.value_and_grad(alone, (0, 1)))(sequences, initial)
+    value, (dsequences, dinitial) = alone(kind, sequences, initial, starts, weights)
     for plan, size in (("stairs", 4), ("rows", 8)):
         everything = [
             arrays | {"starts": s, "weights": w} for arrays, s, w in zip(sequences, starts, weights, strict=True)
         ]
         packed = jaxpack.pack_sequence(everything, plan=PLANS[plan])
-        found, (ddata, dstate) = ours(packed, initial, size)
+        found, (ddata, dstate) = in_chunks(kind, size, packed, initial)
         np.testing.assert_allclose(found, value, rtol=1e-10)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-10), dstate, dinitial)
         expected = jaxpack.pack_sequence(dsequences, plan=PLANS[plan])

@@ -14,9 +14,9 @@ import jaxpack
 
 F, T = 3, 7
 LAYERS: dict[str, Any] = {
-    "mamba2": jaxpack.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3),
+    "mamba2": jaxpack.Mamba2(F, 4, head_size=2, state_size=2),
     "gated_delta_net": jaxpack.GatedDeltaNet(F, 4, 2, key_size=3, num_key_heads=1, kernel_size=3),
-    "mlstm": jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3),
+    "mlstm": jaxpack.MLSTM(F, 4, 2, block_size=2),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 

@@ -1,12 +1,14 @@
 """The committed counts, and the guide's tables of them.
 
 cd tests
-../.venv/bin/python -m accelerators.table              # counts every program anew: about eight minutes
+../.venv/bin/python -m accelerators.table              # counts every program anew: ten CPU minutes
 ../.venv/bin/python -m accelerators.table h100-GRU     # counts those whose names start so, and keeps the others
+../.venv/bin/python -m accelerators.table --changed    # counts those whose lowered programs are others than before
 """
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import multiprocessing
 import pathlib
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import jaxlib
 
 from accelerators.cases import Case
-from accelerators.counts import Counts, count
+from accelerators.counts import Counts, renewed
 from accelerators.matrix import CASES
 from accelerators.targets import GPUS, TARGETS, missing
 
@@ -34,11 +36,18 @@ class Table(NamedTuple):
     jaxlib: str
     counts: dict[str, Counts]
 
+    @property
+    def turn(self) -> int:
+        """Which of the unchanged programs tests compile: others each time that a program changes."""
+        digests = "".join(counts.digest for counts in self.counts.values())
+        return int(hashlib.sha256(digests.encode()).hexdigest(), 16)
+
 
 def read() -> Table:
     """Returns the committed counts."""
     version, rows = json.loads(_FILE.read_text()).values()
-    return Table(version, {name: Counts(**{key: _as_given(row[key]) for key in row}) for name, row in rows.items()})
+    counts = {name: Counts(**{"digest": ""} | {key: _as_given(row[key]) for key in row}) for name, row in rows.items()}
+    return Table(version, counts)
 
 
 def _as_given(value: Any) -> Any:
@@ -93,26 +102,28 @@ def _rendered(target: str, table: Table) -> str:
     return "\n".join([*lines, ""])
 
 
-def main(prefixes: list[str], missing_only: bool) -> None:
-    """Counts the cases whose names start with a prefix, or all of them, on every core, and writes what was counted."""
+def main(prefixes: list[str], changed_only: bool, workers: int | None) -> None:
+    """Counts the cases whose names start with a prefix, or all of them, in parallel, and writes what was counted."""
     if reasons := {reason for target in TARGETS if (reason := missing(target))}:
         sys.exit("; ".join(sorted(reasons)))
-    table = read() if prefixes or missing_only else Table(jaxlib.__version__, {})
+    table = read() if prefixes or changed_only else Table(jaxlib.__version__, {})
     if table.jaxlib != jaxlib.__version__:
         sys.exit(f"The table is of jaxlib {table.jaxlib}, and this is {jaxlib.__version__}: count all cases.")
-    known = table.counts if missing_only else {}
-    chosen = [case for case in CASES if case.name.startswith(tuple(prefixes) or "") and case.name not in known]
+    chosen = [case for case in CASES if case.name.startswith(tuple(prefixes) or "")]
+    known = [table.counts.get(case.name) if changed_only else None for case in chosen]
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(mp_context=spawn) as workers:
-        for case, found in zip(chosen, workers.map(count, chosen), strict=True):
-            print(case.name, found, flush=True)
-            table.counts[case.name] = found
-            write(table)  # so that a run that is interrupted keeps what it has
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for case, found in zip(chosen, pool.map(renewed, chosen, known), strict=True):
+            if found != table.counts.get(case.name):
+                print(case.name, found, flush=True)
+                table.counts[case.name] = found
+                write(table)  # so that a run that is interrupted keeps what it has
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m accelerators.table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("prefixes", nargs="*", help="how names of cases start, such as h100-LSTM; without them all")
-    parser.add_argument("--missing", action="store_true", help="only cases that the table does not have")
+    parser.add_argument("--changed", action="store_true", help="only programs that the table does not have as they are")
+    parser.add_argument("--workers", type=int, help="how many programs are compiled at a time; otherwise one a core")
     options = parser.parse_args()
-    main(options.prefixes, options.missing)
+    main(options.prefixes, options.changed, options.workers)

@@ -48,6 +48,11 @@ def platform(target: str) -> str:
     return "cuda" if target in GPUS else "tpu"
 
 
+def description(target: str) -> str:
+    """Returns what a compiler is told of a target."""
+    return (GPUS | TPUS)[target]
+
+
 def missing(target: str) -> str:
     """Returns why nothing can be compiled for a target here; an empty string if it can."""
     module = _COMPILERS[platform(target)]
