@@ -204,8 +204,10 @@ class Queue:
     def _answer(self, batch: Sequence[_Waiting]) -> None:
         """Runs requests in the batches of their route."""
         try:
-            for plan, rows in self._server.route([waiting.request.length for waiting in batch]):
-                self._run(plan, [batch[row] for row in rows])
+            for places in self._server._waves([waiting.request for waiting in batch]):
+                wave = [batch[place] for place in places]
+                for plan, rows in self._server.route([waiting.request.length for waiting in wave]):
+                    self._run(plan, [wave[row] for row in rows])
         except BaseException as error:
             _fail(batch, error)
 
