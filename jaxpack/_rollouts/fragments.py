@@ -16,12 +16,11 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from jaxpack._checks import as_int, at_least_one, is_traced
-from jaxpack._dtypes import as_jax, without_torch
+from jaxpack._dtypes import without_torch
 from jaxpack._packed.gather import rearrange
 from jaxpack._packed.host_layout import HostLayout
 from jaxpack._packed.indices import same_sequences
@@ -29,10 +28,11 @@ from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_best
+from jaxpack._rollouts.states import checked_arrays, checked_rows, picked, started, stored
 from jaxpack._types import PyTree
 
 
-class Spans(NamedTuple):
+class Runs(NamedTuple):
     """Runs of steps in the rows of a rollout, row by row and in time: int64 [M] each, and bool [M].
 
     Attributes:
@@ -48,7 +48,7 @@ class Spans(NamedTuple):
     begins: np.ndarray
 
     @classmethod
-    def of(cls, resets: np.ndarray, max_length: int | None = None) -> Spans:
+    def of(cls, resets: np.ndarray, max_length: int | None = None) -> Runs:
         """Returns the fragments of rows [N, T], cut again after each `max_length` steps."""
         steps = np.arange(resets.shape[1])
         borders = resets | (steps == 0)
@@ -125,14 +125,7 @@ class Fragments:
         Raises:
           ValueError: if an array does not begin with the axes of the resets.
         """
-        arrays = jax.tree.map(functools.partial(as_jax, name="rollout"), rollout)
-        for leaf in jax.tree.leaves(arrays):
-            if leaf.shape[:2] != self.shape:
-                names = "[T, N, ...]" if self.axis == 0 else "[N, T, ...]"
-                raise ValueError(
-                    f"the rollout was cut along axis {self.axis} as {list(self.shape)}, so its arrays are {names}, got "
-                    f"shape {list(leaf.shape)}. Swap the axes (jnp.swapaxes(array, 0, 1)) or cut along the other."
-                )
+        arrays = checked_arrays(rollout, self)
         return self.places.replace(data=_pack(self, arrays))
 
     def restore(self, packed: PackedSequence) -> PyTree:
@@ -184,8 +177,8 @@ class Fragments:
                 f"these fragments have max_length={self.max_length}, so some begin inside the rollout, where the state "
                 f"of its first step is not theirs. Give the states of all steps to stored_state."
             )
-        carried = self._checked_rows(carried, "carried", batch_axis)
-        return self._started(self._picked(carried, self.rows, batch_axis), fresh, batch_axis)
+        carried = checked_rows(carried, "carried", batch_axis, self.shape[1 - self.axis])
+        return started(self, picked(carried, self.rows, batch_axis), fresh, batch_axis)
 
     def stored_state(self, states: PyTree, fresh: PyTree = None, *, batch_axis: int) -> PyTree:
         """Returns the state from which each fragment starts, out of those that were stored before every step.
@@ -208,19 +201,7 @@ class Fragments:
           ValueError: as `initial_state`, and if states have another number of steps.
         Source: Kapturowski et al. 2019, R2D2 (https://openreview.net/forum?id=r1lyTjAqYX).
         """
-        states = jax.tree.map(functools.partial(as_jax, name="states"), states)
-        steps = self.shape[self.axis]
-        for leaf in jax.tree.leaves(states):
-            if not leaf.ndim or leaf.shape[0] != steps:
-                raise ValueError(f"states must be stacked over the {steps} steps in front, got shape {leaf.shape}.")
-        row_axis = as_int("batch_axis", batch_axis) + 1
-        self._checked_rows(states, "states", row_axis)
-
-        def pick(leaf: jax.Array) -> jax.Array:
-            by_row = jnp.moveaxis(leaf, row_axis, 1)[self.starts, self.rows]
-            return jnp.moveaxis(by_row, 0, batch_axis)
-
-        return self._started(jax.tree.map(pick, states), fresh, batch_axis)
+        return stored(self, states, fresh, batch_axis)
 
     def final_state(self, state: PyTree, *, batch_axis: int) -> PyTree:
         """Returns the state of each row after its last step, to carry to the next rollout.
@@ -237,44 +218,7 @@ class Fragments:
         Raises:
           ValueError: if state has another number of rows.
         """
-        state = self._checked_rows(state, "state", batch_axis, len(self.rows))
-        return self._picked(state, self.last, batch_axis)
-
-    def _checked_rows(self, state: PyTree, name: str, axis: int, *counts: int) -> PyTree:
-        """Returns a state as arrays; raises ValueError unless it has one of these numbers of rows, by default N."""
-        counts = counts or (self.shape[1 - self.axis],)
-        axis = as_int("batch_axis", axis)
-        state = jax.tree.map(functools.partial(as_jax, name=name), state)
-        for leaf in jax.tree.leaves(state):
-            if not 0 <= axis < leaf.ndim or leaf.shape[axis] not in counts:
-                raise ValueError(
-                    f"{name} must have {' or '.join(map(str, counts))} rows at axis {axis}, got shape {leaf.shape}. Is "
-                    f"batch_axis right? It is 1 for RNN, LSTM and GRU, and 0 where rows come first."
-                )
-        return state
-
-    def _picked(self, state: PyTree, rows: jax.Array, axis: int) -> PyTree:
-        """Returns these rows of a state."""
-        return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis, mode="clip"), state)
-
-    def _started(self, continued: PyTree, fresh: PyTree, axis: int) -> PyTree:
-        """Returns a state with B rows, and in its place the fresh one where a reset begins the fragment."""
-        if fresh is None:
-            begun = jax.tree.map(jnp.zeros_like, continued)
-        else:
-            found: Any = jax.tree.structure(fresh)
-            expected: Any = jax.tree.structure(continued)
-            if found != expected:
-                raise ValueError(f"fresh must have the structure of the state, {expected}, got {found}.")
-            begun = self._picked(
-                self._checked_rows(fresh, "fresh", axis, self.shape[1 - self.axis], 1), self.rows, axis
-            )
-
-        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-            begins = self.begins.reshape((1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1))
-            return jnp.where(begins, new, old)
-
-        return jax.tree.map(choose, begun, continued)
+        return picked(checked_rows(state, "state", batch_axis, len(self.rows)), self.last, batch_axis)
 
 
 def cut_rollout(
@@ -317,7 +261,7 @@ def cut_rollout(
     """
     rows = rows_of_resets(resets, axis)
     limit = None if max_length is None else at_least_one("max_length", max_length)
-    spans = Spans.of(rows, limit)
+    spans = Runs.of(rows, limit)
     if plan is None:
         plan = plan_best(spans.lengths)
     if not isinstance(plan, BucketPlan):
@@ -352,7 +296,7 @@ def fragment_lengths(resets: npt.ArrayLike, *, axis: int, max_length: int | None
     Args and errors: as `cut_rollout`.
     """
     limit = None if max_length is None else at_least_one("max_length", max_length)
-    return Spans.of(rows_of_resets(resets, axis), limit).lengths
+    return Runs.of(rows_of_resets(resets, axis), limit).lengths
 
 
 def rows_of_resets(resets: npt.ArrayLike, axis: int) -> np.ndarray:
