@@ -291,3 +291,31 @@ def test_values_of_other_fragments_under_the_same_plan_are_refused_or_nan():
     with pytest.raises(ValueError, match="restore: the batch has the lengths"):
         ours.restore(values)
     assert np.isnan(jax.jit(lambda a, b: a.restore(b))(ours, values)).any()
+
+
+LAYERS: dict[str, Any] = {  # those with resets=
+    "lru": jaxpack.LRU(F, 3),
+    "min_gru": jaxpack.MinGRU(F, 3),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_rollout_as_it_is_and_in_fragments_is_the_same(name):
+    """A layer with resets over [N, T], and over its episodes, packed: outputs and gradients."""
+    layer, resets = LAYERS[name], random_resets(6, shape=(N, T))
+    params = layer.init(jax.random.key(0), jnp.float64)
+    x, weights = np.random.default_rng(0).standard_normal((2, N, T, F))
+    fragments = cut_rollout(resets, axis=1, plan=PLANS["rows"])
+
+    def as_it_is(params, x):
+        output, _ = layer.apply(params, x, resets=resets)
+        return jnp.sum(output[..., :F] * weights), output
+
+    def in_fragments(params, x):
+        output, _ = layer.apply(params, fragments.pack(x))
+        output = fragments.restore(output)
+        return jnp.sum(output[..., :F] * weights), output
+
+    one, other = (jax.jit(jax.grad(f, (0, 1), has_aux=True))(params, x) for f in (as_it_is, in_fragments))
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-10)
