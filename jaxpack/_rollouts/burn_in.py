@@ -21,6 +21,7 @@ from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_best
+from jaxpack._rollouts.chunks import lengths_of_piece
 from jaxpack._types import PyTree
 
 
@@ -72,22 +73,18 @@ def burn_in(
         if lengths is not None:
             raise TypeError("inputs are packed, and carry their lengths: do not give lengths=.")
         packed = check_packed(inputs, "burn_in")
-        if packed.plan.max_length <= steps:
+        if packed.plan.max_length <= steps or not packed.plan.num_sequences:
             return first(packed, initial_state)
         head, tail = _split(packed, steps)
         warm, state = first(head, initial_state)
         outputs, final = apply(params, tail, state)
         return packed.replace(data=_join(packed.replace(data=None), warm, outputs, steps)), final
     batch, _, length = padded_batch(inputs, True, "inputs")
-    options: list[dict[str, Any]] = [{}, {}]
-    if lengths is not None:
-        given = jnp.asarray(lengths) if isinstance(lengths, jax.Array) else np.asarray(lengths)
-        options = [{"lengths": given.clip(max=steps)}, {"lengths": (given - steps).clip(min=0)}]
     if length <= steps:
-        return first(batch, initial_state, **({} if lengths is None else {"lengths": lengths}))
-    parts = [jax.tree.map(lambda leaf, part=part: leaf[:, part], batch) for part in (slice(steps), slice(steps, None))]
-    warm, state = first(parts[0], initial_state, **options[0])
-    outputs, final = apply(params, parts[1], state, **options[1])
+        return first(batch, initial_state, **lengths_of_piece(lengths, 0, length))
+    head, tail = jax.tree.map(lambda leaf: leaf[:, :steps], batch), jax.tree.map(lambda leaf: leaf[:, steps:], batch)
+    warm, state = first(head, initial_state, **lengths_of_piece(lengths, 0, steps))
+    outputs, final = apply(params, tail, state, **lengths_of_piece(lengths, steps, length - steps))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), warm, outputs), final
 
 

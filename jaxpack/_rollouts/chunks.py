@@ -75,14 +75,12 @@ def run_chunks(
             "a backward direction begins at the end of a sequence, not of a chunk: run a bidirectional layer whole."
         )
     batch, _, length = padded_batch(inputs, True, "inputs")
-    given = None if lengths is None else jnp.asarray(lengths)
 
     def run(state: PyTree, start: Any, chunk: PyTree) -> tuple[PyTree, PyTree]:
         if truncate:
             state = jax.tree.map(lambda leaf: jnp.where(start > 0, lax.stop_gradient(leaf), leaf), state)
         size = jax.tree.leaves(chunk)[0].shape[1]
-        options = {} if given is None else {"lengths": jnp.clip(given - start, 0, size)}
-        outputs, state = apply(params, chunk, state, **options)
+        outputs, state = apply(params, chunk, state, **lengths_of_piece(lengths, start, size))
         _check_steps(outputs, size)
         return state, outputs
 
@@ -104,6 +102,14 @@ def run_chunks(
         state, outputs = run(state, count * steps, jax.tree.map(lambda leaf: leaf[:, count * steps :], batch))
         parts.append(outputs)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts), state
+
+
+def lengths_of_piece(lengths: ArrayLike | Sequence[int] | None, start: Any, size: int) -> dict[str, Any]:
+    """Returns the option `lengths` of a call for `size` steps from `start` on: none if no lengths are given."""
+    if lengths is None:
+        return {}
+    given = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+    return {"lengths": (given - start).clip(0, size)}
 
 
 def _chunks_first(leaf: jax.Array, count: int, steps: int) -> jax.Array:

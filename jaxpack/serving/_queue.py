@@ -74,7 +74,7 @@ class Queue:
       6
 
     Args:
-      server: a Server.
+      server: a Server, or a SessionServer, whose requests are pairs (session, sequence).
       max_wait: the most seconds that a request waits for others while the server is idle.
       max_size: how many requests may wait; then `submit` blocks.
 

@@ -155,6 +155,8 @@ class SessionServer(Server):
     def close(self, session: str) -> PyTree:
         """Closes a session and returns its state. Its requests that wait in a queue are still answered.
 
+        Wait for their answers first if the state must include them.
+
         Raises:
           UnknownSessionError: if it is not open.
         """

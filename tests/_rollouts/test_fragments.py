@@ -294,7 +294,6 @@ def test_values_of_other_fragments_under_the_same_plan_are_refused_or_nan():
 
 
 LAYERS: dict[str, Any] = {  # those with resets=
-    "lru": jaxpack.LRU(F, 3),
     "min_gru": jaxpack.MinGRU(F, 3),
 }
 

@@ -17,8 +17,7 @@ F, H, B, C = 2, 3, 3, 4
 LAYERS: dict[str, Any] = {
     "lstm": jaxpack.LSTM(F, H, num_layers=2, dropout=0.5, proj_size=2),
     "gru": jaxpack.GRU(F, H),
-    "lru": jaxpack.LRU(F, 4),
-    "mamba": jaxpack.Mamba2(F, 4, head_size=2, state_size=3),
+    "min_gru": jaxpack.MinGRU(F, 4),
 }
 
 
@@ -35,10 +34,11 @@ def subject(name):
     return layer, params, jax.jit(Stream(layer).chunk)
 
 
-def whole(layer, params, x):
-    """The outputs of one user's sequence in one piece."""
+def whole(layer, params, users):
+    """The outputs of each user's sequence in one piece."""
     options = {"deterministic": True} if getattr(layer, "has_dropout", False) else {}
-    return np.asarray(jax.jit(functools.partial(layer.apply, **options))(params, x[None])[0])[0]
+    output, _ = jax.jit(functools.partial(layer.apply, **options))(params, jaxpack.pack_sequence(users))
+    return jaxpack.unpack_sequence(output)
 
 
 class Seats:
@@ -91,8 +91,17 @@ def test_each_user_gets_what_its_sequence_in_one_piece_gives(name, packed):
             lengths = np.array([len(piece) for piece in pieces])
             output, state = chunk(params, inputs, state, lengths=lengths, begins=seats.begins)
             seats.hand_out([row[:n] for row, n in zip(output, lengths, strict=True)])
-    for outputs, x in zip(seats.outputs, users, strict=True):
-        np.testing.assert_allclose(outputs, whole(layer, params, x), atol=1e-10)
+    for outputs, expected in zip(seats.outputs, whole(layer, params, users), strict=True):
+        np.testing.assert_allclose(outputs, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "layer", [jaxpack.LRU(F, 4), jaxpack.Mamba2(F, 4, head_size=2, state_size=3)], ids=["lru", "mamba"]
+)
+def test_rows_are_in_front_of_every_state(layer):
+    stream, params = Stream(layer), layer.init(jax.random.key(0))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(stream.init(params))]
+    assert [leaf.shape for leaf in jax.tree.leaves(stream.init(params, 5))] == [(5, *shape) for shape in shapes]
 
 
 def test_steps_equal_numpy():
