@@ -21,7 +21,7 @@ from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.slack import zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_best
-from jaxpack._rollouts.chunks import lengths_of_piece
+from jaxpack._rollouts.chunks import checked_lengths, lengths_of_piece, refuse_both_directions
 from jaxpack._types import PyTree
 
 
@@ -51,7 +51,7 @@ def burn_in(
 
     Args:
       apply: the layer: apply(params, inputs, state) -> (outputs, state), with `lengths=` if lengths are given. Such as
-        `lstm.apply`; bind other options with functools.partial.
+        `lstm.apply`, for one direction; bind other options with functools.partial.
       params: the layer's parameters, a pytree.
       inputs: packed data [S, *F], or padded [B, T, *F] (batch first).
       initial_state: as the layer takes it, stored or None. It gets no gradient.
@@ -64,10 +64,12 @@ def burn_in(
 
     Raises:
       TypeError: if steps is not an int, or inputs are packed and lengths are given too.
-      ValueError: if steps is below 1; and whatever `apply` raises.
+      ValueError: if steps is below 1, lengths do not fit the inputs, or the layer is bidirectional; and whatever
+        `apply` raises. Traced lengths that do not fit make their sequences NaN.
     Source: Kapturowski et al. 2019, R2D2 (https://openreview.net/forum?id=r1lyTjAqYX).
     """
     steps = at_least_one("steps", steps)
+    refuse_both_directions(apply)
     first = functools.partial(_without_gradient, apply, params)
     if isinstance(inputs, PackedSequence):
         if lengths is not None:
@@ -79,12 +81,13 @@ def burn_in(
         warm, state = first(head, initial_state)
         outputs, final = apply(params, tail, state)
         return packed.replace(data=_join(packed.replace(data=None), warm, outputs, steps)), final
-    batch, _, length = padded_batch(inputs, True, "inputs")
+    batch, size, length = padded_batch(inputs, True, "inputs")
+    given = checked_lengths(lengths, size, length)
     if length <= steps:
-        return first(batch, initial_state, **lengths_of_piece(lengths, 0, length))
+        return first(batch, initial_state, **lengths_of_piece(given, 0, length, length))
     head, tail = jax.tree.map(lambda leaf: leaf[:, :steps], batch), jax.tree.map(lambda leaf: leaf[:, steps:], batch)
-    warm, state = first(head, initial_state, **lengths_of_piece(lengths, 0, steps))
-    outputs, final = apply(params, tail, state, **lengths_of_piece(lengths, steps, length - steps))
+    warm, state = first(head, initial_state, **lengths_of_piece(given, 0, steps, length))
+    outputs, final = apply(params, tail, state, **lengths_of_piece(given, steps, length - steps, length))
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), warm, outputs), final
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack._checks import at_least_one
-from jaxpack._packed.inputs import padded_batch
+from jaxpack._packed.inputs import lengths_and_plan, padded_batch, padded_plan
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._types import PyTree
 
@@ -61,7 +62,8 @@ def run_chunks(
 
     Raises:
       TypeError: if inputs are packed, or steps is not an int.
-      ValueError: if steps is below 1, an output has no axes [B, steps], or the layer is bidirectional.
+      ValueError: if steps is below 1, lengths do not fit the inputs, an output has no axes [B, steps], or the layer
+        is bidirectional. Traced lengths that do not fit make their sequences NaN.
     Source: Williams & Peng 1990 (truncation); Chen et al. 2016 (https://arxiv.org/abs/1604.06174).
     """
     steps = at_least_one("steps", steps)
@@ -70,18 +72,16 @@ def run_chunks(
             "run_chunks takes padded inputs, whose chunks are of one shape. Pass a packed batch through "
             "jaxpack.pad_packed_sequence, and its lengths as lengths=."
         )
-    if getattr(getattr(apply, "__self__", None), "bidirectional", False):
-        raise ValueError(
-            "a backward direction begins at the end of a sequence, not of a chunk: run a bidirectional layer whole."
-        )
-    batch, _, length = padded_batch(inputs, True, "inputs")
+    refuse_both_directions(apply)
+    batch, size, length = padded_batch(inputs, True, "inputs")
+    given = checked_lengths(lengths, size, length)
 
     def run(state: PyTree, start: Any, chunk: PyTree) -> tuple[PyTree, PyTree]:
         if truncate:
             state = jax.tree.map(lambda leaf: jnp.where(start > 0, lax.stop_gradient(leaf), leaf), state)
-        size = jax.tree.leaves(chunk)[0].shape[1]
-        outputs, state = apply(params, chunk, state, **lengths_of_piece(lengths, start, size))
-        _check_steps(outputs, size)
+        here = jax.tree.leaves(chunk)[0].shape[1]
+        outputs, state = apply(params, chunk, state, **lengths_of_piece(given, start, here, length))
+        _check_steps(outputs, here)
         return state, outputs
 
     count, rest = divmod(length, steps)
@@ -104,12 +104,40 @@ def run_chunks(
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *parts), state
 
 
-def lengths_of_piece(lengths: ArrayLike | Sequence[int] | None, start: Any, size: int) -> dict[str, Any]:
-    """Returns the option `lengths` of a call for `size` steps from `start` on: none if no lengths are given."""
+def refuse_both_directions(apply: Callable[..., Any]) -> None:
+    """Raises ValueError if a function is `apply` of a bidirectional layer, bound or wrapped."""
+    while isinstance(apply, functools.partial) or hasattr(apply, "__wrapped__"):
+        apply = apply.func if isinstance(apply, functools.partial) else apply.__wrapped__
+    if getattr(getattr(apply, "__self__", None), "bidirectional", False):
+        raise ValueError(
+            "a backward direction begins at the end of a sequence, not of a part of it: run a bidirectional layer over "
+            "whole sequences."
+        )
+
+
+def checked_lengths(lengths: ArrayLike | Sequence[int] | None, batch_size: int, length: int) -> Any:
+    """Returns the lengths of a padded batch [B, T] as int32. Raises as `pack_padded_sequence`; None stays None."""
+    if lengths is None:
+        return None
+    checked, _ = lengths_and_plan(lengths, padded_plan(batch_size, length), batch_size, length)
+    return checked
+
+
+def lengths_of_piece(lengths: Any, start: Any, size: int, length: int) -> dict[str, Any]:
+    """Returns the option `lengths` of a call for a piece of a padded batch; none if there are no lengths.
+
+    Args:
+      lengths: int32 [B], checked. A traced one that does not fit the batch fits no piece either.
+      start: the first step of the piece.
+      size: the number of its steps.
+      length: the number of steps of the batch.
+    """
     if lengths is None:
         return {}
-    given = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-    return {"lengths": (given - start).clip(0, size)}
+    inside = (lengths - start).clip(0, size)
+    if isinstance(inside, jax.Array):
+        inside = jnp.where((lengths < 0) | (lengths > length), -1, inside)
+    return {"lengths": inside}
 
 
 def _chunks_first(leaf: jax.Array, count: int, steps: int) -> jax.Array:

@@ -98,9 +98,9 @@ class Windows:
             chances = chances / total
         return self[generator.choice(len(self), at_least_one("size", size), p=chances)]
 
-    def __getitem__(self, places: npt.ArrayLike) -> Windows:
-        """Returns the windows at these places, an array of ints or bools."""
-        index = np.atleast_1d(np.asarray(places))
+    def __getitem__(self, places: slice | npt.ArrayLike) -> Windows:
+        """Returns the windows at these places: a slice, or an array of ints or bools."""
+        index = places if isinstance(places, slice) else np.atleast_1d(np.asarray(places))
         return dataclasses.replace(
             self,
             rows=self.rows[index],

@@ -69,12 +69,13 @@ def test_values_are_the_wholes_and_the_burn_in_has_no_gradient(form, steps):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
-def test_a_sequence_that_does_not_fit_is_nan_and_the_others_are_not():
+@pytest.mark.parametrize(("form", "lengths"), [("stairs", [6, 6, 1, 1, 2]), ("no plan", [6, 8, 1, 1, 2])])
+def test_a_sequence_that_does_not_fit_is_nan_and_the_others_are_not(form, lengths):
+    """Under "stairs" the second longest has room for 3 steps, without a plan for 7."""
     rng = np.random.default_rng(0)
     x, state = rng.standard_normal((B, T, F)), rng.standard_normal((B, F))
     weights = np.ones((B, T, F)), np.ones((B, F))
-    lengths = jnp.array([6, 6, 1, 1, 2])  # the second longest has room for 3 under "stairs"
-    _, (outputs, final) = program("stairs", K)(np.array([0.5, 0.5]), x, state, lengths, weights)
+    _, (outputs, final) = program(form, K)(np.array([0.5, 0.5]), x, state, jnp.array(lengths), weights)
     assert np.isnan(final).all(1).tolist() == [False, True, False, False, False]
     assert np.isnan(outputs).any((1, 2)).tolist() == [False, True, False, False, False]
 
@@ -111,5 +112,9 @@ def test_what_is_wrong_is_named():
         burn_in(jaxpack.linear_scan, 0.5, packed, steps=0)
     with pytest.raises(TypeError, match="do not give lengths="):
         burn_in(jaxpack.linear_scan, 0.5, packed, steps=1, lengths=[2])
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 4 is longer than the padded batch, which has 3 steps"):
+        burn_in(jaxpack.linear_scan, 0.5, np.ones((1, 3)), steps=1, lengths=[4])
+    with pytest.raises(ValueError, match="run a bidirectional layer over whole sequences"):
+        burn_in(jaxpack.GRU(F, 3, bidirectional=True).apply, {}, packed, steps=1)
     with pytest.raises(ValueError, match=r"inputs must have a batch and a time axis"):
         burn_in(jaxpack.linear_scan, 0.5, np.ones(3), steps=1)

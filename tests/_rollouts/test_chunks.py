@@ -68,6 +68,16 @@ def test_values_are_the_wholes_and_gradients_stop_at_borders_if_truncated(steps,
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
+@pytest.mark.parametrize("misfit", [11, -1])
+def test_a_sequence_that_does_not_fit_is_an_error_or_nan(misfit):
+    x, state, weights = np.ones((B, T, F)), np.ones((B, F)), (np.ones((B, T, F)), np.ones((B, F)))
+    lengths = np.array([10, misfit, 6])
+    _, (outputs, final) = program(4, False)(np.ones(F), x, state, lengths, weights)
+    assert np.isnan(final).all(1).tolist() == np.isnan(outputs).any((1, 2)).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=rf"lengths\[1\] = {misfit} is"):
+        run_chunks(jaxpack.linear_scan, np.ones(F), x, state, steps=4, lengths=lengths)
+
+
 def test_an_lstm_in_chunks_that_are_recomputed_is_the_lstm():
     layer = jaxpack.LSTM(F, 3)
     params, x = oracles.random_params(layer), np.random.default_rng(0).standard_normal((B, T, F))
@@ -116,7 +126,7 @@ def test_recomputed_chunks_need_a_fraction_of_the_memory():
     assert chunked < whole / 4
 
 
-NO_BATCH: Any = jaxpack.GRU(F, 3, bidirectional=True)
+BOTH = jaxpack.GRU(F, 3, bidirectional=True)
 WRONG: dict[str, Any] = {
     "steps": (lambda: run_chunks(jaxpack.linear_scan, 0.5, np.ones((B, T)), steps=0), ValueError, "steps must be at"),
     "packed": (
@@ -125,9 +135,14 @@ WRONG: dict[str, Any] = {
         "run_chunks takes padded inputs",
     ),
     "both directions": (
-        lambda: run_chunks(NO_BATCH.apply, {}, np.ones((B, T, F)), steps=2),
+        lambda: run_chunks(BOTH.apply, {}, np.ones((B, T, F)), steps=2),
         ValueError,
-        "run a bidirectional layer whole",
+        "run a bidirectional layer over whole sequences",
+    ),
+    "both directions, wrapped": (
+        lambda: run_chunks(jax.checkpoint(functools.partial(BOTH.apply, dtype=float)), {}, np.ones((B, T, F)), steps=2),
+        ValueError,
+        "run a bidirectional layer over whole sequences",
     ),
     "no steps": (
         lambda: run_chunks(lambda p, x, s: (x.sum(), s), 0.5, np.ones((B, T)), np.zeros(B), steps=2),

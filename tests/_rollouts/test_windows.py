@@ -67,6 +67,7 @@ def test_a_seed_draws_the_same_windows_and_priorities_are_followed():
     assert {*drawn.rows.tolist()} == {0, 1}
     assert 0.68 < np.mean(drawn.rows) < 0.82
     np.testing.assert_array_equal(windows[weights > 0].starts, windows.starts[[1, 5]])
+    np.testing.assert_array_equal(windows[2:4].starts, windows.starts[2:4])
 
 
 WINDOWS = replay_windows(np.zeros((N, T), bool), length=3, axis=1)
