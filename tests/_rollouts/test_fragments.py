@@ -134,6 +134,21 @@ def test_gradients_stay_within_their_episode():
     np.testing.assert_allclose(dcarried, 0.5 * after, atol=1e-12)
 
 
+def test_what_one_episode_holds_changes_no_bit_of_another():
+    resets, x = random_resets(3), np.random.default_rng(0).standard_normal((T, N, F))
+    fragments = cut_rollout(resets, axis=0, plan=PLANS["rows"])
+    episode = np.cumsum(resets, axis=0)
+    inside = (episode == 1) & (np.arange(N) == 1)
+    assert 0 < inside.sum() < T
+    carried, fresh = np.ones((N, F)), np.zeros((1, F))
+    before, after = (
+        np.asarray(program(0)(each, fragments, carried, fresh)[0])
+        for each in (x, np.where(inside[..., None], np.nan, x))
+    )
+    np.testing.assert_array_equal(np.isnan(after).any(-1), inside)
+    np.testing.assert_array_equal(before[~inside], after[~inside])
+
+
 def test_an_lstm_over_fragments_equals_numpy_over_episodes():
     resets = random_resets(5)
     layer = jaxpack.LSTM(F, 4)
