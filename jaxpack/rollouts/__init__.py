@@ -1,7 +1,7 @@
 """Rollouts of recurrent policies, and long or endless sequences in pieces.
 
-Done flags become resets (`resets_from_dones`). A rollout runs as it is, with `resets=` of a layer, or cut into
-fragments of episodes (`cut_rollout`). A replay memory gives windows (`replay_windows`), whose first steps warm the
+Done flags become resets (`resets_from_dones`). A rollout runs as it is (`run_rollout`), or cut into fragments
+of episodes (`cut_rollout`). A replay memory gives windows (`replay_windows`), whose first steps warm the
 state up (`burn_in`). Long sequences run in chunks (`run_chunks`), and those that never end in a `Stream`.
 """
 
@@ -10,6 +10,7 @@ from jaxpack._rollouts.burn_in import burn_in
 from jaxpack._rollouts.chunks import run_chunks
 from jaxpack._rollouts.fragments import Fragments, cut_rollout, fragment_lengths
 from jaxpack._rollouts.resets import resets_from_dones
+from jaxpack._rollouts.rollout import run_rollout
 from jaxpack._rollouts.stream import Stream
 from jaxpack._rollouts.windows import Windows, replay_windows
 
@@ -23,6 +24,7 @@ __all__ = [
     "replay_windows",
     "resets_from_dones",
     "run_chunks",
+    "run_rollout",
 ]
 
 _publish(__name__)
