@@ -34,8 +34,8 @@ def run_rollout(
         h_t = step(fresh   if resets_t else h_{t-1}, x_t),    h_{-1} = carried
 
     A layer's `resets=` alone returns to the state from which the row started, `carried`. So the steps of each row
-    before its first reset run as a sequence of their own, beside the rest: 2 N sequences with as many steps in all. They
-    run without a plan: on a CPU in loops that follow their lengths, on accelerators as a padded batch of 2 N rows.
+    before its first reset run as a sequence of their own, beside the rest: 2 N sequences with as many steps in all.
+    They run without a plan: on a CPU in loops that follow their lengths, on a GPU as a padded batch of 2 N rows.
 
     Examples:
       >>> layer = jaxpack.MinGRU(2, 4)
