@@ -308,7 +308,8 @@ def test_values_of_other_fragments_under_the_same_plan_are_refused_or_nan():
     assert np.isnan(jax.jit(lambda a, b: a.restore(b))(ours, values)).any()
 
 
-LAYERS: dict[str, Any] = {  # those with resets=
+# Layers with resets=.
+LAYERS: dict[str, Any] = {
     "min_gru": jaxpack.MinGRU(F, 3),
 }
 

@@ -59,9 +59,10 @@ def test_values_and_all_gradients_are_numpys(chance):
         np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
+# Layers with resets=, and the axis of rows in their states.
 LAYERS: dict[str, Any] = {
-    "min_gru": (jaxpack.MinGRU(F, 3), 0)
-}  # those with resets=, and the axis of rows in their states
+    "min_gru": (jaxpack.MinGRU(F, 3), 0),
+}
 
 
 @pytest.mark.parametrize("name", LAYERS)
