@@ -45,6 +45,7 @@ from jaxpack._packed.steps import broadcast_to_steps, concatenate, softmax
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
+from jaxpack._rollouts.resets import resets_from_dones
 from jaxpack._traced_checks import unchecked
 
 __version__ = "0.1.0"
@@ -87,6 +88,7 @@ __all__ = [
     "plan_exact",
     "plan_padded",
     "plan_rows",
+    "resets_from_dones",
     "reverse_sequences",
     "rnn_cell",
     "rotary",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpack
-from jaxpack import PackedSequence, losses, metrics
+from jaxpack import PackedSequence, losses, metrics, rollouts
 
 Array = Any
 
@@ -109,6 +109,9 @@ FUNCTIONS = {
         lambda p, x: jaxpack.packed_scan(lambda c, v: (c + v, jnp.log(2 + v**2) + c), _zeros(p), p), programs=None
     ),
     "linear_scan": Function(lambda p, x: jaxpack.linear_scan(p, p), batches=2, programs=2),
+    "rollouts.burn_in": Function(
+        lambda p, x: rollouts.burn_in(jaxpack.linear_scan, 0.5, p, steps=1), batches=3, programs=None
+    ),
     "RNN.apply": Function(lambda p, x: _layer(p), differentiable=False, programs=None),
     "map": Function(lambda p, x: p.map(jnp.multiply, p), batches=2, programs=4),
     "astype": Function(lambda p, x: p.astype(jnp.float16), differentiable=False),

@@ -12,5 +12,6 @@ PACKAGES = [
     ".metrics",
     ".nnx",
     ".plot",
+    ".rollouts",
     ".serving",
 ]

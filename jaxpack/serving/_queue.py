@@ -74,7 +74,7 @@ class Queue:
       6
 
     Args:
-      server: a Server.
+      server: a Server, or a SessionServer, whose requests are pairs (session, sequence).
       max_wait: the most seconds that a request waits for others while the server is idle.
       max_size: how many requests may wait; then `submit` blocks.
 
@@ -204,8 +204,10 @@ class Queue:
     def _answer(self, batch: Sequence[_Waiting]) -> None:
         """Runs requests in the batches of their route."""
         try:
-            for plan, rows in self._server.route([waiting.request.length for waiting in batch]):
-                self._run(plan, [batch[row] for row in rows])
+            for places in self._server._waves([waiting.request for waiting in batch]):
+                wave = [batch[place] for place in places]
+                for plan, rows in self._server.route([waiting.request.length for waiting in wave]):
+                    self._run(plan, [wave[row] for row in rows])
         except BaseException as error:
             _fail(batch, error)
 

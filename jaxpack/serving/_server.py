@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.export
@@ -72,13 +72,13 @@ class Server:
         *,
         cost_model: CostModel | None = None,
     ) -> None:
-        weights, structure = jax.tree.flatten(jax.tree_util.tree_map_with_path(_weight, params))
+        weights, structure = jax.tree.flatten(jax.tree_util.tree_map_with_path(as_weight, params))
 
         @unchecked
         def program(weights: list[jax.Array], packed: PackedSequence) -> PyTree:
             return function(jax.tree.unflatten(structure, weights), packed)
 
-        programs = dict.fromkeys(_checked_plans(plans), program)
+        programs = dict.fromkeys(checked_plans(plans), program)
         self._start(programs, weights, Schema.of(example), cost_model or CostModel())
 
     def _start(
@@ -93,8 +93,10 @@ class Server:
         self._x64 = jax.config.read("jax_enable_x64")  # this thread's value, which calls from all threads use
         self._process = os.getpid()
         self._router = Router.of(tuple(programs), cost_model)
-        lowered = {plan: jax.jit(program).lower(weights, schema.packed(plan)) for plan, program in programs.items()}
-        check_forms({plan: form_of(one.out_info, plan) for plan, one in lowered.items()})
+        lowered = {
+            plan: jax.jit(program).lower(weights, *self._argument_shapes(plan)) for plan, program in programs.items()
+        }
+        check_forms({plan: form_of(self._results(one.out_info, plan), plan) for plan, one in lowered.items()})
         self._compiled = {plan: one.compile() for plan, one in lowered.items()}
         for plan in self.plans:
             self.run(plan, [schema.empty()])
@@ -130,9 +132,11 @@ class Server:
             raise TypeError(f"a server takes a list of sequences, got {type(sequences).__name__}.")
         requests = [self.check(sequence, f"sequences[{i}]") for i, sequence in enumerate(sequences)]
         results: list[PyTree] = [None] * len(requests)
-        for plan, rows in self._router.route([request.length for request in requests]):
-            for row, result in zip(rows, self.run(plan, [requests[row] for row in rows]), strict=True):
-                results[row] = result
+        for wave in self._waves(requests):
+            for plan, rows in self._router.route([requests[i].length for i in wave]):
+                here = [wave[row] for row in rows]
+                for i, result in zip(here, self.run(plan, [requests[i] for i in here]), strict=True):
+                    results[i] = result
         return results
 
     def check(self, sequence: PyTree, name: str = "sequence") -> Request:
@@ -166,14 +170,34 @@ class Server:
 
     def run(self, plan: BucketPlan, requests: Sequence[Request]) -> list[PyTree]:
         """Runs requests that fit a plan together, and returns their results in order."""
+        return results_of(self._output(plan, requests), len(requests))
+
+    def _output(self, plan: BucketPlan, requests: Sequence[Request], *others: PyTree) -> PyTree:
+        """Runs the program of a plan on requests, and on further arguments; returns its output in NumPy."""
         lengths = np.array([request.length for request in requests])
         plan.check(lengths)
         rows = HostLayout.of(lengths, plan)
         joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(request.arrays for request in requests))
         packed = rows.packed(jax.tree.map(rows.spread, joined))
         with jax.enable_x64(self._x64):
-            output = jax.device_get(self._compiled[plan](self._weights, packed))
-        return results_of(output, len(requests))
+            return jax.device_get(self._compiled[plan](self._weights, packed, *others))
+
+    def _argument_shapes(self, plan: BucketPlan) -> tuple[PyTree, ...]:
+        """Returns the shapes and dtypes of what a program takes after the weights."""
+        return (self._schema.packed(plan),)
+
+    def _results(self, output: PyTree, plan: BucketPlan) -> PyTree:
+        """Returns the part of a program's output that is the results of its sequences."""
+        return output
+
+    def _waves(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Returns the places of requests that may run in one batch, in the order in which they run."""
+        return [list(range(len(requests)))]
+
+    def _restore(self, weights: Sequence[np.ndarray], others: Sequence[PyTree]) -> None:
+        """Takes from a saved server what `_start` does not: `others` are the arguments of its first program."""
+        if others:
+            raise ValueError("it holds sessions: load it with SessionServer.load")
 
     def save(self, directory: str | os.PathLike[str], *, platforms: Sequence[str] | None = None) -> None:
         """Writes the programs and weights to a folder, from which `Server.load` makes a server without this code.
@@ -197,14 +221,14 @@ class Server:
         weights = [_saveable(leaf) for leaf in self._weights]
         with jax.enable_x64(self._x64):
             programs = [
-                jax.export.export(jax.jit(program), platforms=platforms)(self._weights, self._schema.packed(plan))
+                jax.export.export(jax.jit(program), platforms=platforms)(self._weights, *self._argument_shapes(plan))
                 for plan, program in self._programs.items()
             ]
         settings = {"x64": self._x64, "cost_model": dataclasses.asdict(self._cost_model)}
         write_server(directory, Saved(programs, weights, settings))
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], *, cost_model: CostModel | None = None) -> Server:
+    def load(cls, directory: str | os.PathLike[str], *, cost_model: CostModel | None = None) -> Self:
         """Makes a server from a folder that `save` wrote. Compiles each program once.
 
         Args:
@@ -218,10 +242,12 @@ class Server:
             platforms or by an incompatible version.
         """
         saved = read_server(directory)
-        batches = []
+        batches, others = [], []
         for i, program in enumerate(saved.programs):
             with undamaged(directory, i):
-                batches.append(_batch_of(program, saved.weights))
+                batch, *rest = _arguments_of(program, saved.weights)
+                batches.append(batch)
+                others.append(rest)
                 if Schema.of(batches[i].data) != Schema.of(batches[0].data):
                     raise ValueError("it takes other sequences than the first program")
         with undamaged(directory):
@@ -230,6 +256,8 @@ class Server:
             if not isinstance(x64, bool):
                 raise TypeError(f"x64 is {x64!r}")
         server = cls.__new__(cls)
+        with undamaged(directory, 0):
+            server._restore(saved.weights, others[0])
         with jax.enable_x64(x64):
             server._start(
                 {batch.plan: program.call for batch, program in zip(batches, saved.programs, strict=True)},
@@ -251,7 +279,8 @@ class Server:
         return f"Server({len(self.plans)} plans, max_length={self.max_length}, batch_size={self.batch_size})"
 
 
-def _checked_plans(plans: Iterable[BucketPlan]) -> tuple[BucketPlan, ...]:
+def checked_plans(plans: Iterable[BucketPlan]) -> tuple[BucketPlan, ...]:
+    """Returns plans as a tuple; raises unless they are BucketPlans, at least one."""
     if isinstance(plans, BucketPlan) or not isinstance(plans, Iterable):
         raise TypeError(f"plans must be a sequence of BucketPlans, got {type(plans).__name__}.")
     plans = tuple(plans)
@@ -263,7 +292,8 @@ def _checked_plans(plans: Iterable[BucketPlan]) -> tuple[BucketPlan, ...]:
     return plans
 
 
-def _weight(path: Any, leaf: Any) -> jax.Array:
+def as_weight(path: Any, leaf: Any) -> jax.Array:
+    """Returns a leaf of the parameters as an array; raises ValueError for an integer that JAX cannot hold."""
     if isinstance(leaf, (np.ndarray, np.generic)) and np.issubdtype(leaf.dtype, np.integer):
         leaf = canonical(np.asarray(leaf), f"params{jax.tree_util.keystr(path)}")
     return jnp.asarray(leaf)
@@ -275,12 +305,12 @@ def _saveable(leaf: jax.Array) -> np.ndarray:
     return np.asarray(leaf)
 
 
-def _batch_of(program: jax.export.Exported, weights: Sequence[np.ndarray]) -> PackedSequence:
-    """Returns the shapes and dtypes of the batch that a saved program takes after these weights."""
-    (taken, batch), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
+def _arguments_of(program: jax.export.Exported, weights: Sequence[np.ndarray]) -> list[Any]:
+    """Returns the shapes and dtypes of what a saved program takes after these weights: a batch, and what follows."""
+    (taken, batch, *others), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
     if not isinstance(batch, PackedSequence):
         raise TypeError(f"it does not take a packed batch, but a {type(batch).__name__}")
     found, expected = ([(each.shape, each.dtype) for each in leaves] for leaves in (weights, taken))
     if found != expected:
         raise ValueError(f"it takes parameters of other shapes and dtypes than those saved: {expected}, not {found}")
-    return batch
+    return [batch, *others]
