@@ -33,6 +33,7 @@ from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zer
 from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.resets import Resets, packed_resets, padded_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 
 LayerParams = dict[str, Params]
@@ -173,6 +174,7 @@ class RecurrentLayer(abc.ABC):
         *,
         lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         deterministic: bool = False,
         dtype: Any = None,
         forward_mode: bool = False,
@@ -194,6 +196,9 @@ class RecurrentLayer(abc.ABC):
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths, whose loops follow the lengths as it runs (on GPUs: the padded plan).
+          resets: one bool a step, laid out as the inputs: packed, [B, T] or [T]. True says that an episode begins at this
+            step, from the initial state of its sequence. A backward direction begins anew at an episode's last step.
+            They may be traced. Default: each sequence is one episode.
           deterministic: set True to leave dropout out, as in evaluation.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
             float32 parameters is mixed precision. Default: the result type of inputs and parameters.
@@ -210,9 +215,10 @@ class RecurrentLayer(abc.ABC):
 
         Raises:
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, dropout is on
-            and there is no key, or a parameter is sharded under an explicit mesh.
-          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, dtype
-            is not floating, or the call is differentiated in forward mode without forward_mode.
+            and there is no key, resets are not of the same sequences, or a parameter is sharded under an explicit mesh.
+          TypeError: if inputs are packed and lengths or plan are given too, one of inputs and resets is packed and the
+            other padded, resets are not bool, parameters have another structure, dtype is not floating, or the call is
+            differentiated in forward mode without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
         key = self._active_dropout_key(dropout_key, deterministic)
@@ -221,12 +227,12 @@ class RecurrentLayer(abc.ABC):
         if dtype is not None:
             dtype = floating(dtype)
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        call = _Call(params_dtype, dtype, key, lengths, plan, forward_mode)
+        call, name = _Call(params_dtype, dtype, key, lengths, plan, forward_mode), f"{type(self).__name__}.apply"
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
-            packed = check_packed(inputs, f"{type(self).__name__}.apply")
-            return self._apply_packed(params, packed, initial_state, call)
+            packed = check_packed(inputs, name)
+            return self._apply_packed(params, packed, initial_state, call, packed_resets(name, packed, resets))
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -234,15 +240,17 @@ class RecurrentLayer(abc.ABC):
                 f"got {shapes_of(batch)}. Pass a list of sequences through jaxpack.pack_sequence."
             )
         self._check_features(batch)
+        begins = padded_resets(name, resets, batch.shape[:-1])
         if batch.ndim == 2:
-            return self._apply_unbatched(params, batch, initial_state, call)
+            return self._apply_unbatched(params, batch, initial_state, call, begins)
         batch_size, max_length = batch_shape(batch, "inputs")
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         sort = call.planned or not batch.size
         if plan is None:
             plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
-        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length), sort)
-        output, state = self._apply_packed(params, packed, initial_state, call)
+        checked = lengths_and_plan(lengths, plan, batch_size, max_length)
+        packed, cells = _lay_out(batch, begins, *checked, sort)
+        output, state = self._apply_packed(params, packed, initial_state, call, cells)
         return pad(output, 0, max_length), state
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
@@ -314,7 +322,7 @@ class RecurrentLayer(abc.ABC):
         return jnp.concatenate(list(h_n[-self.num_directions :]), axis=-1)
 
     def _apply_packed(
-        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call, resets: Resets | None
     ) -> tuple[PackedSequence, Any]:
         data = packed.data
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
@@ -326,11 +334,11 @@ class RecurrentLayer(abc.ABC):
         ordered = [params[group] for group in self.shapes]
         stack = Stack(self.cell, self.num_directions, float(self.dropout), call.planned, call.forward_mode)
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
-            outputs, final = run_stack(stack, ordered, packed, state, call.dropout_key)
+            outputs, final = run_stack(stack, ordered, packed, state, call.dropout_key, resets)
         return packed.replace(data=outputs), final
 
     def _apply_unbatched(
-        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: _Call
+        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: _Call, resets: jax.Array | None
     ) -> tuple[jax.Array, Any]:
         """Runs one sequence [T, F] as a batch of one, under a plan, so that its loops stay static under jax.vmap."""
         lengths, max_length = call.lengths, len(sequence)
@@ -346,8 +354,8 @@ class RecurrentLayer(abc.ABC):
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
-        packed = lay_out(sequence[None], lengths, plan)
-        output, final = self._apply_packed(params, packed, batched, call._replace(plan=plan))
+        packed, cells = _lay_out(sequence[None], None if resets is None else resets[None], lengths, plan)
+        output, final = self._apply_packed(params, packed, batched, call._replace(plan=plan), cells)
         return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
 
     def _check_features(self, array: jax.Array, packed: bool = False) -> None:
@@ -373,6 +381,15 @@ class RecurrentLayer(abc.ABC):
                 f"train, or deterministic=True to evaluate."
             )
         return key
+
+
+def _lay_out(
+    batch: jax.Array, resets: jax.Array | None, lengths: Any, plan: BucketPlan, sort: bool = True
+) -> tuple[PackedSequence, Resets | None]:
+    """Packs a padded batch [B, T, F] and its resets [B, T]."""
+    packed = lay_out((batch, resets), lengths, plan, sort)
+    data, cells = packed.data
+    return packed.replace(data=data), None if cells is None else Resets(cells)
 
 
 def _level_of_user() -> int:

@@ -14,9 +14,10 @@ from jax import lax
 from jaxpack._cells.cell import Carry, Cell, Params
 from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Resets, reversed_resets
 from jaxpack._packed.slack import checked_slot_fits, poison
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._recurrence.derivative import BatchShape, Recurrence, Schedules, recur
+from jaxpack._recurrence.derivative import BatchShape, Cells, Recurrence, Schedules, recur
 from jaxpack._recurrence.slots import BatchCells, RealCells
 
 
@@ -42,7 +43,12 @@ class Stack(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="stack")
 def run_stack(
-    stack: Stack, params: Sequence[Params], packed: PackedSequence, state: Any, dropout_key: jax.Array | None = None
+    stack: Stack,
+    params: Sequence[Params],
+    packed: PackedSequence,
+    state: Any,
+    dropout_key: jax.Array | None = None,
+    resets: Resets | None = None,
 ) -> tuple[jax.Array, Any]:
     """Runs a stack. Jitted, so each plan is one compilation.
 
@@ -52,6 +58,7 @@ def run_stack(
       packed: data [S, F], in the dtype of the computation.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros.
       dropout_key: None for no dropout.
+      resets: None for none.
 
     Returns:
       The outputs of the last layer [S, D*H], and the final states of all layers.
@@ -61,9 +68,12 @@ def run_stack(
         final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, stack.cell.state_sizes)
         return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), final
     plan, real, reverse = _cells(packed, stack.planned)
+    cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
     recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed)
+    if resets is not None and resets.agree is not None:
+        fits &= resets.agree
     state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
     data: jax.Array = packed.data
     finals: list[Carry] = []
@@ -73,7 +83,7 @@ def run_stack(
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
         carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in range(layer.start, layer.stop)]
-        results = recur(recurrence, params[layer], inputs, carries, real)
+        results = recur(recurrence, params[layer], inputs, carries, cells)
         finals.extend(result.carry for result in results)
         outputs = [result.y for result in results]
         data = jnp.concatenate([outputs[0], *(rearrange(y, reverse, reverse) for y in outputs[1:])], axis=-1)
@@ -94,6 +104,16 @@ def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchSha
     first = jnp.arange(shape.num_sequences, dtype=jnp.int32)[:, None] * shape.max_length
     reverse = first + jnp.where(steps < spans, spans - 1 - steps, steps)
     return shape, BatchCells.of(spans[:, 0], shape.max_length), reverse.reshape(-1)
+
+
+def _resets_of_directions(
+    packed: PackedSequence, mask: jax.Array, resets: Resets | None, num_directions: int
+) -> tuple[jax.Array, ...]:
+    """Returns the real cells at which each direction begins an episode; () for none."""
+    if resets is None:
+        return ()
+    backwards = (reversed_resets(packed, resets.cells) for _ in range(1, num_directions))
+    return resets.cells & mask, *backwards
 
 
 @contextlib.contextmanager

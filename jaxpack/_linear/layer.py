@@ -22,9 +22,10 @@ from jaxpack._checks import at_least_one
 from jaxpack._layers.params import check_params, check_sharding, floating
 from jaxpack._layers.stack import explain_forward_mode
 from jaxpack._layers.states import shapes_of
-from jaxpack._linear.inputs import Aligned, Lengths, align, check_resets, clean
+from jaxpack._linear.inputs import Aligned, Lengths, align, clean
 from jaxpack._packed.inputs import as_batch
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import check_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
@@ -228,7 +229,7 @@ class LinearLayer(abc.ABC):
             )
         if jnp.issubdtype(data.dtype, jnp.complexfloating):
             raise TypeError(f"inputs must be real, got dtype {data.dtype}.")
-        check_resets(aligned)
+        check_resets(aligned.others["resets"], ("S",))
 
     def _checked_state(self, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
         """Returns a given initial state in the layout and dtypes of the layer."""
