@@ -196,9 +196,9 @@ class RecurrentLayer(abc.ABC):
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths, whose loops follow the lengths as it runs (on GPUs: the padded plan).
-          resets: one bool a step, laid out as the inputs: packed, [B, T] or [T]. True says that an episode begins at this
-            step, from the initial state of its sequence. A backward direction begins anew at an episode's last step.
-            They may be traced. Default: each sequence is one episode.
+          resets: one bool a step, laid out as the inputs: packed, [B, T] or [T]. True says that an episode begins at
+            this step, from the initial state of its sequence. A backward direction begins anew at an episode's last
+            step. They may be traced. Default: each sequence is one episode.
           deterministic: set True to leave dropout out, as in evaluation.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
             float32 parameters is mixed precision. Default: the result type of inputs and parameters.

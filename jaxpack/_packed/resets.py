@@ -42,8 +42,11 @@ def check_resets(resets: Any, lead: tuple[Any, ...]) -> None:
     Raises:
       TypeError: if they are not one bool a step.
     """
+    if resets is None:
+        return
     dtype, shape = getattr(resets, "dtype", None), getattr(resets, "shape", ())
-    if resets is not None and (dtype != bool or len(shape) != len(lead)):
+    is_bool = dtype is not None and jnp.issubdtype(dtype, jnp.bool_)
+    if not is_bool or len(shape) != len(lead):
         found = type_of(resets) if dtype is None else f"dtype {dtype} and shape {list(shape)}"
         raise TypeError(
             f"resets must be one bool a step, laid out as the inputs [{', '.join(map(str, lead))}], got {found}. "
@@ -67,8 +70,8 @@ def packed_resets(function: str, packed: PackedSequence, resets: Any) -> Resets 
         return None
     if not isinstance(resets, PackedSequence):
         raise TypeError(
-            f"{function}: inputs are packed, so resets must be packed too, got {type(resets).__name__}: pack them under "
-            f"plan=inputs.plan, or write inputs.replace(data=resets)."
+            f"{function}: inputs are packed, so resets must be packed too, got {type(resets).__name__}: pack them "
+            f"under plan=inputs.plan, or write inputs.replace(data=resets)."
         )
     resets = check_packed(resets, function)
     agree = same_sequences(packed, resets, function, ("inputs have", "resets have"))
@@ -98,7 +101,7 @@ def padded_resets(function: str, resets: Any, lead: tuple[Any, ...]) -> jax.Arra
 
 
 def reversed_resets(packed: Indexed, cells: jax.Array) -> jax.Array:
-    """Returns the cells at which an episode begins for a recurrence over reversed sequences: its last step, where it ends.
+    """Returns the cells at which a recurrence over reversed sequences begins an episode: at its last step.
 
     Args:
       packed: the batch.

@@ -65,7 +65,7 @@ def packed_scan(
         initial carry and the first data of a sequence, and its results are dropped.
       carry: the initial carry, a pytree of arrays [B, ...] in the caller's row order.
       packed: data [S, *F], or a pytree of such arrays.
-      resets: one bool a step, packed like the input: True where an episode begins, whose carry is the initial one of its
+      resets: one bool a step, packed like the input: True where an episode begins, from the initial carry of its
         sequence. Default: each sequence is one episode.
       pass_mask: whether to call step(carry, x, mask=mask), for statistics over the rows of one step. For each array in
         x the mask is a bool array of its shape, True where a sequence has this step. All staircases give the same
@@ -118,8 +118,8 @@ def scan_packed(
     """Runs `packed_scan` without checks, with another scan in place of lax.scan. With pass_mask, x is (x, mask)."""
     if not packed.plan.num_sequences:
         return carry, packed.replace(data=_no_outputs(scan, carry, packed))
-    carry, first, inputs, mask = _to_slots(carry, packed)
     cells, agree = (None, None) if resets is None else resets
+    carry, first, inputs, mask = _to_slots(vary_like(carry, cells), packed)
     begins = None if cells is None else cells & mask
     carry, outputs = scan_slots(scan, carry, first, (inputs, mask) if pass_mask else inputs, mask, packed.plan, begins)
     carry, outputs = _to_caller(carry, outputs, packed.replace(data=None), agree)
@@ -185,7 +185,7 @@ def scan_slots(
     chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
     initial, borders = carry, _slot_borders(plan)
 
-    def masked(step: Step, state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any, Any]) -> tuple[Any, PyTree]:
+    def masked(step: Step, state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any, Any]) -> tuple[Any, Any]:
         carry, finals = state
         x, real, here, reset = cell
 

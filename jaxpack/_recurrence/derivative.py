@@ -206,10 +206,10 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
         carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, recurrence.plan, resets)
     else:
         number, length = recurrence.plan
-        by_step = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real_mask))
-        resets = jax.tree.map(lambda leaf: _swapped(leaf, number), resets)
+        cellwise = projected, real_mask, resets
+        projected, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), cellwise)
         plan = BucketPlan((length,), (number,))
-        carries, outputs = scan_slots(scan_of(step), carries, zeros, *by_step, plan, resets)
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
 

@@ -10,7 +10,7 @@ leaves, and none goes on to the step before.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,9 +163,7 @@ class RealCells(NamedTuple):
     def _at(self, window: Window, borders: jax.Array, values: Carry) -> Entry:
         assert self.borders is not None
         slots = window.read(self.borders.slots)
-        return Entry(
-            window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values)
-        )
+        return Entry(window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values))
 
 
 class BatchCells(NamedTuple):

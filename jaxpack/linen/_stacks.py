@@ -74,6 +74,7 @@ class _Stack(nn.Module):
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
     ) -> tuple[Any, Any]:
@@ -84,6 +85,7 @@ class _Stack(nn.Module):
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
+          resets: one bool a step, laid out as the inputs: True where an episode begins, from the initial state.
           deterministic: True to leave out dropout between layers. The attribute or the call must say it if there
             is such dropout, whose key comes from the rng "dropout".
           forward_mode: Set True to differentiate this call in forward mode.
@@ -106,6 +108,7 @@ class _Stack(nn.Module):
             self.make_rng("dropout") if active else None,
             lengths=seq_lengths,
             plan=plan,
+            resets=resets,
             deterministic=not active,
             dtype=self.dtype,
             forward_mode=forward_mode,

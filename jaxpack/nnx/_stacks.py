@@ -79,6 +79,7 @@ class _Stack(nnx.Module):
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
@@ -90,6 +91,7 @@ class _Stack(nnx.Module):
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
+          resets: one bool a step, laid out as the inputs: True where an episode begins, from the initial state.
           deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
           rngs: the source of dropout's key, or a key. Default: the module's own stream.
@@ -110,6 +112,7 @@ class _Stack(nnx.Module):
             _key(self.rngs if rngs is None else rngs) if active else None,
             lengths=seq_lengths,
             plan=plan,
+            resets=resets,
             deterministic=deterministic,
             dtype=self.dtype,
             forward_mode=forward_mode,
