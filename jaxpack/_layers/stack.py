@@ -30,6 +30,7 @@ class Stack(NamedTuple):
       dropout: the rate of dropout between layers.
       planned: whether the plan is a choice; otherwise it is the `batch_plan` of a padded batch.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
+      all_states: whether to return the states after each step.
       schedules: how each platform runs the loops.
     """
 
@@ -38,6 +39,7 @@ class Stack(NamedTuple):
     dropout: float = 0.0
     planned: bool = True
     forward_mode: bool = False
+    all_states: bool = False
     schedules: Schedules = Schedules()
 
 
@@ -49,7 +51,7 @@ def run_stack(
     state: Any,
     dropout_key: jax.Array | None = None,
     resets: Resets | None = None,
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, ...]:
     """Runs a stack. Jitted, so each plan is one compilation.
 
     Args:
@@ -61,15 +63,17 @@ def run_stack(
       resets: None for none.
 
     Returns:
-      The outputs of the last layer [S, D*H], and the final states of all layers.
+      The outputs of the last layer [S, D*H], and the final states of all layers; with all_states, the states after each
+      step too, leaves [S, num_layers * D, size], zero in slack.
     """
-    num_directions = stack.num_directions
+    num_directions, sizes = stack.num_directions, stack.cell.state_sizes
     if not packed.plan.size:  # a batch of no sequences
-        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, stack.cell.state_sizes)
-        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), final
+        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, sizes)
+        empty = lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size))
+        return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
     plan, real, reverse = _cells(packed, stack.planned)
     cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
-    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.schedules)
+    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed)
     if resets is not None and resets.agree is not None:
@@ -77,6 +81,7 @@ def run_stack(
     state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
     data: jax.Array = packed.data
     finals: list[Carry] = []
+    states: list[Carry] = []
     for first in range(0, len(params), num_directions):
         if first and dropout_key is not None:
             data = drop(jax.random.fold_in(dropout_key, first), data, stack.dropout)
@@ -85,12 +90,17 @@ def run_stack(
         carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in range(layer.start, layer.stop)]
         results = recur(recurrence, params[layer], inputs, carries, cells)
         finals.extend(result.carry for result in results)
-        outputs = [result.y for result in results]
-        data = jnp.concatenate([outputs[0], *(rearrange(y, reverse, reverse) for y in outputs[1:])], axis=-1)
+        after = [(result.y, *result.memory) for result in results]
+        after[1:] = [tuple(rearrange(leaf, reverse, reverse) for leaf in each) for each in after[1:]]
+        data = jnp.concatenate([y for y, *_ in after], axis=-1)
+        states.extend(after)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
-    return data, final_state
+    if not stack.all_states:
+        return data, final_state
+    leaves = [jnp.stack(each, 1) for each in zip(*states, strict=True)]
+    return data, final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
 
 
 def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells | BatchCells, jax.Array]:

@@ -52,11 +52,12 @@ class Schedule(NamedTuple):
     fuse_directions: bool
     divisors: tuple[int, ...]
 
-    def loops(self, cell: Cell, stairs: tuple[Stair, ...], real: RealCells) -> Loops:
+    def loops(self, recurrence: Recurrence, stairs: tuple[Stair, ...], real: RealCells) -> Loops:
         """Returns the loops of a program over these stairs."""
         unroll = max(1, min(self.steps.unroll, self.bodies // len(stairs)))
         steps = self.steps._replace(unroll=unroll)
-        return Loops(cell.on(self.platform), stairs, steps, self.whole_buckets, real)
+        cell = recurrence.cell.on(self.platform)
+        return Loops(cell, stairs, steps, self.whole_buckets, real, recurrence.all_states)
 
 
 CPU = Schedule(
@@ -93,12 +94,14 @@ class Recurrence(NamedTuple):
       cell: the cell that each direction runs.
       plan: the plan of the cells, or the shape of a padded batch, of which each row is followed by the next.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
+      all_states: whether results have the memory after each step.
       schedules: how each platform runs the loops.
     """
 
     cell: Cell
     plan: BucketPlan | BatchShape
     forward_mode: bool = False
+    all_states: bool = False
     schedules: Schedules = Schedules()
 
     def stairs(self, schedule: Schedule) -> tuple[Stair, ...]:
@@ -197,7 +200,7 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         stepped = tuple(cell.step(*each) for each in zip(weights, carries, projected, strict=True))
-        return stepped, tuple(carry[0] for carry in stepped)
+        return stepped, stepped if recurrence.all_states else tuple(carry[:1] for carry in stepped)
 
     projected = tuple(cell.project(w, jnp.where(mask, x, 0)) for w, x in zip(weights, inputs, strict=True))
     carries = tuple(widened(cell, carry) for carry in carries)
@@ -211,7 +214,8 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
         plan = BucketPlan((length,), (number,))
         carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
-    return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
+    states = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
+    return tuple(Results(y, carry, tuple(memory)) for (y, *memory), carry in zip(states, carries, strict=True))
 
 
 def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
@@ -299,7 +303,7 @@ def _on_each_platform(
 
         def run_all(stairs: tuple[Stair, ...], real: RealCells) -> tuple[Any, ...]:
             def one(resets: jax.Array | None, *operands: Any) -> Any:
-                return run(schedule.loops(recurrence.cell, stairs, real.with_resets(resets)), *operands)
+                return run(schedule.loops(recurrence, stairs, real.with_resets(resets)), *operands)
 
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))

@@ -44,10 +44,12 @@ class Results(NamedTuple):
     Attributes:
       y: [S, P], h after each cell's step, zero in slack.
       carry: the carry after the last step of each slot, leaves [B, ...].
+      memory: the memory c after each cell's step, leaves [S, H], zero in slack; () unless it is asked for.
     """
 
     y: jax.Array
     carry: Carry
+    memory: Carry = ()
 
 
 class Kept(NamedTuple):
@@ -85,6 +87,7 @@ class Loops(NamedTuple):
       steps: how the steps of a chunk run.
       wide: whether the platform wants few and large operations, and need not keep a chunk in cache.
       real: the real cells, as the direction sees them.
+      all_states: whether results have the memory after each step.
     """
 
     cell: Cell
@@ -92,6 +95,7 @@ class Loops(NamedTuple):
     steps: StepLoop
     wide: bool
     real: RealCells
+    all_states: bool
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -133,14 +137,15 @@ def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept
     run = _Forward(loops, lax.optimization_barrier(weights), x, initial)
     wide = widened(loops.cell, initial)
     y = buffer(x, (loops.size, loops.sizes[0]), 0)
+    states = tuple(buffer(x, (loops.size, size), 8) for size in loops.sizes[1:]) if loops.all_states else ()
     carry, memory = loops.start(wide), wide[1:]
     for stair in loops.stairs:
-        state = _ForwardState(tuple(leaf[: stair.rows] for leaf in carry), memory, y, kept)
-        carry, memory, y, kept = loop(0, stair.number, functools.partial(run.chunk, stair), state)
+        state = _ForwardState(tuple(leaf[: stair.rows] for leaf in carry), memory, y, states, kept)
+        carry, memory, y, states, kept = loop(0, stair.number, functools.partial(run.chunk, stair), state)
         if loops.real.borders is None:
             memory = tuple(write(leaf, rows, 0) for leaf, rows in zip(memory, carry[1:], strict=True))
     final = loops.where_real((y[loops.real.last], *memory), wide)
-    return Results(loops.real.restore(y), final), kept
+    return Results(loops.real.restore(y), final, tuple(map(loops.real.restore, states))), kept
 
 
 class _ForwardState(NamedTuple):
@@ -150,12 +155,14 @@ class _ForwardState(NamedTuple):
       carry: the carry of the stair's rows.
       memory: the final memory of each slot that has ended, leaves [B, H].
       y: the outputs.
+      states: the memory after each step, if it is asked for.
       kept: what is kept.
     """
 
     carry: Carry
     memory: Carry
     y: jax.Array
+    states: Carry
     kept: Kept
 
 
@@ -169,7 +176,7 @@ class _Forward(NamedTuple):
 
     def chunk(self, stair: Stair, index: Any, state: _ForwardState) -> _ForwardState:
         """Runs one chunk."""
-        carry, memory, y, (activations, checkpoints) = state
+        carry, memory, y, states, (activations, checkpoints) = state
         cell, real, window = self.loops.cell, self.loops.real, stair.window(index)
         if checkpoints:
             row = stair.checkpoint_row(index)
@@ -188,17 +195,18 @@ class _Forward(NamedTuple):
             h, *memory = cell.advance(self.weights, activations, before)
             # A row of its own keeps its memory in slack, so that its last one is final.
             kept = memory if collects else [jnp.where(live, *c) for c in zip(memory, before[1:], strict=True)]
-            outputs = jnp.where(live, h, 0), activations if keeps else ()
+            states = tuple(jnp.where(live, c, 0) for c in memory) if self.loops.all_states else ()
+            outputs = jnp.where(live, h, 0), activations if keeps else (), states
             return (h, *kept), outputs, tuple(kept) if collects else ()
 
         history = tuple(buffer(c, (window.size, c.shape[1]), 5) for c in carry[1:]) if collects else ()
         xs = projected, live, entry.cells
-        outputs = Outputs((y, activations), history)
+        outputs = Outputs((y, activations, states), history)
         carry, outputs = run_steps(window, step, carry, xs, outputs, self.loops.steps)
-        y, activations = outputs.whole
+        y, activations, states = outputs.whole
         if collects:
             memory = tuple(window.collect(real.last, *each) for each in zip(outputs.own, memory, strict=True))
-        return _ForwardState(carry, memory, y, Kept(activations, checkpoints))
+        return _ForwardState(carry, memory, y, states, Kept(activations, checkpoints))
 
 
 def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
@@ -322,8 +330,10 @@ class _Backward(NamedTuple):
             memory = self._recall(window, entry.memory, update, own, start)
             before, after = (*before, memory), (*after, update[0] * memory + update[1])
         point = _Point(activations, before, after, own, live)
-        d = jnp.where(own, real.read(window, self.cotangents.y), 0)
-        rows, da, d, history = self._pull_back(window, point, d, rows)
+        d, *dmemory = (
+            jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
+        )
+        rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
         dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
         h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
         out = self._linearize(point).out if self.weights.w_out is not None else None
@@ -356,24 +366,31 @@ class _Backward(NamedTuple):
         return run_steps(window, step, start, (update, own, entry.cells), outputs, self.loops.steps)[1].own
 
     def _pull_back(
-        self, window: Window, point: _Point, d: jax.Array, rows: _RowCotangents
+        self, window: Window, point: _Point, douts: Carry, rows: _RowCotangents
     ) -> tuple[_RowCotangents, jax.Array, jax.Array, Carry]:
         """Runs the backward recurrence over a chunk, last step first.
+
+        Args:
+          window: the chunk.
+          point: its cells.
+          douts: the cotangents of h [M, P] and, if it is a result, of c [M, H] after each step, zero in slack.
+          rows: the rows' cotangents after the chunk.
 
         Returns:
           The rows' cotangents before the chunk; da [M, G] and d [M, P] of its cells, written over what they are
           computed from; and the cotangent of the initial carry if a slot begins at a cell, where it is collected.
         """
-        cell, transposed, real = self.loops.cell, self.transposed, self.loops.real
+        cell, transposed, real, (d, *dmemory) = self.loops.cell, self.transposed, self.loops.real, douts
         width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
         entry = real.at_ends(window, self.cotangents.carry)
         collects = self.wide and real.borders is not None
 
         def step(rows: _RowCotangents, xs: Any, old: Any) -> Any:
-            (at, d, ends, reset), (da_gates, old_d, _) = xs, old
+            (at, d, dmemory, ends, reset), (da_gates, old_d, _) = xs, old
             at = self._linearize(at) if in_steps else at._replace(da_gates=da_gates)
             rows = rows.enter(entry, ends)
             dh, *dc = rows.carry
+            dc = list(map(jnp.add, dc, dmemory)) if dmemory else dc
             total = dh + (old_d if projects else d)
             da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
             dh = da[:, -width_h:] @ transposed.w_h + at.dh_dh * total
@@ -391,7 +408,7 @@ class _Backward(NamedTuple):
             at, da_gates = linear._replace(da_gates=None), linear.da_gates
         history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in rows.carry) if collects else ()
         outputs = Outputs((), (da_gates, d if projects else (), history))
-        xs = at, None if projects else d, entry.cells, real.resets_of(window)
+        xs = at, None if projects else d, dmemory, entry.cells, real.resets_of(window)
         rows, outputs = run_steps(window, step, rows, xs, outputs, self.loops.steps, reverse=True)
         da, total, history = outputs.own
         return rows, da, total if projects else d, history
