@@ -189,6 +189,21 @@ def test_an_export_for_every_platform_computes_the_same():
     assert_close(exported.call(*leaves), program_with_resets(subject)(given))
 
 
+def test_the_derivative_has_a_derivative():
+    subject = "GRU"
+    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    tangent = tangent_like(given.params)
+    gradient = pulled_back(subject, CALLS[one_call(subject, 0)])
+
+    def moved(step):
+        params = jax.tree.map(lambda leaf, change: leaf + step * change, given.params, tangent)
+        return program_with_resets(subject)(given._replace(params=params)).params
+
+    run = jax.jit(lambda params: jax.jvp(lambda p: gradient(given._replace(params=p)).params, (params,), (tangent,)))
+    differences = jax.tree.map(lambda a, b: (a - b) / 2e-6, moved(1e-6), moved(-1e-6))
+    assert_close(run(given.params)[1], differences, 1e-6)
+
+
 @pytest.mark.parametrize("subject", LAYERS)
 def test_forward_mode_equals_reverse_mode(subject):
     given = operands(subject, LENGTHS)._replace(resets=RESETS)

@@ -17,7 +17,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax.typing import ArrayLike
 from jaxpack._cells.cell import Cell, Params
 from jaxpack._checks import at_least_one
 from jaxpack._layers import state_dict as state_dicts
+from jaxpack._layers.call import Call, lay_out_with, pad_states
 from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._layers.states import (
@@ -38,40 +39,12 @@ from jaxpack._layers.states import (
     zero_state,
 )
 from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
-from jaxpack._packed.layout import lay_out, pad
+from jaxpack._packed.layout import pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.resets import Resets, packed_resets, padded_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 
 LayerParams = dict[str, Params]
-
-
-class _Call(NamedTuple):
-    """The options of one call of `apply`.
-
-    Attributes:
-      params_dtype: the common dtype of the parameters.
-      dtype: the dtype to compute in; None for the result type of data and parameters.
-      dropout_key: a random key; None for no dropout.
-      lengths, plan, forward_mode, return_all_states: as in `apply`.
-    """
-
-    params_dtype: Any
-    dtype: Any
-    dropout_key: jax.Array | None
-    lengths: ArrayLike | Sequence[int] | None
-    plan: BucketPlan | None
-    forward_mode: bool
-    return_all_states: bool
-
-    @property
-    def planned(self) -> bool:
-        """Whether the plan is a choice. Lengths alone run without one."""
-        return self.plan is not None or self.lengths is None
-
-    def dtype_with(self, data: jax.Array) -> Any:
-        """Returns the dtype of the computation."""
-        return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
 
 
 class RecurrentLayer(abc.ABC):
@@ -250,7 +223,7 @@ class RecurrentLayer(abc.ABC):
         if dtype is not None:
             dtype = floating(dtype)
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        call = _Call(params_dtype, dtype, key, lengths, plan, forward_mode, bool(return_all_states))
+        call = Call(params_dtype, dtype, key, lengths, plan, forward_mode, bool(return_all_states))
         name = f"{type(self).__name__}.apply"
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
@@ -273,9 +246,9 @@ class RecurrentLayer(abc.ABC):
         if plan is None:
             plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
         checked = lengths_and_plan(lengths, plan, batch_size, max_length)
-        packed, cells = _lay_out(batch, begins, *checked, sort)
+        packed, cells = lay_out_with(batch, begins, *checked, sort)
         output, state, *states = self._apply_packed(params, packed, initial_state, call, cells)
-        return pad(output, 0, max_length), state, *(_padded(each, max_length) for each in states)
+        return pad(output, 0, max_length), state, *(pad_states(each, max_length) for each in states)
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
         """Returns the parameters in the state dict of the torch.nn module with the same options. Exact.
@@ -351,7 +324,7 @@ class RecurrentLayer(abc.ABC):
         return jnp.concatenate(list(h_n[-self.num_directions :]), axis=-1)
 
     def _apply_packed(
-        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call, resets: Resets | None
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: Call, resets: Resets | None
     ) -> tuple[Any, ...]:
         data = packed.data
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
@@ -377,7 +350,7 @@ class RecurrentLayer(abc.ABC):
         return packed.replace(data=outputs), final, *(packed.replace(data=each) for each in states)
 
     def _apply_unbatched(
-        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: _Call, resets: jax.Array | None
+        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: Call, resets: jax.Array | None
     ) -> tuple[Any, ...]:
         """Runs one sequence [T, F] as a batch of one, under a plan, so that its loops stay static under jax.vmap."""
         lengths, max_length = call.lengths, len(sequence)
@@ -393,9 +366,9 @@ class RecurrentLayer(abc.ABC):
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
-        packed, cells = _lay_out(sequence[None], None if resets is None else resets[None], lengths, plan)
+        packed, cells = lay_out_with(sequence[None], None if resets is None else resets[None], lengths, plan)
         output, final, *states = self._apply_packed(params, packed, batched, call._replace(plan=plan), cells)
-        of_one = (jax.tree.map(lambda leaf: leaf[0], _padded(each, max_length)) for each in states)
+        of_one = (jax.tree.map(lambda leaf: leaf[0], pad_states(each, max_length)) for each in states)
         return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final), *of_one
 
     def _check_features(self, array: jax.Array, packed: bool = False) -> None:
@@ -429,20 +402,6 @@ class RecurrentLayer(abc.ABC):
                 f"train, or deterministic=True to evaluate."
             )
         return key
-
-
-def _lay_out(
-    batch: jax.Array, resets: jax.Array | None, lengths: Any, plan: BucketPlan, sort: bool = True
-) -> tuple[PackedSequence, Resets | None]:
-    """Packs a padded batch [B, T, F] and its resets [B, T]."""
-    packed = lay_out((batch, resets), lengths, plan, sort)
-    data, cells = packed.data
-    return packed.replace(data=data), None if cells is None else Resets(cells)
-
-
-def _padded(packed: PackedSequence, length: int) -> Any:
-    """Returns states of packed sequences as arrays [B, T, ...]."""
-    return pad(packed, jax.tree.map(lambda _: 0, packed.data), length)
 
 
 def _level_of_user() -> int:
