@@ -25,7 +25,7 @@ LENGTHS = ((2, 5, 2), (3, 3, 3), (1, 5, 1))  # the first of two different ones: 
 
 
 class Operands(NamedTuple):
-    """What a program of a subject is given: inputs, and cotangents of its outputs and final state."""
+    """What a program of a subject is given: inputs, cotangents of its outputs and final state, and resets or None."""
 
     params: Any
     x: Any
@@ -34,6 +34,7 @@ class Operands(NamedTuple):
     doutputs: Any
     dfinal: Any
     poison: Any
+    resets: Any = None
 
 
 class Results(NamedTuple):
@@ -73,13 +74,17 @@ def forward(name: str, call: Call, **options: Any) -> Callable[..., Any]:
     run = subject_of(name).run
 
     def padded(given, params, x, state):
-        outputs, final = run(params, x, state, lengths=given.lengths, plan=call.plan, **options)
+        resets = {} if given.resets is None else {"resets": given.resets}
+        outputs, final = run(params, x, state, lengths=given.lengths, plan=call.plan, **options, **resets)
         return outputs, (), final
 
     def packed(given, params, x, state):
         inputs = pack_padded_sequence(x, given.lengths, batch_first=True, plan=call.plan)
         inputs = inputs.replace(data=jnp.where(inputs.mask[:, None], inputs.data, given.poison))
-        outputs, final = run(params, inputs, state, **options)
+        resets = {}
+        if given.resets is not None:
+            resets["resets"] = pack_padded_sequence(given.resets, given.lengths, batch_first=True, plan=call.plan)
+        outputs, final = run(params, inputs, state, **options, **resets)
         slack = jax.tree.map(lambda leaf: jnp.where(expanded(inputs.mask, leaf), 0, leaf), outputs.data)
         return pad_packed_sequence(outputs, batch_first=True, total_length=T)[0], slack, final
 

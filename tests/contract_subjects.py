@@ -65,6 +65,7 @@ class Subject:
       plain: the parameters, or their gradient, as that layer takes them.
       own_derivative: whether forward mode has to be asked for.
       calls: the names of the calls it takes.
+      backward: bools that broadcast to the state, True in the states of directions that read from the end.
     """
 
     params: Any
@@ -75,6 +76,7 @@ class Subject:
     plain: Callable[[Any], Any] = lambda params: params
     own_derivative: bool = True
     calls: tuple[str, ...] = tuple(CALLS)
+    backward: Any = None
 
     @property
     def output(self):
@@ -102,7 +104,9 @@ def _layer_subject(kind, layer, params, apply, plain=lambda params: params):
 
     count = layer.num_layers * layer.num_directions
     state = jax.tree.map(lambda size: np.zeros((count, size)), layer.cell.state_sizes)
-    return Subject(params, run, state, one, None if kind == "leaky" else layer, plain)
+    reads_backward = np.arange(count)[:, None] % 2 == layer.num_directions - 1
+    backward = jax.tree.map(lambda _: reads_backward & layer.bidirectional, layer.cell.state_sizes)
+    return Subject(params, run, state, one, None if kind == "leaky" else layer, plain, backward=backward)
 
 
 def of_layer(kind, layer):
@@ -156,7 +160,11 @@ def of_dropin(api, *cells):
 
     states = [(np.zeros(H), np.zeros(H)) if "LSTM" in cell else np.zeros(H) for cell in cells]
     known = any(cell != face.unknown for cell in cells)
-    return Subject(params, run, states[0] if len(cells) == 1 else tuple(states), one, own_derivative=known)
+    state = states[0] if len(cells) == 1 else tuple(states)
+    backward = None
+    if len(cells) == 2:
+        backward = tuple(jax.tree.map(lambda _, i=i: np.bool_(i == 1), each) for i, each in enumerate(states))
+    return Subject(params, run, state, one, own_derivative=known, backward=backward)
 
 
 def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step):
@@ -191,8 +199,8 @@ def of_step(step, params, state):
       step: step(params, carry, x) -> (carry, y).
     """
 
-    def run(params, packed, state):
-        final, outputs = jaxpack.packed_scan(functools.partial(step, params), state, packed)
+    def run(params, packed, state, **options):
+        final, outputs = jaxpack.packed_scan(functools.partial(step, params), state, packed, **options)
         return outputs, final
 
     def one(params, xs, state):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+NOT_TORCHS = ("input_size", "hidden_size", "learned_initial_state")  # fields of a layer, no keywords of torch.nn's
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that programs are exported for
 
 torch: Any = None
@@ -157,7 +158,7 @@ def scanned(step, params, sequence, state):
 
 def torch_layer(layer):
     """Returns the torch.nn module with a layer's options."""
-    options = {f: getattr(layer, f) for f in layer.__dataclass_fields__ if f not in ("input_size", "hidden_size")}
+    options = {f: getattr(layer, f) for f in layer.__dataclass_fields__ if f not in NOT_TORCHS}
     return getattr(torch.nn, type(layer).__name__)(layer.input_size, layer.hidden_size, **options)
 
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxpack._flax.known import KnownCell
 from jaxpack._flax.layout import Layout, Lengths
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.resets import Resets, packed_resets, padded_resets
 from jaxpack._packed.scan import Scan
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -27,6 +28,7 @@ class Call(NamedTuple):
       seq_lengths: as given; None for padded inputs of which every step counts.
       plan: the plan of the call or of the Bidirectional; None for each RNN's own.
       forward_mode: True to differentiate the call in forward mode.
+      resets: as `check_resets` returns them; None if each sequence is one episode.
     """
 
     inputs: PackedSequence | jax.Array
@@ -34,6 +36,7 @@ class Call(NamedTuple):
     seq_lengths: Lengths | None
     plan: BucketPlan | None
     forward_mode: bool
+    resets: Resets | jax.Array | None = None
 
 
 class Direction(NamedTuple):
@@ -80,22 +83,34 @@ def check_inputs(
     return check_packed(inputs, "RNN")
 
 
+def check_resets(resets: Any, inputs: PackedSequence | jax.Array, layout: Layout) -> Resets | jax.Array | None:
+    """Validates the resets of a call. Those of padded inputs become an array in the inputs' layout.
+
+    Raises:
+      TypeError: if one of inputs and resets is packed and the other padded, or resets are not bool.
+      ValueError: if they are not of the same sequences.
+    """
+    if isinstance(inputs, PackedSequence):
+        return packed_resets("RNN", inputs, resets)
+    return padded_resets("RNN", resets, layout.step_axes)
+
+
 def check_pair(
-    rnns: tuple[Any, Any], rnn_class: type, inputs: PackedSequence | jax.Array, plan: BucketPlan | None
+    rnns: tuple[Any, Any], rnn_class: type, inputs: PackedSequence | jax.Array, plan: BucketPlan | None, resets: Any
 ) -> bool:
     """Returns True if both RNNs of a Bidirectional are jaxpack's, which can share a batch and its steps.
 
     Raises:
-      TypeError: if they are not, and the call has a plan or packed inputs.
+      TypeError: if they are not, and the call has a plan, packed inputs or resets.
     """
     forward_rnn, backward_rnn = rnns
     if forward_rnn is backward_rnn:
         warnings.warn("forward_rnn and backward_rnn are the same object, and share their parameters.", stacklevel=4)
     if type(forward_rnn) is rnn_class and type(backward_rnn) is rnn_class:
         return True
-    if isinstance(inputs, PackedSequence) or plan is not None:
+    if isinstance(inputs, PackedSequence) or plan is not None or resets is not None:
         raise TypeError(
-            f"a plan and packed inputs need RNNs of jaxpack, got {type(forward_rnn).__module__}."
+            f"a plan, packed inputs and resets need RNNs of jaxpack, got {type(forward_rnn).__module__}."
             f"{type(forward_rnn).__name__} and {type(backward_rnn).__module__}.{type(backward_rnn).__name__}. Import "
             f"RNN from the module that Bidirectional comes from."
         )
@@ -103,8 +118,8 @@ def check_pair(
 
 
 def delegate_to_flax(call: Call, directions: Sequence[Direction]) -> bool:
-    """Returns True if Flax's own call does as well: sequences have all steps, no cell is known and no plan acts."""
-    if isinstance(call.inputs, PackedSequence) or call.seq_lengths is not None:
+    """Returns True if Flax's own call does as well: no lengths or resets are given, no cell is known, no plan acts."""
+    if isinstance(call.inputs, PackedSequence) or call.seq_lengths is not None or call.resets is not None:
         return False
     return all(
         each.known is None and (each.plan is None or each.stacks_variables) and each.works_in_flax

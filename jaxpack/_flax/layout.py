@@ -63,6 +63,11 @@ class Layout(NamedTuple):
         return self.batch_shape + self.feature_shape
 
     @property
+    def step_axes(self) -> tuple[Any, ...]:
+        """The axes of padded inputs before those of features."""
+        return (self.num_steps, *self.batch_shape) if self.time_major else (*self.batch_shape, self.num_steps)
+
+    @property
     def batch_size(self) -> Any:
         """B, the product of the batch axes."""
         return math.prod(self.batch_shape)
@@ -92,13 +97,15 @@ class Layout(NamedTuple):
         plan = self.padded_plan if plan is None else plan
         return lengths_and_plan(self.flatten_lengths(seq_lengths), plan, self.batch_size, self.num_steps)
 
-    def pack(self, inputs: jax.Array, lengths: jax.Array, plan: BucketPlan, sort: bool) -> PackedSequence:
-        """Packs padded inputs under a plan. Rows stay in the caller's order (sort=False) only under the padded plan.
+    def pack(self, inputs: PyTree, lengths: jax.Array, plan: BucketPlan, sort: bool) -> PackedSequence:
+        """Packs padded inputs, and arrays beside them, under a plan.
+
+        Rows stay in the caller's order (sort=False) only under the padded plan.
 
         Raises:
           ValueError: if the batch axis is sharded under an explicit mesh, where it cannot be sorted.
         """
-        inputs = self.flatten_inputs(inputs)
+        inputs = jax.tree.map(self.flatten_inputs, inputs)
         batch_shape(inputs, "inputs")
         return lay_out(inputs, lengths, plan, sort)
 
@@ -110,17 +117,17 @@ class Layout(NamedTuple):
         return self.restore_outputs(pad(outputs, zeros, self.num_steps))
 
     def flatten_inputs(self, inputs: jax.Array) -> jax.Array:
-        """Reshapes padded inputs to [B, T, *F]."""
+        """Reshapes padded inputs, or an array with other features, to [B, T, *F]."""
+        axes = len(self.batch_shape)
         if self.time_major:
-            inputs = jnp.moveaxis(inputs, 0, len(self.batch_shape))
-        return inputs.reshape(self.batch_size, self.num_steps, *self.feature_shape)
+            inputs = jnp.moveaxis(inputs, 0, axes)
+        return inputs.reshape(self.batch_size, self.num_steps, *inputs.shape[axes + 1 :])
 
     def restore_outputs(self, padded: PyTree) -> PyTree:
         """Reshapes outputs [B, T, ...] to the layout of the inputs."""
         if self.time_major:
             padded = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), padded)
-        lead = (self.num_steps, *self.batch_shape) if self.time_major else (*self.batch_shape, self.num_steps)
-        return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[2:]), padded)
+        return jax.tree.map(lambda leaf: leaf.reshape(*self.step_axes, *leaf.shape[2:]), padded)
 
     def flatten_carry(self, carry: PyTree) -> PyTree:
         """Reshapes a carry [*batch, ...] to [B, ...].

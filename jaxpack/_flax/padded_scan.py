@@ -14,6 +14,7 @@ from jaxpack._flax.call import Call, Direction
 from jaxpack._flax.layout import Layout, Lengths
 from jaxpack._packed.broadcast import expand, tree_where, vary_like
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Resets
 from jaxpack._packed.slack import poison, select_or_poison
 from jaxpack._types import PyTree
 
@@ -41,26 +42,39 @@ def scan_padded(call: Call, direction: Direction) -> tuple[PyTree, PyTree]:
         return jnp.take_along_axis(leaf, expand(flipped, leaf), axis=0)
 
     x = flip(x) if direction.reverse else x
-    carry = vary_like(layout.flatten_carry(direction.carry), (x, spans))
-    safe = carry
+    assert not isinstance(call.resets, Resets)
+    resets = None
+    if call.resets is not None:
+        resets = _begins(jnp.swapaxes(layout.flatten_inputs(call.resets), 0, 1), steps, spans, direction.reverse)
+    initial = safe = carry = vary_like(layout.flatten_carry(direction.carry), (x, spans, resets))
     if layout.symbolic_axes:  # slack holds another step that is real, as in packed_scan
         rows = jnp.where(spans[0] > 0, jnp.arange(layout.batch_size), jnp.argmax(spans[0]))
         stand_in = jnp.where(jnp.any(real), lax.stop_gradient(x[:1, rows]), jnp.ones_like(x[:1]))
         x = jnp.where(expand(real, x), x, stand_in)
         safe = jax.tree.map(lambda leaf: lax.stop_gradient(leaf[rows]), carry)
 
-    def masked(step: Callable[[PyTree, PyTree], Any], carry: PyTree, cell: tuple[jax.Array, jax.Array]) -> Any:
-        x, real = cell
+    def masked(step: Callable[[PyTree, PyTree], Any], carry: PyTree, cell: tuple[jax.Array, jax.Array, Any]) -> Any:
+        x, real, reset = cell
+        carry = carry if reset is None else tree_where(reset, initial, carry)
         stepped, y = step(tree_where(real, carry, safe), x)
         return tree_where(real, stepped, carry), y
 
-    carry, outputs = direction.scan(masked, carry, (x, real))
+    carry, outputs = direction.scan(masked, carry, (x, real, resets))
     if direction.reverse and direction.keep_order:
         outputs = jax.tree.map(flip, outputs)
     outputs = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), outputs)
     outputs = jax.tree.map(lambda leaf: select_or_poison(leaf, real.T, jnp.zeros_like(leaf), fits), outputs)
     carry = jax.tree.map(lambda leaf: poison(leaf, fits), carry)
     return layout.restore_carry(carry), layout.restore_outputs(outputs)
+
+
+def _begins(resets: jax.Array, steps: jax.Array, spans: jax.Array, reverse: bool) -> jax.Array:
+    """Returns the real steps at which an episode begins, in the order in which they are read: bool [T, B]."""
+    real = steps < spans
+    if not reverse:
+        return resets & real
+    inner = real & (steps > 0)  # as in reversed_resets
+    return jnp.take_along_axis(resets, jnp.where(inner, spans - steps, 0), axis=0) & inner
 
 
 def _check_no_plan(call: Call, direction: Direction) -> None:

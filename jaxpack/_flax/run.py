@@ -24,6 +24,7 @@ from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._packed.inputs import batch_plan
 from jaxpack._packed.layout import reverse
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Resets, reversed_resets
 from jaxpack._packed.scan import scan_packed
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -50,13 +51,23 @@ class _Config(NamedTuple):
     restore_order: bool
     forward_mode: bool
 
-    def pack(self, inputs: PackedSequence | jax.Array, lengths: jax.Array | None) -> PackedSequence:
-        """Packs the inputs in the order in which the recurrence reads them."""
-        packed = inputs
-        if not isinstance(packed, PackedSequence):
+    def pack(
+        self, inputs: PackedSequence | jax.Array, lengths: jax.Array | None, resets: Resets | jax.Array | None
+    ) -> tuple[PackedSequence, Resets | None]:
+        """Packs the inputs and their resets in the order in which the recurrence reads them."""
+        if isinstance(inputs, PackedSequence):
+            packed, begins = inputs, resets
+        else:
             assert lengths is not None
-            packed = self.layout.pack(packed, lengths, self.plan, self.sort)
-        return packed.replace(data=reverse(packed)) if self.reverse else packed
+            packed = self.layout.pack((inputs, resets), lengths, self.plan, self.sort)
+            data, cells = packed.data
+            packed, begins = packed.replace(data=data), None if cells is None else Resets(cells)
+        assert begins is None or isinstance(begins, Resets)
+        if not self.reverse:
+            return packed, begins
+        if begins is not None:
+            begins = begins._replace(cells=reversed_resets(packed, begins.cells))
+        return packed.replace(data=reverse(packed)), begins
 
     def restore(self, outputs: PackedSequence) -> PyTree:
         """Returns the outputs in the order and layout of the inputs."""
@@ -103,9 +114,10 @@ def run(call: Call, directions: Sequence[Direction]) -> list[tuple[PyTree, PyTre
         if cells:
             states = [cell.state(carry) for cell, carry in zip(cells, carries, strict=True)]
             with explain_forward_mode("jaxpack's RNN", "rnn"):
-                results += run_known(config, cells, states, inputs, lengths)
+                results += run_known(config, cells, states, inputs, lengths, call.resets)
         else:  # not one program: Flax lifts the cell's state into the scan, outside jax.jit
-            carry, outputs = scan_packed(first.scan, carries[0], _pack(config, inputs, lengths))
+            packed_inputs, begins = _pack(config, inputs, lengths, call.resets)
+            carry, outputs = scan_packed(first.scan, carries[0], packed_inputs, begins)
             results.append((layout.restore_carry(carry), _restore(config, outputs)))
     if isinstance(inputs, PackedSequence):  # with the index arrays as given, so that reading them waits for nothing
         results = [(carry, inputs.replace(data=outputs.data)) for carry, outputs in results]
@@ -119,19 +131,21 @@ def run_known(
     states: Sequence[PyTree],
     inputs: PackedSequence | jax.Array,
     lengths: jax.Array | None,
+    resets: Resets | jax.Array | None = None,
 ) -> list[tuple[PyTree, PyTree]]:
     """Runs known cells of one kind, one for each direction, in one program from inputs as given to outputs like them.
 
     Args:
       states: their initial states [B, ...].
       lengths: int32 [B]; None if the inputs are packed.
+      resets: as in `Call`.
     """
     cell, dtype = cells[0].cell, cells[0].dtype
-    params, packed = [each.params() for each in cells], config.pack(inputs, lengths)
+    params, (packed, begins) = [each.params() for each in cells], config.pack(inputs, lengths, resets)
     packed = packed.replace(data=packed.data.astype(dtype))
     state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     stack = Stack(cell, len(cells), planned=config.planned, forward_mode=config.forward_mode)
-    outputs, final = run_stack(stack, params, packed, state)
+    outputs, final = run_stack(stack, params, packed, state, resets=begins)
     results = []
     for i, data in enumerate(jnp.split(outputs, len(cells), axis=-1)):
         carry = flip(jax.tree.map(lambda leaf, i=i: leaf[i], final))

@@ -32,6 +32,8 @@ class RNN(RecurrentLayer):
       dropout: the probability of zeroing each output between layers, in [0, 1].
       bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
+      learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
+        h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
 
     Raises:
       TypeError: if an argument has another type.
@@ -46,6 +48,7 @@ class RNN(RecurrentLayer):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +80,8 @@ class LSTM(RecurrentLayer):
       dropout: the probability of zeroing each output between layers, in [0, 1].
       bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
+      learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
+        h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
       proj_size: if above 0, h is projected to that width, which must be below hidden_size.
 
     Raises:
@@ -92,6 +97,7 @@ class LSTM(RecurrentLayer):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +132,8 @@ class GRU(RecurrentLayer):
       dropout: the probability of zeroing each output between layers, in [0, 1].
       bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
+      learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
+        h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
 
     Raises:
       TypeError: if an argument has another type.
@@ -139,6 +147,7 @@ class GRU(RecurrentLayer):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
     @property
     def cell(self) -> GRUCell:

@@ -21,6 +21,8 @@ ROLES = {
     "weight_hh": "recurrent_kernel",
     "bias_ih": "bias",
     "bias_hh": "bias",
+    "h_0": "initial_state",
+    "c_0": "initial_state",
 }
 
 

@@ -17,7 +17,7 @@ import numbers
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,42 +27,24 @@ from jax.typing import ArrayLike
 from jaxpack._cells.cell import Cell, Params
 from jaxpack._checks import at_least_one
 from jaxpack._layers import state_dict as state_dicts
+from jaxpack._layers.call import Call, lay_out_with, pad_states
 from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
-from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zero_state
+from jaxpack._layers.states import (
+    checked_state,
+    first_of_state,
+    initial_shapes,
+    learned_state,
+    shapes_of,
+    zero_state,
+)
 from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
-from jaxpack._packed.layout import lay_out, pad
+from jaxpack._packed.layout import pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.resets import Resets, packed_resets, padded_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 
 LayerParams = dict[str, Params]
-
-
-class _Call(NamedTuple):
-    """The options of one call of `apply`.
-
-    Attributes:
-      params_dtype: the common dtype of the parameters.
-      dtype: the dtype to compute in; None for the result type of data and parameters.
-      dropout_key: a random key; None for no dropout.
-      lengths, plan, forward_mode: as in `apply`.
-    """
-
-    params_dtype: Any
-    dtype: Any
-    dropout_key: jax.Array | None
-    lengths: ArrayLike | Sequence[int] | None
-    plan: BucketPlan | None
-    forward_mode: bool
-
-    @property
-    def planned(self) -> bool:
-        """Whether the plan is a choice. Lengths alone run without one."""
-        return self.plan is not None or self.lengths is None
-
-    def dtype_with(self, data: jax.Array) -> Any:
-        """Returns the dtype of the computation."""
-        return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
 
 
 class RecurrentLayer(abc.ABC):
@@ -82,6 +64,7 @@ class RecurrentLayer(abc.ABC):
     bias: bool
     dropout: float
     bidirectional: bool
+    learned_initial_state: bool = False  # a subclass need not have it
 
     @property
     @abc.abstractmethod
@@ -93,7 +76,7 @@ class RecurrentLayer(abc.ABC):
             at_least_one(name, getattr(self, name))
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
-        for name in ("bias", "bidirectional"):
+        for name in ("bias", "bidirectional", "learned_initial_state"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
         if self.dropout and self.num_layers == 1:
@@ -120,6 +103,12 @@ class RecurrentLayer(abc.ABC):
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """The shape of every parameter, as a pytree with the structure of the parameters."""
+        learned = initial_shapes(self.cell.state_sizes) if self.learned_initial_state else {}
+        return {group: shapes | learned for group, shapes in self._weight_shapes.items()}
+
+    @property
+    def _weight_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """The shapes of the parameters that PyTorch's module has."""
         suffixes = ("", "_reverse")[: self.num_directions]
         return {
             f"l{layer}{suffix}": self.cell.shapes(self.output_size if layer else self.input_size, self.bias)
@@ -137,6 +126,8 @@ class RecurrentLayer(abc.ABC):
         bias_init: InitializerByGate = None,
     ) -> LayerParams:
         """Draws parameters, by default as PyTorch does: uniform within 1/sqrt(hidden_size) of 0.
+
+        A learned initial state begins at zero.
 
         An initialiser is a function of (key, shape, dtype), as in jax.nn.initializers and Flax. It is called for each
         gate with the gate's shape, so orthogonal() is orthogonal gate by gate. A mapping gives initialisers to some
@@ -162,7 +153,8 @@ class RecurrentLayer(abc.ABC):
           ValueError: if a mapping names a gate that the cell does not have, or a result has another shape.
         """
         initializers = {"kernel": kernel_init, "recurrent_kernel": recurrent_kernel_init, "bias": bias_init}
-        return draw(key, self.shapes, self.cell.gates, 1 / math.sqrt(self.hidden_size), dtype, initializers)
+        bound = 1 / math.sqrt(self.hidden_size)
+        return self._with_initial_state(draw(key, self._weight_shapes, self.cell.gates, bound, dtype, initializers))
 
     def apply(
         self,
@@ -173,10 +165,12 @@ class RecurrentLayer(abc.ABC):
         *,
         lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         deterministic: bool = False,
         dtype: Any = None,
         forward_mode: bool = False,
-    ) -> tuple[Any, Any]:
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Runs the layer.
 
         Examples:
@@ -189,30 +183,38 @@ class RecurrentLayer(abc.ABC):
         Args:
           params: the parameters, as `init` and `from_torch` return them.
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
-          initial_state: h_0, for LSTM (h_0, c_0), in the layout of the final state. Default: zeros.
+          initial_state: h_0, for LSTM (h_0, c_0), in the layout of the final state. Default: the learned one, or zeros.
           dropout_key: a JAX random key. Needed if there is dropout between layers, unless deterministic.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths, whose loops follow the lengths as it runs (on GPUs: the padded plan).
+          resets: one bool a step, laid out as the inputs: packed, [B, T] or [T]. True says that an episode begins at
+            this step, from the initial state of its sequence. A backward direction begins anew at an episode's last
+            step. They may be traced. Default: each sequence is one episode.
           deterministic: set True to leave dropout out, as in evaluation.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
             float32 parameters is mixed precision. Default: the result type of inputs and parameters.
           forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize). It then runs
             a plain scan, which trains more slowly. jax.hessian and forward over reverse do not need it.
+          return_all_states: set True to return the state after each step as well.
 
         Returns:
-          A pair (output, final state).
+          A pair (output, final state); with return_all_states (output, final state, states).
 
           The output has the layout of the inputs, [..., D*H] for D directions of width H, with zeros past each length.
           The final state is h_n [num_layers*D, B, H], for LSTM (h_n, c_n), in the caller's row order, after the last
           step of each sequence (its first, for the backward direction). For one sequence it has no batch axis.
           Sequences that do not fit the plan are NaN in both.
 
+          The states are h, for LSTM (h, c), after each step of each layer and direction, [..., num_layers*D, H] in the
+          layout of the output (a PackedSequence if inputs are packed), with zeros past each length.
+
         Raises:
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, dropout is on
-            and there is no key, or a parameter is sharded under an explicit mesh.
-          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, dtype
-            is not floating, or the call is differentiated in forward mode without forward_mode.
+            and there is no key, resets are not of the same sequences, or a parameter is sharded under an explicit mesh.
+          TypeError: if inputs are packed and lengths or plan are given too, one of inputs and resets is packed and the
+            other padded, resets are not bool, parameters have another structure, dtype is not floating, or the call is
+            differentiated in forward mode without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
         key = self._active_dropout_key(dropout_key, deterministic)
@@ -221,12 +223,13 @@ class RecurrentLayer(abc.ABC):
         if dtype is not None:
             dtype = floating(dtype)
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        call = _Call(params_dtype, dtype, key, lengths, plan, forward_mode)
+        call = Call(params_dtype, dtype, key, lengths, plan, forward_mode, bool(return_all_states))
+        name = f"{type(self).__name__}.apply"
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
-            packed = check_packed(inputs, f"{type(self).__name__}.apply")
-            return self._apply_packed(params, packed, initial_state, call)
+            packed = check_packed(inputs, name)
+            return self._apply_packed(params, packed, initial_state, call, packed_resets(name, packed, resets))
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -234,19 +237,23 @@ class RecurrentLayer(abc.ABC):
                 f"got {shapes_of(batch)}. Pass a list of sequences through jaxpack.pack_sequence."
             )
         self._check_features(batch)
+        begins = padded_resets(name, resets, batch.shape[:-1])
         if batch.ndim == 2:
-            return self._apply_unbatched(params, batch, initial_state, call)
+            return self._apply_unbatched(params, batch, initial_state, call, begins)
         batch_size, max_length = batch_shape(batch, "inputs")
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         sort = call.planned or not batch.size
         if plan is None:
             plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
-        packed = lay_out(batch, *lengths_and_plan(lengths, plan, batch_size, max_length), sort)
-        output, state = self._apply_packed(params, packed, initial_state, call)
-        return pad(output, 0, max_length), state
+        checked = lengths_and_plan(lengths, plan, batch_size, max_length)
+        packed, cells = lay_out_with(batch, begins, *checked, sort)
+        output, state, *states = self._apply_packed(params, packed, initial_state, call, cells)
+        return pad(output, 0, max_length), state, *(pad_states(each, max_length) for each in states)
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
         """Returns the parameters in the state dict of the torch.nn module with the same options. Exact.
+
+        A learned initial state, which PyTorch does not have, begins at zero.
 
         Examples:
           >>> gru = jaxpack.GRU(2, 4)
@@ -267,12 +274,13 @@ class RecurrentLayer(abc.ABC):
           TypeError: if values are not floating numbers.
           ValueError: if a shape is wrong, or JAX would round a value (float64 without x64).
         """
-        return state_dicts.from_state_dict(self.shapes, state_dict)
+        return self._with_initial_state(state_dicts.from_state_dict(self._weight_shapes, state_dict))
 
     def to_torch(self, params: Mapping[str, Mapping[str, ArrayLike]]) -> dict[str, np.ndarray]:
         """Returns the state dict of the torch.nn module with the same options, as NumPy arrays. Exact; gradients too.
 
-        `torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})` takes it.
+        `torch_lstm.load_state_dict({k: torch.from_numpy(v) for k, v in lstm.to_torch(params).items()})` takes it. A
+        learned initial state is left out: PyTorch's modules take it as an argument, h_0.
 
         Examples:
           >>> lstm = jaxpack.LSTM(2, 4)
@@ -281,7 +289,9 @@ class RecurrentLayer(abc.ABC):
           {'bias_hh_l0': (16,), 'bias_ih_l0': (16,), 'weight_hh_l0': (16, 4), 'weight_ih_l0': (16, 2)}
         """
         check_params(params, self.shapes, self)
-        return state_dicts.to_state_dict(params)
+        shapes = self._weight_shapes
+        weights = {g: {k: leaf for k, leaf in entries.items() if k in shapes[g]} for g, entries in params.items()}
+        return state_dicts.to_state_dict(weights)
 
     def final_output(self, state: Any) -> jax.Array:
         """Returns the last layer's output after each sequence's own last step, both directions side by side.
@@ -314,24 +324,34 @@ class RecurrentLayer(abc.ABC):
         return jnp.concatenate(list(h_n[-self.num_directions :]), axis=-1)
 
     def _apply_packed(
-        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: _Call
-    ) -> tuple[PackedSequence, Any]:
+        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: Call, resets: Resets | None
+    ) -> tuple[Any, ...]:
         data = packed.data
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
             raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
         self._check_features(data, packed=True)
         dtype = call.dtype_with(data)
+        if initial_state is None and self.learned_initial_state:
+            ordered_params = {group: params[group] for group in self.shapes}
+            initial_state = learned_state(ordered_params, self.cell.state_sizes, packed.plan.num_sequences, dtype)
         state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
-        stack = Stack(self.cell, self.num_directions, float(self.dropout), call.planned, call.forward_mode)
+        stack = Stack(
+            self.cell,
+            self.num_directions,
+            float(self.dropout),
+            call.planned,
+            call.forward_mode,
+            call.return_all_states,
+        )
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
-            outputs, final = run_stack(stack, ordered, packed, state, call.dropout_key)
-        return packed.replace(data=outputs), final
+            outputs, final, *states = run_stack(stack, ordered, packed, state, call.dropout_key, resets)
+        return packed.replace(data=outputs), final, *(packed.replace(data=each) for each in states)
 
     def _apply_unbatched(
-        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: _Call
-    ) -> tuple[jax.Array, Any]:
+        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: Call, resets: jax.Array | None
+    ) -> tuple[Any, ...]:
         """Runs one sequence [T, F] as a batch of one, under a plan, so that its loops stay static under jax.vmap."""
         lengths, max_length = call.lengths, len(sequence)
         if call.plan is not None or np.ndim(0 if lengths is None else lengths):
@@ -346,9 +366,10 @@ class RecurrentLayer(abc.ABC):
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
-        packed = lay_out(sequence[None], lengths, plan)
-        output, final = self._apply_packed(params, packed, batched, call._replace(plan=plan))
-        return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final)
+        packed, cells = lay_out_with(sequence[None], None if resets is None else resets[None], lengths, plan)
+        output, final, *states = self._apply_packed(params, packed, batched, call._replace(plan=plan), cells)
+        of_one = (jax.tree.map(lambda leaf: leaf[0], pad_states(each, max_length)) for each in states)
+        return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final), *of_one
 
     def _check_features(self, array: jax.Array, packed: bool = False) -> None:
         if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:
@@ -363,6 +384,14 @@ class RecurrentLayer(abc.ABC):
         if state is None:  # of width 1: nothing is differentiated by it
             return zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, like, dtype)
         return checked_state(state, self.cell.state_sizes, lead, dtype)
+
+    def _with_initial_state(self, params: LayerParams) -> LayerParams:
+        """Returns the parameters with a learned initial state of zeros, if the layer has one."""
+        if self.learned_initial_state:
+            dtype = jnp.result_type(*jax.tree.leaves(params))
+            zeros = {name: jnp.zeros(shape, dtype) for name, shape in initial_shapes(self.cell.state_sizes).items()}
+            params = {group: weights | zeros for group, weights in params.items()}
+        return params
 
     def _active_dropout_key(self, key: jax.Array | None, deterministic: bool) -> jax.Array | None:
         if deterministic or not self.has_dropout:

@@ -14,9 +14,10 @@ from jax import lax
 from jaxpack._cells.cell import Carry, Cell, Params
 from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Resets, reversed_resets
 from jaxpack._packed.slack import checked_slot_fits, poison
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._recurrence.derivative import BatchShape, Recurrence, Schedules, recur
+from jaxpack._recurrence.derivative import BatchShape, Cells, Recurrence, Schedules, recur
 from jaxpack._recurrence.slots import BatchCells, RealCells
 
 
@@ -29,6 +30,7 @@ class Stack(NamedTuple):
       dropout: the rate of dropout between layers.
       planned: whether the plan is a choice; otherwise it is the `batch_plan` of a padded batch.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
+      all_states: whether to return the states after each step.
       schedules: how each platform runs the loops.
     """
 
@@ -37,13 +39,19 @@ class Stack(NamedTuple):
     dropout: float = 0.0
     planned: bool = True
     forward_mode: bool = False
+    all_states: bool = False
     schedules: Schedules = Schedules()
 
 
 @functools.partial(jax.jit, static_argnames="stack")
 def run_stack(
-    stack: Stack, params: Sequence[Params], packed: PackedSequence, state: Any, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, Any]:
+    stack: Stack,
+    params: Sequence[Params],
+    packed: PackedSequence,
+    state: Any,
+    dropout_key: jax.Array | None = None,
+    resets: Resets | None = None,
+) -> tuple[Any, ...]:
     """Runs a stack. Jitted, so each plan is one compilation.
 
     Args:
@@ -52,35 +60,47 @@ def run_stack(
       packed: data [S, F], in the dtype of the computation.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros.
       dropout_key: None for no dropout.
+      resets: None for none.
 
     Returns:
-      The outputs of the last layer [S, D*H], and the final states of all layers.
+      The outputs of the last layer [S, D*H], and the final states of all layers; with all_states, the states after each
+      step too, leaves [S, num_layers * D, size], zero in slack.
     """
-    num_directions = stack.num_directions
+    num_directions, sizes = stack.num_directions, stack.cell.state_sizes
     if not packed.plan.size:  # a batch of no sequences
-        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, stack.cell.state_sizes)
-        return lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size)), final
+        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, sizes)
+        empty = lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size))
+        return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
     plan, real, reverse = _cells(packed, stack.planned)
-    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.schedules)
+    cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
+    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed)
+    if resets is not None and resets.agree is not None:
+        fits &= resets.agree
     state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
     data: jax.Array = packed.data
     finals: list[Carry] = []
+    states: list[Carry] = []
     for first in range(0, len(params), num_directions):
         if first and dropout_key is not None:
             data = drop(jax.random.fold_in(dropout_key, first), data, stack.dropout)
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
         carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in range(layer.start, layer.stop)]
-        results = recur(recurrence, params[layer], inputs, carries, real)
+        results = recur(recurrence, params[layer], inputs, carries, cells)
         finals.extend(result.carry for result in results)
-        outputs = [result.y for result in results]
-        data = jnp.concatenate([outputs[0], *(rearrange(y, reverse, reverse) for y in outputs[1:])], axis=-1)
+        after = [(result.y, *result.memory) for result in results]
+        after[1:] = [tuple(rearrange(leaf, reverse, reverse) for leaf in each) for each in after[1:]]
+        data = jnp.concatenate([y for y, *_ in after], axis=-1)
+        states.extend(after)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
-    return data, final_state
+    if not stack.all_states:
+        return data, final_state
+    leaves = [jnp.stack(each, 1) for each in zip(*states, strict=True)]
+    return data, final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
 
 
 def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells | BatchCells, jax.Array]:
@@ -94,6 +114,16 @@ def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchSha
     first = jnp.arange(shape.num_sequences, dtype=jnp.int32)[:, None] * shape.max_length
     reverse = first + jnp.where(steps < spans, spans - 1 - steps, steps)
     return shape, BatchCells.of(spans[:, 0], shape.max_length), reverse.reshape(-1)
+
+
+def _resets_of_directions(
+    packed: PackedSequence, mask: jax.Array, resets: Resets | None, num_directions: int
+) -> tuple[jax.Array, ...]:
+    """Returns the real cells at which each direction begins an episode; () for none."""
+    if resets is None:
+        return ()
+    backwards = (reversed_resets(packed, resets.cells) for _ in range(1, num_directions))
+    return resets.cells & mask, *backwards
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._types import PyTree
+
+STATE_NAMES = ("h_0", "c_0")  # of initial states, in arguments and among parameters
 
 
 def zero_state(sizes: Any, lead: tuple[int, ...], like: jax.Array, dtype: Any) -> Any:
@@ -21,6 +24,28 @@ def zero_state(sizes: Any, lead: tuple[int, ...], like: jax.Array, dtype: Any) -
       dtype: the dtype.
     """
     return jax.tree.map(lambda size: lax.full_like(like, 0, dtype, (*lead, size)), sizes)
+
+
+def initial_shapes(sizes: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the learned initial state of one layer and direction, for a cell's `state_sizes`."""
+    leaves = jax.tree.leaves(sizes)
+    return {name: (size,) for name, size in zip(STATE_NAMES[: len(leaves)], leaves, strict=True)}
+
+
+def learned_state(params: Mapping[str, Mapping[str, jax.Array]], sizes: Any, batch_size: int, dtype: Any) -> Any:
+    """Returns the initial state that all sequences share, from the parameters of every layer and direction in order.
+
+    Args:
+      params: the parameters.
+      sizes: the cell's `state_sizes`.
+      batch_size: the number B of sequences.
+      dtype: the dtype.
+    """
+    columns = [jnp.stack([group[name] for group in params.values()]) for name in initial_shapes(sizes)]
+    shared = jax.tree.unflatten(jax.tree.structure(sizes), columns)
+    return jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf.astype(dtype)[:, None], (len(leaf), batch_size, leaf.shape[1])), shared
+    )
 
 
 def checked_state(state: Any, sizes: Any, lead: tuple[int, ...], dtype: Any) -> Any:
@@ -36,7 +61,7 @@ def checked_state(state: Any, sizes: Any, lead: tuple[int, ...], dtype: Any) -> 
     given = jax.tree.map(jnp.asarray, tuple(state) if isinstance(state, list) else state)
     if not _has_layout(given, sizes, lead):
         shapes = [(*lead, size) for size in jax.tree.leaves(sizes)]
-        names = ("h_0", "c_0")[: len(shapes)]
+        names = STATE_NAMES[: len(shapes)]
         expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
         raise ValueError(
             f"initial_state must be {f'({expected})' if len(shapes) > 1 else expected} "

@@ -109,16 +109,6 @@ def _one_array(function: str, data: Any, rank: int, form: str, name: str = "inpu
     return data
 
 
-def check_resets(aligned: Aligned) -> None:
-    """Raises TypeError unless resets, if there are any, are one bool a step."""
-    resets = aligned.others["resets"]
-    if resets is not None and (resets.dtype != bool or resets.ndim != 1):
-        raise TypeError(
-            f"resets must be one bool a step, laid out as the inputs, got dtype {resets.dtype} and shape "
-            f"{list(resets.shape[1:])} a step."
-        )
-
-
 def clean(packed: PackedSequence, agree: jax.Array | None, dtype: Any) -> PackedSequence:
     """Returns a batch in another dtype: zero in slack, and NaN in sequences that do not fit.
 

@@ -22,9 +22,10 @@ from jaxpack._checks import at_least_one
 from jaxpack._layers.params import check_params, check_sharding, floating
 from jaxpack._layers.stack import explain_forward_mode
 from jaxpack._layers.states import shapes_of
-from jaxpack._linear.inputs import Aligned, Lengths, align, check_resets, clean
+from jaxpack._linear.inputs import Aligned, Lengths, align, clean
 from jaxpack._packed.inputs import as_batch
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import check_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
@@ -235,7 +236,7 @@ class LinearLayer(abc.ABC):
                 f"({', '.join(map(str, shape))})."
             )
         _check_real("inputs", data.dtype)
-        check_resets(aligned)
+        check_resets(aligned.others["resets"], ("S",))
 
     def _checked_state(self, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
         """Returns a given initial state in the layout and dtypes of the layer."""

@@ -12,12 +12,13 @@ from jax.typing import ArrayLike
 
 from jaxpack._dtypes import as_jax
 from jaxpack._layers.states import shapes_of
-from jaxpack._linear.inputs import Aligned, Lengths, align, check_resets, clean
+from jaxpack._linear.inputs import Aligned, Lengths, align, clean
 from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import Form, blocks_of, solve
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._packed.maps import spread
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import check_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 
 
@@ -83,7 +84,7 @@ def linear_scan(
         per_step = given.ndim == jnp.ndim(inputs) and given.shape[:2] == lead
     others = {"decay": given if per_step else None, "resets": resets}
     aligned = align("linear_scan", inputs, others, lengths, plan)
-    check_resets(aligned)
+    check_resets(aligned.others["resets"], ("S",))
     features = aligned.packed.data.shape[1:]
     _check_decay(aligned.others["decay"][:0] if per_step else given[None], given, features)
     arrays = [aligned.packed.data, aligned.others["decay"] if per_step else given]

@@ -2,7 +2,8 @@
 
 Within a bucket the number of rows is constant, so a bucket is one lax.scan; from bucket to bucket the batch shrinks. A
 row keeps its carry after its sequence has ended, so at the end of a slot the carry is the one after the sequence's last
-step. If slots share a row, the carry is reset where a slot begins and collected where it ends.
+step. If slots share a row, the carry is reset where a slot begins and collected where it ends. Resets within a slot do
+the same as its beginning.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxpack._packed.broadcast import mask_like, tree_where, vary_like
 from jaxpack._packed.gather import real_cells
 from jaxpack._packed.maps import by_cell, room_of_slots, take
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.resets import Resets, packed_resets
 from jaxpack._packed.slack import fill_slack, in_caller_order, stand_in_slots, zero_slack
 from jaxpack._plans.bucket_plan import Bucket, BucketPlan
 from jaxpack._types import PyTree
@@ -32,7 +34,12 @@ Scan = Callable[[Body, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def packed_scan(
-    step: Callable[..., tuple[PyTree, PyTree]], carry: PyTree, packed: PackedSequence, *, pass_mask: bool = False
+    step: Callable[..., tuple[PyTree, PyTree]],
+    carry: PyTree,
+    packed: PackedSequence,
+    *,
+    resets: PackedSequence | None = None,
+    pass_mask: bool = False,
 ) -> tuple[PyTree, PackedSequence]:
     """Runs a recurrence over the steps of each sequence.
 
@@ -44,6 +51,13 @@ def packed_scan(
       >>> total.tolist(), [each.tolist() for each in jaxpack.unpack_sequence(sums)]
       ([6, 4], [[1, 3, 6], [4]])
 
+      A reset begins anew:
+
+      >>> resets = packed.replace(data=packed.data == 2)
+      >>> total, sums = jaxpack.packed_scan(lambda s, x: (s + x, s + x), jnp.zeros(2, int), packed, resets=resets)
+      >>> total.tolist(), [each.tolist() for each in jaxpack.unpack_sequence(sums)]
+      ([5, 4], [[1, 2, 5], [4]])
+
     Args:
       step: step(carry, x) -> (carry, y) for all rows alive at a step: in bucket k, x is the data of one step,
         [rows[k], *F], and leaves of the carry are [rows[k], ...]. It is called once per bucket while tracing. It must
@@ -51,6 +65,8 @@ def packed_scan(
         initial carry and the first data of a sequence, and its results are dropped.
       carry: the initial carry, a pytree of arrays [B, ...] in the caller's row order.
       packed: data [S, *F], or a pytree of such arrays.
+      resets: one bool a step, packed like the input: True where an episode begins, from the initial carry of its
+        sequence. Default: each sequence is one episode.
       pass_mask: whether to call step(carry, x, mask=mask), for statistics over the rows of one step. For each array in
         x the mask is a bool array of its shape, True where a sequence has this step. All staircases give the same
         result; a plan whose rows hold several sequences, with different steps side by side, is refused.
@@ -62,9 +78,10 @@ def packed_scan(
       the outputs y, packed like the input. Both are NaN for sequences that do not fit the plan.
 
     Raises:
-      TypeError: if packed is not a PackedSequence, or step changes the structure, a shape or a dtype of the carry.
-      ValueError: if a leaf of the carry or of y has another leading axis, or pass_mask is set and several sequences
-        share a row of the plan.
+      TypeError: if packed is not a PackedSequence, resets are not packed or not bool, or step changes the structure, a
+        shape or a dtype of the carry.
+      ValueError: if a leaf of the carry or of y has another leading axis, resets are not of the same sequences, or
+        pass_mask is set and several sequences share a row of the plan.
     Source: jax.lax.scan.
     """
     packed = check_packed(packed, "packed_scan")
@@ -76,9 +93,10 @@ def packed_scan(
                 f"got shape {leaf.shape}."
             )
     carry = jax.tree.map(lambda leaf: lax.convert_element_type(leaf, leaf.dtype), carry)  # drops weak types
+    checked = packed_resets("packed_scan", packed, resets)
     if not pass_mask:
         _check_step(step, carry, packed.data, packed.plan.num_sequences)
-        return scan_packed(scan_of(step), carry, packed)
+        return scan_packed(scan_of(step), carry, packed, checked)
     if packed.plan.starts:
         raise ValueError(
             "packed_scan: pass_mask is for statistics over the rows of one step, but this plan has different steps of "
@@ -91,18 +109,20 @@ def packed_scan(
 
     # The mask is passed as data whose slack is not filled: it is False there.
     _check_step(masked, carry, (packed.data, packed.mask), packed.plan.num_sequences)
-    return scan_packed(scan_of(masked), carry, packed, pass_mask=True)
+    return scan_packed(scan_of(masked), carry, packed, checked, pass_mask=True)
 
 
 def scan_packed(
-    scan: Scan, carry: PyTree, packed: PackedSequence, pass_mask: bool = False
+    scan: Scan, carry: PyTree, packed: PackedSequence, resets: Resets | None = None, pass_mask: bool = False
 ) -> tuple[PyTree, PackedSequence]:
     """Runs `packed_scan` without checks, with another scan in place of lax.scan. With pass_mask, x is (x, mask)."""
     if not packed.plan.num_sequences:
         return carry, packed.replace(data=_no_outputs(scan, carry, packed))
-    carry, first, inputs, mask = _to_slots(carry, packed)
-    carry, outputs = scan_slots(scan, carry, first, (inputs, mask) if pass_mask else inputs, mask, packed.plan)
-    carry, outputs = _to_caller(carry, outputs, packed.replace(data=None))
+    cells, agree = (None, None) if resets is None else resets
+    carry, first, inputs, mask = _to_slots(vary_like(carry, cells), packed)
+    begins = None if cells is None else cells & mask
+    carry, outputs = scan_slots(scan, carry, first, (inputs, mask) if pass_mask else inputs, mask, packed.plan, begins)
+    carry, outputs = _to_caller(carry, outputs, packed.replace(data=None), agree)
     return carry, packed.replace(data=outputs)
 
 
@@ -115,9 +135,11 @@ def _to_slots(carry: PyTree, packed: PackedSequence) -> tuple[PyTree, PyTree, Py
 
 
 @jax.jit
-def _to_caller(carry: PyTree, outputs: PyTree, packed: PackedSequence) -> tuple[PyTree, PyTree]:
+def _to_caller(
+    carry: PyTree, outputs: PyTree, packed: PackedSequence, agree: jax.Array | None
+) -> tuple[PyTree, PyTree]:
     """Returns the results of `scan_slots` as a user gets them."""
-    return in_caller_order(packed, carry), zero_slack(packed, outputs)
+    return in_caller_order(packed, carry, agree), zero_slack(packed, outputs, agree)
 
 
 def _no_outputs(scan: Scan, carry: PyTree, packed: PackedSequence) -> PyTree:
@@ -136,7 +158,13 @@ def scan_of(step: Step) -> Scan:
 
 
 def scan_slots(
-    scan: Scan, carry: PyTree, stand_in: PyTree, inputs: PyTree, mask: jax.Array, plan: BucketPlan
+    scan: Scan,
+    carry: PyTree,
+    stand_in: PyTree,
+    inputs: PyTree,
+    mask: jax.Array,
+    plan: BucketPlan,
+    resets: PyTree = None,
 ) -> tuple[PyTree, PyTree]:
     """Runs the recurrence on slots, without sorting, filling slack, or checks.
 
@@ -147,6 +175,8 @@ def scan_slots(
       inputs: [S, ...] per cell; slack may hold any values that the step can take beside the stand-in.
       mask: bool [S], True at real cells.
       plan: the static shape.
+      resets: bool [S], the real cells at which the carry is the slot's own again, or a tree of such arrays for parts of
+        the carry; None for none.
 
     Returns:
       The carry after each slot's last real step [B, ...], and the outputs [S, ...], arbitrary in slack.
@@ -155,14 +185,18 @@ def scan_slots(
     chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
     initial, borders = carry, _slot_borders(plan)
 
-    def masked(step: Step, state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any]) -> tuple[Any, PyTree]:
+    def masked(step: Step, state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any, Any]) -> tuple[Any, Any]:
         carry, finals = state
-        x, real, here = cell
-        if here is None:
-            safe = jax.tree.map(lambda leaf: leaf[: len(real)], stand_in)
-        else:
-            carry = tree_where(here.begins, jax.tree.map(lambda leaf: leaf[here.slot], initial), carry)
-            safe = jax.tree.map(lambda leaf: leaf[here.slot], stand_in)
+        x, real, here, reset = cell
+
+        def of_rows(slots: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf: leaf[: len(real)] if here is None else leaf[here.slot], slots)
+
+        if here is not None:
+            carry = tree_where(here.begins, of_rows(initial), carry)
+        if reset is not None:
+            carry = jax.tree.map(tree_where, reset, of_rows(initial), carry)
+        safe = of_rows(stand_in)
         stepped, y = step(tree_where(real, carry, safe), x)
         carry = tree_where(real, stepped, carry)
         if here is not None:
@@ -175,7 +209,7 @@ def scan_slots(
     for bucket in plan.buckets:
         finished.append(jax.tree.map(lambda leaf, rows=bucket.rows: leaf[rows:], carry))
         carry = jax.tree.map(lambda leaf, rows=bucket.rows: leaf[:rows], carry)
-        (carry, finals), ys = scan(masked, (carry, finals), _block(bucket, (inputs, mask, borders)))
+        (carry, finals), ys = scan(masked, (carry, finals), _block(bucket, (inputs, mask, borders, resets)))
         outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
     if borders is None:
         finals = jax.tree.map(lambda *parts: jnp.concatenate(parts), carry, *reversed(finished))

@@ -60,9 +60,15 @@ def zero_slack(packed: Indexed, cells: PyTree, also: jax.Array | None = None) ->
     return jax.tree.map(lambda leaf: select_or_poison(leaf, mask, jnp.zeros_like(leaf), fits), cells)
 
 
-def in_caller_order(packed: Indexed, states: PyTree) -> PyTree:
-    """Brings values per slot [B, ...] to the caller's order, and sets those of sequences that do not fit to NaN."""
-    fits = checked_slot_fits(packed)
+def in_caller_order(packed: Indexed, states: PyTree, also: jax.Array | None = None) -> PyTree:
+    """Brings values per slot [B, ...] to the caller's order, and sets those of sequences that do not fit to NaN.
+
+    Args:
+      packed: the batch.
+      states: [B, ...], or a pytree of such arrays.
+      also: as in `zero_slack`.
+    """
+    fits = checked_slot_fits(packed) if also is None else checked_slot_fits(packed) & also
     return jax.tree.map(lambda leaf: poison(leaf, fits)[packed.unsorted_indices], states)
 
 

@@ -52,11 +52,12 @@ class Schedule(NamedTuple):
     fuse_directions: bool
     divisors: tuple[int, ...]
 
-    def loops(self, cell: Cell, stairs: tuple[Stair, ...], real: RealCells) -> Loops:
+    def loops(self, recurrence: Recurrence, stairs: tuple[Stair, ...], real: RealCells) -> Loops:
         """Returns the loops of a program over these stairs."""
         unroll = max(1, min(self.steps.unroll, self.bodies // len(stairs)))
         steps = self.steps._replace(unroll=unroll)
-        return Loops(cell.on(self.platform), stairs, steps, self.whole_buckets, real)
+        cell = recurrence.cell.on(self.platform)
+        return Loops(cell, stairs, steps, self.whole_buckets, real, recurrence.all_states)
 
 
 CPU = Schedule(
@@ -93,12 +94,14 @@ class Recurrence(NamedTuple):
       cell: the cell that each direction runs.
       plan: the plan of the cells, or the shape of a padded batch, of which each row is followed by the next.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
+      all_states: whether results have the memory after each step.
       schedules: how each platform runs the loops.
     """
 
     cell: Cell
     plan: BucketPlan | BatchShape
     forward_mode: bool = False
+    all_states: bool = False
     schedules: Schedules = Schedules()
 
     def stairs(self, schedule: Schedule) -> tuple[Stair, ...]:
@@ -142,7 +145,18 @@ def _bytes(tree: Any) -> int:
 
 
 Directions = tuple[Operands, ...]
-Cells = RealCells | BatchCells  # under a plan, or of a batch without one
+
+
+class Cells(NamedTuple):
+    """The cells that a recurrence goes over.
+
+    Attributes:
+      real: the real ones, under a plan or of a batch without one.
+      resets: of each direction, bool [S], the real cells at which its carry is the initial one again; () for none.
+    """
+
+    real: RealCells | BatchCells
+    resets: tuple[jax.Array, ...] = ()
 
 
 def unplanned_cells(lengths: npt.ArrayLike, max_length: int) -> int:
@@ -156,7 +170,7 @@ def recur(
     params: Sequence[Params],
     inputs: Sequence[jax.Array],
     carries: Sequence[Carry],
-    real: Cells,
+    cells: Cells,
 ) -> tuple[Results, ...]:
     """Runs a cell in each direction.
 
@@ -165,40 +179,43 @@ def recur(
       params: the parameters of each direction.
       inputs: the inputs of each direction, [S, F]; slack may hold anything.
       carries: the initial carry of each direction, leaves [B, ...] per slot; [B, 1] if it is not differentiated.
-      real: the real cells.
+      cells: the cells.
 
     Returns:
       The results of each direction.
     """
     # Under shard_map all take on what any of them varies over, outside the derivative: autodiff sums it up again.
-    inputs = vary_like(tuple(inputs), (params, carries))
+    inputs = vary_like(tuple(inputs), (params, carries, cells.resets))
     carries = vary_like(tuple(carries), inputs)
     weights = (vary_like(recurrence.cell.fuse(p), inputs) for p in params)
     directions = tuple(map(Operands, weights, inputs, carries))
-    return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, real)
+    return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, cells)
 
 
-def _plain(recurrence: Recurrence, directions: Directions, real: Cells) -> tuple[Results, ...]:
+def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tuple[Results, ...]:
     """Runs the masked scan, all directions in one, with JAX's derivatives: the reference of the fast one."""
-    cell, mask = recurrence.cell, real.mask[:, None]
+    cell, real_mask, resets = recurrence.cell, cells.real.mask, cells.resets or None
+    mask = real_mask[:, None]
     weights, inputs, carries = zip(*directions, strict=True)
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         stepped = tuple(cell.step(*each) for each in zip(weights, carries, projected, strict=True))
-        return stepped, tuple(carry[0] for carry in stepped)
+        return stepped, stepped if recurrence.all_states else tuple(carry[:1] for carry in stepped)
 
     projected = tuple(cell.project(w, jnp.where(mask, x, 0)) for w, x in zip(weights, inputs, strict=True))
     carries = tuple(widened(cell, carry) for carry in carries)
     zeros = jax.tree.map(jnp.zeros_like, carries)
     if isinstance(recurrence.plan, BucketPlan):
-        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real.mask, recurrence.plan)
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, recurrence.plan, resets)
     else:
         number, length = recurrence.plan
-        projected, real_mask = jax.tree.map(lambda leaf: _swapped(leaf, number), (projected, real.mask))
+        cellwise = projected, real_mask, resets
+        projected, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), cellwise)
         plan = BucketPlan((length,), (number,))
-        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, plan)
+        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
-    return tuple(Results(jnp.where(mask, y, 0), carry) for y, carry in zip(outputs, carries, strict=True))
+    states = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
+    return tuple(Results(y, carry, tuple(memory)) for (y, *memory), carry in zip(states, carries, strict=True))
 
 
 def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
@@ -207,14 +224,14 @@ def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fast(recurrence: Recurrence, directions: Directions, real: Cells) -> tuple[Results, ...]:
-    return _forward(recurrence, False, directions, real)[0]
+def _fast(recurrence: Recurrence, directions: Directions, cells: Cells) -> tuple[Results, ...]:
+    return _forward(recurrence, False, directions, cells)[0]
 
 
-def _fast_fwd(recurrence: Recurrence, directions: Directions, real: Cells) -> Any:
-    results, kept = _forward(recurrence, True, directions, real)
+def _fast_fwd(recurrence: Recurrence, directions: Directions, cells: Cells) -> Any:
+    results, kept = _forward(recurrence, True, directions, cells)
     outputs = [result.y for result in results]
-    return results, (tuple(map(Residuals, directions, outputs, kept)), real)
+    return results, (tuple(map(Residuals, directions, outputs, kept)), cells)
 
 
 def _fast_bwd(recurrence: Recurrence, saved: Any, cotangents: tuple[Results, ...]) -> tuple[Directions, None]:
@@ -226,21 +243,21 @@ _fast.defvjp(_fast_fwd, _fast_bwd)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _forward(
-    recurrence: Recurrence, keep: bool, directions: Directions, real: Cells
+    recurrence: Recurrence, keep: bool, directions: Directions, cells: Cells
 ) -> tuple[tuple[Results, ...], tuple[Kept, ...]]:
     def run(loops: Loops, operands: Operands) -> tuple[Results, Kept]:
         return forward(loops, recurrence.empty_kept(operands) if keep else Kept(), operands)
 
-    pairs = _on_each_platform(run, recurrence, real, directions)
+    pairs = _on_each_platform(run, recurrence, cells, directions)
     results, kept = zip(*pairs, strict=True)
     return results, kept
 
 
 @_forward.defjvp
 def _forward_jvp(recurrence: Recurrence, keep: bool, primals: Any, tangents: Any) -> Any:
-    (directions, real), (ddirections, _) = primals, tangents
-    results, kept = _forward(recurrence, keep, directions, real)
-    _, dresults = jax.jvp(lambda directions: _plain(recurrence, directions, real), (directions,), (ddirections,))
+    (directions, cells), (ddirections, _) = primals, tangents
+    results, kept = _forward(recurrence, keep, directions, cells)
+    _, dresults = jax.jvp(lambda directions: _plain(recurrence, directions, cells), (directions,), (ddirections,))
     # Only the backward loops read what is kept, and their derivative does not.
     return (results, kept), (dresults, jax.tree.map(jnp.zeros_like, kept))
 
@@ -249,41 +266,45 @@ def _forward_jvp(recurrence: Recurrence, keep: bool, primals: Any, tangents: Any
 def _backward(
     recurrence: Recurrence,
     residuals: tuple[Residuals, ...],
-    real: Cells,
+    cells: Cells,
     cotangents: tuple[Results, ...],
 ) -> Directions:
-    return _on_each_platform(backward, recurrence, real, residuals, cotangents)
+    return _on_each_platform(backward, recurrence, cells, residuals, cotangents)
 
 
 @_backward.defjvp
 def _backward_jvp(recurrence: Recurrence, primals: Any, tangents: Any) -> Any:
-    (residuals, real, cotangents), (dresiduals, _, dcotangents) = primals, tangents
+    (residuals, cells, cotangents), (dresiduals, _, dcotangents) = primals, tangents
 
     def plain(directions: Directions, cotangents: tuple[Results, ...]) -> Directions:
-        _, vjp = jax.vjp(lambda directions: _plain(recurrence, directions, real), directions)
+        _, vjp = jax.vjp(lambda directions: _plain(recurrence, directions, cells), directions)
         return vjp(cotangents)[0]
 
     directions, ddirections = (tuple(each.operands for each in some) for some in (residuals, dresiduals))
     _, derivative = jax.jvp(plain, (directions, cotangents), (ddirections, dcotangents))
-    return _backward(recurrence, residuals, real, cotangents), derivative
+    return _backward(recurrence, residuals, cells, cotangents), derivative
 
 
 def _on_each_platform(
-    run: Callable[..., Any], recurrence: Recurrence, real: Cells, *operands: tuple[Any, ...]
+    run: Callable[..., Any], recurrence: Recurrence, cells: Cells, *operands: tuple[Any, ...]
 ) -> tuple[Any, ...]:
     """Returns run(loops, *operands) for each direction, with the loops that suit the program's platform.
 
     Args:
       run: runs one direction.
-      recurrence, real: what all directions share.
+      recurrence: what all directions share.
+      cells: the cells.
       operands: tuples, with one entry per direction.
     """
 
-    def on(schedule: Schedule, real: Cells, *operands: Any) -> Any:
-        each = list(zip(*operands, strict=True))
+    def on(schedule: Schedule, cells: Cells, *operands: Any) -> Any:
+        real, resets = cells
+        each = list(zip(resets or [None] * len(operands[0]), *operands, strict=True))
 
-        def run_all(stairs: tuple[Stair, ...], cells: RealCells) -> tuple[Any, ...]:
-            one = functools.partial(run, schedule.loops(recurrence.cell, stairs, cells))
+        def run_all(stairs: tuple[Stair, ...], real: RealCells) -> tuple[Any, ...]:
+            def one(resets: jax.Array | None, *operands: Any) -> Any:
+                return run(schedule.loops(recurrence, stairs, real.with_resets(resets)), *operands)
+
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))
             results = jax.vmap(one)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
@@ -301,4 +322,4 @@ def _on_each_platform(
         return lax.switch(best_deal(deals, ranked), [functools.partial(run_dealt, deal) for deal in deals])
 
     cpu, gpu, tpu = (functools.partial(on, schedule) for schedule in recurrence.schedules)
-    return lax.platform_dependent(real, *operands, cpu=cpu, tpu=tpu, default=gpu)
+    return lax.platform_dependent(cells, *operands, cpu=cpu, tpu=tpu, default=gpu)

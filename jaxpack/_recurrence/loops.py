@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
 from jaxpack._recurrence.buffers import Outputs, StepLoop, buffer, loop, read, run_steps, write
-from jaxpack._recurrence.slots import RealCells, enter
+from jaxpack._recurrence.slots import Entry, RealCells
 from jaxpack._recurrence.windows import Stair, Window
 from jaxpack._types import PyTree
 
@@ -44,10 +44,12 @@ class Results(NamedTuple):
     Attributes:
       y: [S, P], h after each cell's step, zero in slack.
       carry: the carry after the last step of each slot, leaves [B, ...].
+      memory: the memory c after each cell's step, leaves [S, H], zero in slack; () unless it is asked for.
     """
 
     y: jax.Array
     carry: Carry
+    memory: Carry = ()
 
 
 class Kept(NamedTuple):
@@ -84,7 +86,8 @@ class Loops(NamedTuple):
       stairs: the loops, one after the other.
       steps: how the steps of a chunk run.
       wide: whether the platform wants few and large operations, and need not keep a chunk in cache.
-      real: the real cells.
+      real: the real cells, as the direction sees them.
+      all_states: whether results have the memory after each step.
     """
 
     cell: Cell
@@ -92,6 +95,7 @@ class Loops(NamedTuple):
     steps: StepLoop
     wide: bool
     real: RealCells
+    all_states: bool
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -133,14 +137,15 @@ def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept
     run = _Forward(loops, lax.optimization_barrier(weights), x, initial)
     wide = widened(loops.cell, initial)
     y = buffer(x, (loops.size, loops.sizes[0]), 0)
+    states = tuple(buffer(x, (loops.size, size), 8) for size in loops.sizes[1:]) if loops.all_states else ()
     carry, memory = loops.start(wide), wide[1:]
     for stair in loops.stairs:
-        state = _ForwardState(tuple(leaf[: stair.rows] for leaf in carry), memory, y, kept)
-        carry, memory, y, kept = loop(0, stair.number, functools.partial(run.chunk, stair), state)
+        state = _ForwardState(tuple(leaf[: stair.rows] for leaf in carry), memory, y, states, kept)
+        carry, memory, y, states, kept = loop(0, stair.number, functools.partial(run.chunk, stair), state)
         if loops.real.borders is None:
             memory = tuple(write(leaf, rows, 0) for leaf, rows in zip(memory, carry[1:], strict=True))
     final = loops.where_real((y[loops.real.last], *memory), wide)
-    return Results(loops.real.restore(y), final), kept
+    return Results(loops.real.restore(y), final, tuple(map(loops.real.restore, states))), kept
 
 
 class _ForwardState(NamedTuple):
@@ -150,12 +155,14 @@ class _ForwardState(NamedTuple):
       carry: the carry of the stair's rows.
       memory: the final memory of each slot that has ended, leaves [B, H].
       y: the outputs.
+      states: the memory after each step, if it is asked for.
       kept: what is kept.
     """
 
     carry: Carry
     memory: Carry
     y: jax.Array
+    states: Carry
     kept: Kept
 
 
@@ -169,7 +176,7 @@ class _Forward(NamedTuple):
 
     def chunk(self, stair: Stair, index: Any, state: _ForwardState) -> _ForwardState:
         """Runs one chunk."""
-        carry, memory, y, (activations, checkpoints) = state
+        carry, memory, y, states, (activations, checkpoints) = state
         cell, real, window = self.loops.cell, self.loops.real, stair.window(index)
         if checkpoints:
             row = stair.checkpoint_row(index)
@@ -177,27 +184,29 @@ class _Forward(NamedTuple):
         live = window.read(real.mask)[:, None]
         projected = cell.project(self.weights, jnp.where(live, real.read(window, self.x), 0))
         keeps, collects = bool(jax.tree.leaves(activations)), real.borders is not None
+        entry = real.at_begins(window, self.initial)
 
         def step(carry: Carry, xs: Any, _: Any) -> Any:
-            projected, live, entry = xs
-            before = enter(entry, carry)
+            projected, live, cells = xs
+            before = entry.step(cells, carry)
             if self.loops.steps.stacked:  # one kernel before each product: XLA would compute c again from earlier steps
                 before = lax.optimization_barrier(before)
             activations = cell.activate(self.weights, projected, before[0])
             h, *memory = cell.advance(self.weights, activations, before)
             # A row of its own keeps its memory in slack, so that its last one is final.
             kept = memory if collects else [jnp.where(live, *c) for c in zip(memory, before[1:], strict=True)]
-            outputs = jnp.where(live, h, 0), activations if keeps else ()
+            states = tuple(jnp.where(live, c, 0) for c in memory) if self.loops.all_states else ()
+            outputs = jnp.where(live, h, 0), activations if keeps else (), states
             return (h, *kept), outputs, tuple(kept) if collects else ()
 
         history = tuple(buffer(c, (window.size, c.shape[1]), 5) for c in carry[1:]) if collects else ()
-        xs = projected, live, real.at_begins(window, self.initial)
-        outputs = Outputs((y, activations), history)
+        xs = projected, live, entry.cells
+        outputs = Outputs((y, activations, states), history)
         carry, outputs = run_steps(window, step, carry, xs, outputs, self.loops.steps)
-        y, activations = outputs.whole
+        y, activations, states = outputs.whole
         if collects:
             memory = tuple(window.collect(real.last, *each) for each in zip(outputs.own, memory, strict=True))
-        return _ForwardState(carry, memory, y, Kept(activations, checkpoints))
+        return _ForwardState(carry, memory, y, states, Kept(activations, checkpoints))
 
 
 def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operands:
@@ -215,6 +224,8 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
     wide = initial[0].shape[1] == loops.sizes[0]
     run = _Backward(loops, weights, transposed, residuals, cotangents, wide)
     dcarry, dinitial = loops.start(dfinal), dfinal if wide else ()
+    left = jax.tree.map(jnp.zeros_like, dcarry) if wide and loops.real.resets is not None else ()
+    rows = _RowCotangents(dcarry, left)
     dx, dweights = buffer(x, (loops.size, x.shape[1]), 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
     first, *_ = loops.start(widened(loops.cell, initial))
     for k in reversed(range(len(loops.stairs))):
@@ -222,28 +233,60 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
         before = residuals.y[stair.offset - loops.stairs[k - 1].rows :] if k else first
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
         count = stair.number if loops.wide else lax.optimization_barrier(jnp.int32(stair.number))
-        state = _BackwardState(tuple(leaf[: stair.rows] for leaf in dcarry), dinitial, dx, dweights)
+        alive = jax.tree.map(lambda leaf, stair=stair: leaf[: stair.rows], rows)
+        state = _BackwardState(alive, dinitial, dx, dweights)
         state = loop(0, count, functools.partial(run.chunk, stair, before[: stair.rows]), state)
-        rows, dinitial, dx, dweights = state
-        dcarry = tuple(write(leaf, row, 0) for leaf, row in zip(dcarry, rows, strict=True))
+        alive, dinitial, dx, dweights = state
+        rows = jax.tree.map(lambda leaf, row: write(leaf, row, 0), rows, alive)
     dx = loops.real.restore(dx)
     if not wide:
         return Operands(dweights, dx, jax.tree.map(jnp.zeros_like, initial))
-    dinitial = dcarry if loops.real.borders is None else loops.where_real(dinitial, dfinal)
+    dinitial = rows.initial if loops.real.borders is None else loops.where_real(dinitial, dfinal)
     return Operands(dweights, dx, dinitial)
+
+
+class _RowCotangents(NamedTuple):
+    """The cotangents that the backward recurrence hands on, for each row.
+
+    Attributes:
+      carry: of the carry.
+      left: of the initial carry of the slot, from the resets in it so far; () if there are none, or nothing is
+        differentiated by it.
+    """
+
+    carry: Carry
+    left: Carry = ()
+
+    @property
+    def initial(self) -> Carry:
+        """The cotangent of the initial carry, where a slot begins."""
+        return tuple(map(jnp.add, self.carry, self.left)) if self.left else self.carry
+
+    def enter(self, entry: Entry, cells: Any) -> _RowCotangents:
+        """Enters a slot at its end."""
+        here, _ = cells
+        left = self.left if here is None else tuple(jnp.where(here, 0, leaf) for leaf in self.left)
+        return _RowCotangents(entry.step(cells, self.carry), left)
+
+    def leave(self, here: jax.Array | None) -> _RowCotangents:
+        """Lets the cotangents of the carry leave where a reset is: bool [rows, 1], or None."""
+        if here is None:
+            return self
+        left = tuple(jnp.where(here, leaf + d, leaf) for leaf, d in zip(self.left, self.carry, strict=False))
+        return _RowCotangents(tuple(jnp.where(here, 0, d) for d in self.carry), left)
 
 
 class _BackwardState(NamedTuple):
     """The state of the loop over chunks.
 
     Attributes:
-      dcarry: the cotangent of the carry of the stair's rows.
+      rows: the cotangents of the stair's rows.
       dinitial: the cotangent of each slot's initial carry, where the slot is done and slots share rows.
       dx: the cotangents of the inputs.
       dweights: the cotangents of the weights, as far as they are summed up.
     """
 
-    dcarry: Carry
+    rows: _RowCotangents
     dinitial: Carry
     dx: jax.Array
     dweights: Fused
@@ -267,16 +310,16 @@ class _Backward(NamedTuple):
 
     def chunk(self, stair: Stair, first: jax.Array, index: Any, state: _BackwardState) -> _BackwardState:
         """Runs one chunk, counted from the last; `first` is h before the stair."""
-        dcarry, dinitial, dx, dweights = state
+        rows, dinitial, dx, dweights = state
         index = stair.number - 1 - index
         window, cell, real = stair.window(index), self.loops.cell, self.loops.real
         # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
-        y, kept, dcarry = lax.optimization_barrier((self.residuals.y, self.residuals.kept, dcarry))
+        y, kept, rows = lax.optimization_barrier((self.residuals.y, self.residuals.kept, rows))
         live = window.read(real.mask)[:, None]
         own = live & window.own
         x = jnp.where(live, real.read(window, self.residuals.operands.x), 0)
         entry = real.at_begins(window, self.residuals.operands.carry)
-        before: Carry = enter(entry, (real.before(window, y, first),))
+        before: Carry = entry.window((real.before(window, y, first),))
         activations = jax.tree.map(window.read, kept.activations)
         if not jax.tree.leaves(activations):
             activations = cell.activate(self.weights, cell.project(self.weights, x), before[0])
@@ -284,18 +327,20 @@ class _Backward(NamedTuple):
         if kept.checkpoints:
             update = cell.update(activations)
             start = read(kept.checkpoints[0], stair.checkpoint_row(index), stair.rows)
-            memory = self._recall(window, entry and (entry[0], entry[1][1:]), update, own, start)
+            memory = self._recall(window, entry.memory, update, own, start)
             before, after = (*before, memory), (*after, update[0] * memory + update[1])
         point = _Point(activations, before, after, own, live)
-        d = jnp.where(own, real.read(window, self.cotangents.y), 0)
-        dcarry, da, d, history = self._pull_back(window, point, d, dcarry)
+        d, *dmemory = (
+            jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
+        )
+        rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
         dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
         h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
         out = self._linearize(point).out if self.weights.w_out is not None else None
         out = None if out is None else jnp.where(own, out, 0)
         if history:
             dinitial = tuple(window.collect(real.first, *each) for each in zip(history, dinitial, strict=True))
-        return _BackwardState(dcarry, dinitial, dx, _add_gradients(dweights, x, h, out, da, d))
+        return _BackwardState(rows, dinitial, dx, _add_gradients(dweights, x, h, out, da, d))
 
     def _linearize(self, point: _Point) -> Linearization:
         """Returns the derivatives of steps, which cotangents pass unchanged in slack."""
@@ -306,43 +351,51 @@ class _Backward(NamedTuple):
         return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0))
 
     def _recall(
-        self, window: Window, entry: Any, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
+        self, window: Window, entry: Entry, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
     ) -> jax.Array:
         """Returns the memory before each step of a chunk [M, H], from the memory at its first own step [rows, H]."""
         if self.loops.wide:
             return _recall_in_parallel(window, entry, update, own, start)
 
         def step(memory: jax.Array, xs: Any, _: Any) -> Any:
-            (decay, inject), live, entry = xs
-            (before,) = enter(entry, (memory,))
+            (decay, inject), live, cells = xs
+            (before,) = entry.step(cells, (memory,))
             return jnp.where(live, decay * before + inject, before), (), before
 
         outputs = Outputs((), buffer(start, update[0].shape, 4))
-        return run_steps(window, step, start, (update, own, entry), outputs, self.loops.steps)[1].own
+        return run_steps(window, step, start, (update, own, entry.cells), outputs, self.loops.steps)[1].own
 
     def _pull_back(
-        self, window: Window, point: _Point, d: jax.Array, dcarry: Carry
-    ) -> tuple[Carry, jax.Array, jax.Array, Carry]:
+        self, window: Window, point: _Point, douts: Carry, rows: _RowCotangents
+    ) -> tuple[_RowCotangents, jax.Array, jax.Array, Carry]:
         """Runs the backward recurrence over a chunk, last step first.
 
-        Returns:
-          dcarry before the chunk; da [M, G] and d [M, P] of its cells, written over what they are computed from; and
-          the dcarry before each step, where it is collected.
-        """
-        cell, transposed = self.loops.cell, self.transposed
-        width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
-        entry = self.loops.real.at_ends(window, self.cotangents.carry)
-        collects = self.wide and entry is not None
+        Args:
+          window: the chunk.
+          point: its cells.
+          douts: the cotangents of h [M, P] and, if it is a result, of c [M, H] after each step, zero in slack.
+          rows: the rows' cotangents after the chunk.
 
-        def step(dcarry: Carry, xs: Any, old: Any) -> Any:
-            (at, d, entry), (da_gates, old_d, _) = xs, old
+        Returns:
+          The rows' cotangents before the chunk; da [M, G] and d [M, P] of its cells, written over what they are
+          computed from; and the cotangent of the initial carry if a slot begins at a cell, where it is collected.
+        """
+        cell, transposed, real, (d, *dmemory) = self.loops.cell, self.transposed, self.loops.real, douts
+        width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
+        entry = real.at_ends(window, self.cotangents.carry)
+        collects = self.wide and real.borders is not None
+
+        def step(rows: _RowCotangents, xs: Any, old: Any) -> Any:
+            (at, d, dmemory, ends, reset), (da_gates, old_d, _) = xs, old
             at = self._linearize(at) if in_steps else at._replace(da_gates=da_gates)
-            dh, *dc = enter(entry, dcarry)
+            rows = rows.enter(entry, ends)
+            dh, *dc = rows.carry
+            dc = list(map(jnp.add, dc, dmemory)) if dmemory else dc
             total = dh + (old_d if projects else d)
             da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
             dh = da[:, -width_h:] @ transposed.w_h + at.dh_dh * total
-            dcarry = (dh,) if earlier_dc is None else (dh, earlier_dc)
-            return dcarry, (), (da, total if projects else (), dcarry if collects else ())
+            rows = rows._replace(carry=(dh,) if earlier_dc is None else (dh, earlier_dc)).leave(reset)
+            return rows, (), (da, total if projects else (), rows.initial if collects else ())
 
         # On GPUs, in the steps: fused into the kernel of a step, the derivatives need no memory. Other platforms are
         # faster with few operations in a step.
@@ -353,12 +406,12 @@ class _Backward(NamedTuple):
         else:
             linear, d = lax.optimization_barrier((self._linearize(point)._replace(out=None), d))
             at, da_gates = linear._replace(da_gates=None), linear.da_gates
-        history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in dcarry) if collects else ()
+        history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in rows.carry) if collects else ()
         outputs = Outputs((), (da_gates, d if projects else (), history))
-        xs = at, None if projects else d, entry
-        dcarry, outputs = run_steps(window, step, dcarry, xs, outputs, self.loops.steps, reverse=True)
+        xs = at, None if projects else d, dmemory, entry.cells, real.resets_of(window)
+        rows, outputs = run_steps(window, step, rows, xs, outputs, self.loops.steps, reverse=True)
         da, total, history = outputs.own
-        return dcarry, da, total if projects else d, history
+        return rows, da, total if projects else d, history
 
 
 class _Point(NamedTuple):
@@ -396,12 +449,12 @@ def _add_gradients(
 
 
 def _recall_in_parallel(
-    window: Window, entry: Any, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
+    window: Window, entry: Entry, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
 ) -> jax.Array:
     """Does what `_recall` does, by an associative scan, in which entries are steps without decay."""
     decay, inject = jnp.where(own, update[0], 1), jnp.where(own, update[1], 0)
-    if entry is not None:
-        here, (value,) = entry
+    if entry.here is not None:
+        here, (value,) = entry.here, entry.spread()
         decay, inject = jnp.where(here, 0, decay), jnp.where(here, decay * value + inject, inject)
 
     def compose(early: Any, late: Any) -> Any:
@@ -410,7 +463,7 @@ def _recall_in_parallel(
     shape = (window.stair.steps, *start.shape)
     products, sums = lax.associative_scan(compose, (decay.reshape(shape), inject.reshape(shape)))
     after = (products * start[None] + sums).reshape(decay.shape)
-    (before,) = enter(entry, (jnp.concatenate([start, after[: -len(start)]]),))
+    (before,) = entry.window((jnp.concatenate([start, after[: -len(start)]]),))
     return before
 
 

@@ -3,11 +3,14 @@
 In a staircase a row is a slot: a sequence's carry is there from the start, and no cell needs to know of borders. Where
 several slots share a row, the carry is replaced at the first cell of each. In the backward pass the roles are
 exchanged: the cotangents of final carries enter at a slot's end, and those of initial carries leave at its beginning.
+
+A reset is a border within a slot: the carry is replaced by the slot's initial one. In the backward pass its cotangent
+leaves, and none goes on to the step before.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,8 @@ class Borders(NamedTuple):
     """The borders of slots that share rows.
 
     Attributes:
-      begins, ends: bool [S], whether a slot's first or last cell is here.
+      begins: bool [S], whether a slot's first cell is here, or a reset.
+      ends: bool [S], whether a slot's last cell is here.
       slots: int32 [S], the slot of each cell.
     """
 
@@ -43,8 +47,47 @@ class Places(NamedTuple):
     targets: jax.Array
 
 
+class Entry(NamedTuple):
+    """The cells of a window at which the carry is replaced, and by what.
+
+    Attributes:
+      here: bool [M, 1], the cells; None for no cell.
+      values: of each cell, leaves [M, ...]; or of each row, leaves [rows, ...].
+      by_cell: whether values are those of cells.
+    """
+
+    here: jax.Array | None = None
+    values: Carry = ()
+    by_cell: bool = True
+
+    @property
+    def cells(self) -> tuple[jax.Array | None, Carry]:
+        """The part that steps read, leaves [M, ...]."""
+        return self.here, self.values if self.by_cell else ()
+
+    @property
+    def memory(self) -> Entry:
+        """The entry of the memory c alone."""
+        return self._replace(values=self.values[1:])
+
+    def step(self, cells: tuple[jax.Array | None, Carry], carry: Carry) -> Carry:
+        """Returns the carry [rows, ...] with which a step begins; `cells` are those of the step."""
+        here, values = cells
+        return _where(here, values if self.by_cell else self.values, carry)
+
+    def window(self, carry: Carry) -> Carry:
+        """Returns the carry [M, ...] with which each step of the window begins, or its first leaves."""
+        return _where(self.here, self.spread(), carry)
+
+    def spread(self) -> Carry:
+        """Returns the values of each cell."""
+        if self.by_cell or self.here is None:
+            return self.values
+        return tuple(jnp.tile(leaf, (len(self.here) // len(leaf), 1)) for leaf in self.values)
+
+
 class RealCells(NamedTuple):
-    """The real cells of a batch, as all directions see them.
+    """The real cells of a batch, as all directions see them, or as one sees them that has resets.
 
     Attributes:
       mask: bool [S].
@@ -52,6 +95,7 @@ class RealCells(NamedTuple):
       first, last: int32 [B], the first cell of each slot, and its last real one; of an empty slot, any cell.
       borders: None where each row is one slot.
       places: where the cells of dealt rows are in the batch; None where both are the same.
+      resets: bool [S], the real cells at which the carry is the slot's initial one again; None for none.
     """
 
     mask: jax.Array
@@ -60,6 +104,7 @@ class RealCells(NamedTuple):
     last: jax.Array
     borders: Borders | None
     places: Places | None = None
+    resets: jax.Array | None = None
 
     @classmethod
     def of(cls, packed: Indexed, maps: CellMaps) -> RealCells:
@@ -72,6 +117,14 @@ class RealCells(NamedTuple):
             cells = jnp.arange(packed.plan.size, dtype=jnp.int32)
             borders = Borders(maps.steps == 0, maps.last[maps.slots] == cells, maps.slots)
         return cls(maps.mask, spans, maps.first, last, borders)
+
+    def with_resets(self, resets: jax.Array | None) -> RealCells:
+        """Returns the cells as a direction sees them that is reset at these cells of the batch: bool [S], or None."""
+        if resets is None:
+            return self
+        resets = resets if self.places is None else _get(resets, self.places.sources)
+        borders = self.borders and self.borders._replace(begins=self.borders.begins | resets)
+        return self._replace(borders=borders, resets=resets)
 
     def read(self, window: Window, leaf: jax.Array) -> jax.Array:
         """Returns a window's cells [M, ...] out of all cells of the batch [S, ...]."""
@@ -91,18 +144,26 @@ class RealCells(NamedTuple):
         """Returns the cells of the batch [S, ...] from those of the recurrence."""
         return leaf if self.places is None else _get(leaf, self.places.targets)
 
-    def at_begins(self, window: Window, carry: Carry) -> Any:
-        """Returns the initial carry where a slot begins in a window, for `enter`."""
-        return None if self.borders is None else self._at(window, self.borders.begins, carry)
+    def at_begins(self, window: Window, carry: Carry) -> Entry:
+        """Returns the entry of the initial carry where a slot begins in a window, or a reset is."""
+        if self.borders is not None:
+            return self._at(window, self.borders.begins, carry)
+        if self.resets is None:
+            return Entry()
+        return Entry(self.resets_of(window), tuple(leaf[: window.stair.rows] for leaf in carry), by_cell=False)
 
-    def at_ends(self, window: Window, dcarry: Carry) -> Any:
-        """Returns the cotangent of the final carry where a slot ends in a window, for `enter`."""
-        return None if self.borders is None else self._at(window, self.borders.ends, dcarry)
+    def at_ends(self, window: Window, dcarry: Carry) -> Entry:
+        """Returns the entry of the cotangent of the final carry where a slot ends in a window."""
+        return Entry() if self.borders is None else self._at(window, self.borders.ends, dcarry)
 
-    def _at(self, window: Window, borders: jax.Array, values: Carry) -> Any:
+    def resets_of(self, window: Window) -> jax.Array | None:
+        """Returns at which cells of a window a reset is: bool [M, 1]; None if there are none."""
+        return None if self.resets is None else window.read(self.resets)[:, None]
+
+    def _at(self, window: Window, borders: jax.Array, values: Carry) -> Entry:
         assert self.borders is not None
         slots = window.read(self.borders.slots)
-        return window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values)
+        return Entry(window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values))
 
 
 class BatchCells(NamedTuple):
@@ -133,11 +194,10 @@ class BatchCells(NamedTuple):
         return self.spans[self.order]
 
 
-def enter(entry: Any, carry: Carry) -> Carry:
-    """Returns a carry with the entry's values where slots are entered."""
-    if entry is None:
+def _where(here: jax.Array | None, values: Carry, carry: Carry) -> Carry:
+    """Returns a carry with the values at some of its cells."""
+    if here is None:
         return carry
-    here, values = entry
     return tuple(jnp.where(here, value, leaf) for value, leaf in zip(values, carry, strict=False))
 
 

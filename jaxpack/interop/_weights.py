@@ -141,7 +141,7 @@ def to_exact_numpy(value: Any, where: str) -> np.ndarray:
 def params_from_weights(
     layer: RecurrentLayer, weights: Sequence[tuple[str, Weights]], gates: Sequence[str] | None = None
 ) -> LayerParams:
-    """Returns a layer's parameters.
+    """Returns a layer's parameters. A learned initial state begins at zero.
 
     Args:
       weights: for each layer and direction, in the layer's order, the name in errors and the weights.
@@ -151,7 +151,7 @@ def params_from_weights(
       ValueError: if a shape is not the layer's, or a layer without biases would need one.
     """
     params: LayerParams = {}
-    for (group, shapes), (where, given) in zip(layer.shapes.items(), weights, strict=True):
+    for (group, shapes), (where, given) in zip(layer._weight_shapes.items(), weights, strict=True):
         for name, shape in layer.cell.shapes(shapes["weight_ih"][0], bias=True).items():
             if given[name].shape != shape:
                 raise ValueError(f"{where}: {name} must have shape {shape} for {layer}, got {given[name].shape}.")
@@ -159,13 +159,15 @@ def params_from_weights(
         if not layer.bias:
             _check_no_bias(layer, ordered, where)
         params[group] = {name: jnp.asarray(ordered[name]) for name in shapes}
-    return params
+    return layer._with_initial_state(params)
 
 
 def weights_from_params(
     layer: RecurrentLayer, params: LayerParams, gates: Sequence[str] | None = None
 ) -> dict[str, Weights]:
     """Returns the weights of each layer and direction, under the layer's names for them (l0, l0_reverse, ...).
+
+    A learned initial state is left out.
 
     Args:
       gates: the order of the gates in the result. Default: the cell's.
@@ -177,7 +179,10 @@ def weights_from_params(
     check_params(params, layer.shapes, layer)
     result = {}
     for group, entries in params.items():
-        weights = {name: to_numpy(value, f"params[{group!r}][{name!r}]") for name, value in entries.items()}
+        names = layer._weight_shapes[group]
+        weights = {
+            name: to_numpy(value, f"params[{group!r}][{name!r}]") for name, value in entries.items() if name in names
+        }
         zeros = np.zeros_like(weights["weight_ih"][0])
         weights = {"bias_ih": zeros, "bias_hh": zeros, **weights}
         result[group] = _reorder_gates(weights, layer.cell.gates, layer.cell.gates if gates is None else gates)

@@ -71,22 +71,27 @@ class _Stack(nn.Module):
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
-    ) -> tuple[Any, Any]:
+        return_all_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
         Args:
           inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
-          initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
+          initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: the learned one, or zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
+          resets: one bool a step, laid out as the inputs: True where an episode begins, from the initial state.
           deterministic: True to leave out dropout between layers. The attribute or the call must say it if there
             is such dropout, whose key comes from the rng "dropout".
           forward_mode: Set True to differentiate this call in forward mode.
+          return_all_states: set True to return the state after each step as well.
 
         Returns:
-          The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n).
+          The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n). With return_all_states,
+          the states after each step come third.
 
         Raises:
           ValueError: as `jaxpack.LSTM.apply` does; or if the batch or time axis is symbolic, which RNN accepts.
@@ -103,9 +108,11 @@ class _Stack(nn.Module):
             self.make_rng("dropout") if active else None,
             lengths=seq_lengths,
             plan=plan,
+            resets=resets,
             deterministic=not active,
             dtype=self.dtype,
             forward_mode=forward_mode,
+            return_all_states=return_all_states,
         )
 
     @nn.nowrap
@@ -146,7 +153,8 @@ def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are those of jaxpack.RNN.
+    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and learned_initial_state are
+    those of jaxpack.RNN.
 
     Examples:
       >>> rnn = jaxpack.linen.SimpleRNN(4, nonlinearity="relu")
@@ -172,13 +180,14 @@ class SimpleRNN(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional and proj_size are those of jaxpack.LSTM. dtype,
-    param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size and learned_initial_state are those
+    of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
 
     Examples:
       >>> from flax import linen as nn
@@ -197,13 +206,14 @@ class LSTM(_Stack):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout and bidirectional are those of jaxpack.GRU. dtype,
-    param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
+    jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -220,3 +230,4 @@ class GRU(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)

@@ -20,6 +20,7 @@ from jaxpack._flax.call import (
     Direction,
     check_inputs,
     check_pair,
+    check_resets,
     delegate_to_flax,
     merge,
     resolve_options,
@@ -103,6 +104,7 @@ class RNN(nnx.RNN):
         keep_order: bool | None = None,
         rngs: Any = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         forward_mode: bool = False,
     ) -> Any:
         """Runs the cell over each sequence's own steps.
@@ -113,6 +115,8 @@ class RNN(nnx.RNN):
           inputs: [*batch, T, *features]; [T, *batch, *features] if time_major; or packed data [S, *features].
           seq_lengths: int [*batch], for padded inputs. They may be traced. Default: all T.
           plan: the plan of this call, instead of the module's.
+          resets: one bool a step, in the layout of the inputs without features: True where an episode begins, whose
+            carry is the initial one. Variables of the cell other than the carry are not reset.
           forward_mode: Set True to differentiate this call in forward mode (see jaxpack.LSTM.apply).
 
         Returns:
@@ -121,14 +125,15 @@ class RNN(nnx.RNN):
         Raises:
           ValueError: if inputs have too few axes; if lengths have another shape than the batch, or concrete ones do
             not fit the inputs or the plan; or if the plan is for another batch size, or given for symbolic sizes.
-          TypeError: if inputs are packed and seq_lengths or plan are given too.
+          TypeError: if inputs are packed and seq_lengths or plan are given too, one of inputs and resets is packed and
+            the other padded, or resets are not bool.
         """
         options = resolve_options(
             self, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
         )
         inputs = check_inputs(inputs, seq_lengths, plan)
         layout = Layout.of(inputs, options["time_major"], self.cell.num_feature_axes)
-        call = Call(inputs, layout, seq_lengths, plan, forward_mode)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode, check_resets(resets, inputs, layout))
         direction = self._direction(call, initial_carry, rngs, options["reverse"], options["keep_order"])
         if delegate_to_flax(call, [direction]):
             return super().__call__(inputs, initial_carry=direction.carry, **options)
@@ -239,12 +244,13 @@ class Bidirectional(nnx.Bidirectional):
         reverse: bool | None = None,
         keep_order: bool | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         forward_mode: bool = False,
     ) -> Any:
         """Runs both directions over each sequence's own steps, and merges their outputs.
 
-        The arguments inputs, seq_lengths, plan, time_major, return_carry and forward_mode are those of RNN. As in Flax,
-        reverse and keep_order are not used.
+        The arguments inputs, seq_lengths, plan, resets, time_major, return_carry and forward_mode are those of RNN. As
+        in Flax, reverse and keep_order are not used. The backward direction begins anew at an episode's last step.
 
         Args:
           initial_carry: a pair (forward, backward).
@@ -262,10 +268,10 @@ class Bidirectional(nnx.Bidirectional):
         plan = self.plan if plan is None else plan
         call_flax = functools.partial(super().__call__, inputs, seq_lengths=seq_lengths, **options)
         rnns = self.forward_rnn, self.backward_rnn
-        if not check_pair(rnns, RNN, inputs, plan):
+        if not check_pair(rnns, RNN, inputs, plan, resets):
             return call_flax(initial_carry=initial_carry, rngs=rngs)
         layout = Layout.of(inputs, options["time_major"], self.forward_rnn.cell.num_feature_axes)
-        call = Call(inputs, layout, seq_lengths, plan, forward_mode)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode, check_resets(resets, inputs, layout))
         rngs = self.rngs if rngs is None else rngs
         rngs = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
         carries = (None, None) if initial_carry is None else initial_carry

@@ -67,7 +67,7 @@ class _Stack(nnx.Module):
             "bias": options.get("bias_metadata"),
         }
         for group, entries in params.items():
-            variables = {name: _param(value, metadata[ROLES[name]] or {}) for name, value in entries.items()}
+            variables = {name: _param(value, metadata.get(ROLES[name]) or {}) for name, value in entries.items()}
             setattr(self, group, nnx.data(variables))
         self.deterministic = options.get("deterministic", False)
         self.rngs = nnx.data(rngs.dropout.fork() if layer.has_dropout else None)
@@ -79,23 +79,28 @@ class _Stack(nnx.Module):
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
+        resets: PackedSequence | ArrayLike | None = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
+        return_all_states: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
         Args:
           inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
-          initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: zeros.
+          initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: the learned one, or zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
+          resets: one bool a step, laid out as the inputs: True where an episode begins, from the initial state.
           deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
+          return_all_states: set True to return the state after each step as well.
           rngs: the source of dropout's key, or a key. Default: the module's own stream.
 
         Returns:
-          The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n).
+          The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n). With return_all_states,
+          the states after each step come third.
 
         Raises:
           ValueError: as `jaxpack.LSTM.apply` does; or if the batch or time axis is symbolic, which RNN accepts.
@@ -110,9 +115,11 @@ class _Stack(nnx.Module):
             _key(self.rngs if rngs is None else rngs) if active else None,
             lengths=seq_lengths,
             plan=plan,
+            resets=resets,
             deterministic=deterministic,
             dtype=self.dtype,
             forward_mode=forward_mode,
+            return_all_states=return_all_states,
         )
 
     @property
@@ -144,8 +151,8 @@ class _Stack(nnx.Module):
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout and bidirectional are those of
-    jaxpack.RNN.
+    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and
+    learned_initial_state are those of jaxpack.RNN.
 
     Examples:
       >>> from flax import nnx
@@ -177,18 +184,19 @@ class SimpleRNN(_Stack):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
-        layer = layers.RNN(input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional)
-        super().__init__(layer, rngs, **options)
+        sizes = input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional
+        super().__init__(layers.RNN(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and proj_size are those of
-    jaxpack.LSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size and
+    learned_initial_state are those of jaxpack.LSTM.
 
     Examples:
       >>> from flax import nnx
@@ -212,17 +220,19 @@ class LSTM(_Stack):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
+        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
-        layer = layers.LSTM(input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size)
-        super().__init__(layer, rngs, **options)
+        sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size
+        super().__init__(layers.LSTM(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout and bidirectional are those of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
+    of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -245,10 +255,12 @@ class GRU(_Stack):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(layers.GRU(input_size, hidden_size, num_layers, bias, dropout, bidirectional), rngs, **options)
+        sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
+        super().__init__(layers.GRU(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])

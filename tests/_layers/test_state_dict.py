@@ -17,7 +17,7 @@ each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
 def torch_module(layer):
-    options = {f: getattr(layer, f) for f in layer.__dataclass_fields__ if f not in ("input_size", "hidden_size")}
+    options = {f: getattr(layer, f) for f in layer.__dataclass_fields__ if f not in oracles.NOT_TORCHS}
     return getattr(oracles.torch.nn, type(layer).__name__)(layer.input_size, layer.hidden_size, **options)
 
 

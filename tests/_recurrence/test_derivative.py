@@ -14,6 +14,7 @@ from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact
 from jaxpack._layers.stack import Stack, run_stack
 from jaxpack._packed.inputs import batch_plan
 from jaxpack._packed.layout import lay_out
+from jaxpack._packed.resets import Resets
 from jaxpack._recurrence.derivative import CPU, GPU, KEPT_BYTES, TPU, Schedules
 
 F, H, B = 3, 4, 3
@@ -67,7 +68,7 @@ def operands(name, plan, num_directions, poison):
 
 
 @functools.cache
-def program(name, plan, num_directions, schedule=None, optimized=False):
+def program(name, plan, num_directions, schedule=None, optimized=False, with_resets=False):
     """Returns outputs, final states and pulled-back cotangents, on a schedule or by the plain scan."""
     every = Schedules(*[SCHEDULES[schedule]] * 3) if schedule else Schedules()
     stack = Stack(
@@ -76,8 +77,10 @@ def program(name, plan, num_directions, schedule=None, optimized=False):
 
     @jax.jit
     def run(params, packed, states, cotangents):
+        resets = Resets(jnp.arange(len(packed.data)) % 3 == 1) if with_resets else None
+
         def apply(params, data, states):
-            return run_stack(stack, params, packed.replace(data=data), states)
+            return run_stack(stack, params, packed.replace(data=data), states, resets=resets)
 
         values, vjp = jax.vjp(apply, params, packed.data, states)
         return values, vjp(cotangents)
@@ -85,9 +88,9 @@ def program(name, plan, num_directions, schedule=None, optimized=False):
     return run
 
 
-def pulled_back(name, plan, num_directions, schedule=None, poison=0.0, optimized=False):
+def pulled_back(name, plan, num_directions, schedule=None, poison=0.0, **options):
     """Runs a program. Those for tests marked `optimized` are apart from the others."""
-    return program(name, plan, num_directions, schedule, optimized)(*operands(name, plan, num_directions, poison))
+    return program(name, plan, num_directions, schedule, **options)(*operands(name, plan, num_directions, poison))
 
 
 def assert_close(ours, theirs, tolerance=1e-12):
@@ -136,6 +139,23 @@ def test_every_deal_equals_autodiff(divisors, monkeypatch):
 )
 def test_equals_autodiff_under_other_plans_as_accelerators_run(plan, schedule):
     assert_close(pulled_back("projected", plan, 2, schedule), pulled_back("projected", plan, 2))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("name", "plan", "schedule"),
+    [
+        ("projected", "stairs", "small chunks"),
+        ("gru", "rows", "small chunks"),
+        ("projected", "none", "small chunks"),
+        ("projected", "stairs", "accelerator"),
+        ("gru", "rows", "accelerator"),
+        ("projected", "rows", "tpu"),
+    ],
+)
+def test_equals_autodiff_with_resets(name, plan, schedule):
+    case = (name, plan, directions_of(schedule))
+    assert_close(pulled_back(*case, schedule, with_resets=True), pulled_back(*case, with_resets=True))
 
 
 @pytest.mark.usefixtures("x64")

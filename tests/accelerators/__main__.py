@@ -20,10 +20,13 @@ def main() -> None:
     parser.add_argument("--training", action="store_true", help="a loss with its gradients; otherwise the outputs")
     parser.add_argument("--directions", type=int, choices=(1, 2), default=1)
     parser.add_argument("--dtype", choices=DTYPES, default="f32")
+    parser.add_argument("--resets", action="store_true", help="with a flag for each step, whether it begins an episode")
     options = parser.parse_args()
+    if options.resets and options.form == "flax":
+        parser.error("flax.nnx.RNN takes no resets")
     if reason := missing(options.target):
         parser.error(reason)
-    case = Case(options.target, options.layer, options.form, options.directions, options.dtype, options.training)
+    case = Case(**vars(options))
     found = count(case)
     print(case.name)
     passes = zip(("forward", "backward"), found.kernels, found.share, found.cycles, strict=False)

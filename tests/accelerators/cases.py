@@ -43,6 +43,7 @@ class Case(NamedTuple):
       directions: 1 or 2.
       dtype: f32 or bf16, of parameters and data.
       training: whether it returns a loss with its gradients, by parameters and inputs; else outputs and states.
+      resets: whether steps begin episodes, as flags say that are known when it runs; not for flax.
     """
 
     target: str
@@ -51,12 +52,23 @@ class Case(NamedTuple):
     directions: int = 1
     dtype: str = "f32"
     training: bool = False
+    resets: bool = False
 
     @property
     def name(self) -> str:
         """The case in one word, as in the table and in the names of tests."""
         run = "training" if self.training else "forward"
-        return "-".join([self.target, self.layer, self.form, *["bi"] * (self.directions == 2), self.dtype, run])
+        return "-".join(
+            [
+                self.target,
+                self.layer,
+                self.form,
+                *["bi"] * (self.directions == 2),
+                *["resets"] * self.resets,
+                self.dtype,
+                run,
+            ]
+        )
 
     @property
     def steps(self) -> int:
@@ -91,7 +103,12 @@ def _jaxpack(case: Case) -> Program:
     layer = getattr(jaxpack, case.layer)(D, H, bidirectional=case.directions == 2)
     params = jax.eval_shape(lambda: layer.init(jax.random.key(0), DTYPES[case.dtype]))
     if case.form == "none":
-        return Program(lambda params, x, lengths: layer.apply(params, x, lengths=lengths), (params, *_padded(case)))
+        flags = [jax.ShapeDtypeStruct((B, T), bool)] * case.resets
+
+        def run_padded(params: Any, x: Any, lengths: Any, *flags: Any) -> Any:
+            return layer.apply(params, x, lengths=lengths, resets=flags[0] if flags else None)
+
+        return Program(run_padded, (params, *_padded(case), *flags))
     plan = PLANS.get(case.form, PLANS["padded"])
 
     def pack(x: Any, lengths: Any) -> jaxpack.PackedSequence:
@@ -100,11 +117,15 @@ def _jaxpack(case: Case) -> Program:
 
     packed = jax.eval_shape(pack, *_padded(case))
 
-    def run(params: Any, data: Any, packed: Any) -> Any:
-        output, state = layer.apply(params, packed.replace(data=data), forward_mode=case.form == "autodiff")
+    flags = [jax.ShapeDtypeStruct((plan.size,), bool)] * case.resets
+
+    def run(params: Any, data: Any, packed: Any, *flags: Any) -> Any:
+        resets = packed.replace(data=flags[0]) if flags else None
+        inputs = packed.replace(data=data)
+        output, state = layer.apply(params, inputs, resets=resets, forward_mode=case.form == "autodiff")
         return output.data, state
 
-    return Program(run, (params, packed.data, packed))
+    return Program(run, (params, packed.data, packed, *flags))
 
 
 def _flax(case: Case) -> Program:

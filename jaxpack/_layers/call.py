@@ -1,0 +1,57 @@
+"""One call of a layer: its options, and its way from padded arrays to cells and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxpack._packed.layout import lay_out, pad
+from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Resets
+from jaxpack._plans.bucket_plan import BucketPlan
+
+
+class Call(NamedTuple):
+    """The options of one call of `apply`.
+
+    Attributes:
+      params_dtype: the common dtype of the parameters.
+      dtype: the dtype to compute in; None for the result type of data and parameters.
+      dropout_key: a random key; None for no dropout.
+      lengths, plan, forward_mode, return_all_states: as in `apply`.
+    """
+
+    params_dtype: Any
+    dtype: Any
+    dropout_key: jax.Array | None
+    lengths: ArrayLike | Sequence[int] | None
+    plan: BucketPlan | None
+    forward_mode: bool
+    return_all_states: bool
+
+    @property
+    def planned(self) -> bool:
+        """Whether the plan is a choice. Lengths alone run without one."""
+        return self.plan is not None or self.lengths is None
+
+    def dtype_with(self, data: jax.Array) -> Any:
+        """Returns the dtype of the computation."""
+        return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
+
+
+def lay_out_with(
+    batch: jax.Array, resets: jax.Array | None, lengths: Any, plan: BucketPlan, sort: bool = True
+) -> tuple[PackedSequence, Resets | None]:
+    """Packs a padded batch [B, T, F] and its resets [B, T]."""
+    packed = lay_out((batch, resets), lengths, plan, sort)
+    data, cells = packed.data
+    return packed.replace(data=data), None if cells is None else Resets(cells)
+
+
+def pad_states(packed: PackedSequence, length: int) -> Any:
+    """Returns states of packed sequences as arrays [B, T, ...]."""
+    return pad(packed, jax.tree.map(lambda _: 0, packed.data), length)

@@ -1,0 +1,222 @@
+"""The contract of resets: with them a batch gives what its episodes give as sequences of their own.
+
+Each subject runs under one of its plans, in turn, in one program for all tests.
+"""
+
+import functools
+
+import jax
+import jax.export
+import numpy as np
+import oracles
+import pytest
+from contract import (
+    CALLS,
+    Operands,
+    Results,
+    assert_close,
+    dot,
+    forward,
+    operands,
+    oracle,
+    program,
+    pulled_back,
+    random_lengths,
+    stacked,
+    tangent_like,
+)
+from contract_subjects import FLAX, LAYERS, LINEAR, STEPS, B, T, one_call, subject_of
+
+# Of a few lengths: where PyTorch does not have the layer, the oracle compiles a program for all episodes.
+LENGTHS = (3, 5, 0)
+RESETS = np.array([[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1]], bool)
+STEPWISE = LAYERS | FLAX | STEPS
+each_subject = pytest.mark.parametrize("subject", STEPWISE | LINEAR)
+
+
+@pytest.fixture(autouse=True)
+def _strictly():
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@functools.cache
+def program_with_resets(name):
+    return jax.jit(pulled_back(name, CALLS[one_call(name, 0)]))
+
+
+def episodes_of(given):
+    """The row, the first step and the step after the last of each episode."""
+    episodes: list[tuple[int, int, int]] = []
+    for row, length in enumerate(given.lengths):
+        begins = [0, *(t for t in range(1, length) if given.resets[row, t])]
+        episodes += zip([row] * len(begins), begins, [*begins[1:], length], strict=True) if length else []
+    return episodes
+
+
+def by_episodes(name, given):
+    """What the oracle makes of each episode, put together in the layout of the sequences."""
+    subject, episodes = subject_of(name), episodes_of(given)
+    rows = np.array([row for row, _, _ in episodes])
+    starts, stops = np.array([start for _, start, _ in episodes]), np.array([stop for _, _, stop in episodes])
+    is_first, is_last = starts == 0, stops == given.lengths[rows]
+    backward = jax.tree.map(lambda _: np.bool_(False), subject.state) if subject.backward is None else subject.backward
+
+    def cut(leaf):
+        return np.stack([np.pad(leaf[r, i:j], [(0, T - (j - i))] + [(0, 0)] * (leaf.ndim - 2)) for r, i, j in episodes])
+
+    def wide(flags, leaf):
+        return flags.reshape(flags.shape + (1,) * (leaf.ndim - 1))
+
+    def of_ends(leaf, backward):
+        """The cotangents of final states: of the last episode, for a backward direction of the first."""
+        return np.where(wide(is_first, leaf) & backward | wide(is_last, leaf) & ~backward, leaf[rows], 0)
+
+    alone = oracle(
+        name,
+        Operands(
+            given.params,
+            cut(given.x),
+            stops - starts,
+            jax.tree.map(lambda leaf: leaf[rows], given.state),
+            jax.tree.map(cut, given.doutputs),
+            jax.tree.map(of_ends, given.dfinal, backward),
+            given.poison,
+        ),
+    )
+
+    def joined(leaf):
+        whole = np.zeros((B, T, *np.shape(leaf)[2:]))
+        for episode, (row, start, stop) in enumerate(episodes):
+            whole[row, start:stop] = leaf[episode, : stop - start]
+        return whole
+
+    def final(leaf, backward, initial):
+        firsts, lasts = np.array(initial), np.array(initial)
+        firsts[rows[is_first]], lasts[rows[is_last]] = np.asarray(leaf)[is_first], np.asarray(leaf)[is_last]
+        return np.where(backward, firsts, lasts)
+
+    def summed(leaf, dfinal):
+        total = np.where(wide(given.lengths == 0, dfinal), dfinal, 0)
+        np.add.at(total, rows, np.asarray(leaf))
+        return total
+
+    return Results(
+        jax.tree.map(joined, alone.outputs),
+        jax.tree.map(final, alone.final, backward, given.state),
+        alone.params,
+        joined(alone.x),
+        jax.tree.map(summed, alone.state, given.dfinal),
+    )
+
+
+@each_subject
+def test_values_and_gradients_are_those_of_the_episodes_alone(subject):
+    by_torch = subject_of(subject).layer is not None and oracles.torch is not None
+    for seed in range(4 if by_torch else 1):
+        lengths, resets = (LENGTHS, RESETS) if seed == 0 else (random_lengths(seed), random_resets(seed))
+        given = operands(subject, lengths, seed, poison=np.nan)._replace(resets=resets)
+        expected = by_episodes(subject, jax.tree.map(np.nan_to_num, given))
+        found = program_with_resets(subject)(given)
+        assert_close(found._replace(params=subject_of(subject).plain(found.params)), expected)
+
+
+def random_resets(seed):
+    return np.random.default_rng(seed).random((B, T)) < 0.4
+
+
+@pytest.mark.parametrize("subject", STEPWISE)
+def test_nothing_of_an_episode_reaches_another_bit_for_bit(subject):
+    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    expected = program_with_resets(subject)(given)
+    for row, start, stop in episodes_of(given):
+        inside = np.zeros((B, T), bool)
+        inside[row, start:stop] = True
+
+        def perturbed(leaf, inside=inside):
+            return np.where(inside.reshape(B, T, *[1] * (leaf.ndim - 2)), 3 * leaf + 1, leaf)
+
+        moved = given._replace(x=perturbed(given.x), doutputs=jax.tree.map(perturbed, given.doutputs))
+        found = program_with_resets(subject)(moved)
+        pairs = (jax.tree.leaves((each.outputs, each.x)) for each in (found, expected))
+        for ours, theirs in zip(*pairs, strict=True):
+            np.testing.assert_array_equal(ours[~inside], theirs[~inside])
+            assert (ours[inside] != theirs[inside]).any()
+
+
+@each_subject
+def test_resets_at_first_steps_and_past_the_end_change_nothing(subject):
+    given = operands(subject, LENGTHS)
+    resets = np.arange(T)[None] >= np.reshape(LENGTHS, (B, 1))
+    resets[:, 0] = True
+    found = program_with_resets(subject)(given._replace(resets=resets))
+    assert_close(found, program(subject, one_call(subject, 0))(given))
+
+
+@pytest.mark.parametrize("subject", ["LSTM bidirectional", "nnx.RNN(OwnCell)", "log_step"])
+def test_vmap_changes_no_result(subject):
+    each = [operands(subject, random_lengths(seed), seed)._replace(resets=random_resets(seed)) for seed in range(2)]
+    together = jax.jit(jax.vmap(pulled_back(subject, CALLS[one_call(subject, 0)])))(stacked(each))
+    for i, given in enumerate(each):
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), program_with_resets(subject)(given))
+
+
+@pytest.mark.parametrize("subject", ["LSTM projected", "linen.RNN(MGUCell)"])
+def test_resets_alone_may_vary_over_devices(subject):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    given, resets = operands(subject, LENGTHS), [random_resets(seed) for seed in range(2)]
+    call = CALLS[one_call(subject, 0)]
+
+    def run(resets):
+        return forward(subject, call)(given._replace(resets=resets), given.params, given.x, given.state)[0]
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    found = jax.jit(sharded)(np.concatenate(resets))
+    for i in range(2):
+        expected = program_with_resets(subject)(given._replace(resets=resets[i])).outputs
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[i * B : (i + 1) * B], found), expected)
+
+
+def test_an_export_for_every_platform_computes_the_same():
+    subject = "GRU"
+    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    leaves, structure = jax.tree.flatten(given)
+
+    def flat(*leaves):
+        return jax.tree.leaves(pulled_back(subject, CALLS["rows"])(jax.tree.unflatten(structure, leaves)))
+
+    exported = jax.export.export(jax.jit(flat), platforms=oracles.PLATFORMS)(*leaves)
+    assert_close(exported.call(*leaves), program_with_resets(subject)(given))
+
+
+def test_the_derivative_has_a_derivative():
+    subject = "GRU"
+    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    tangent = tangent_like(given.params)
+    gradient = pulled_back(subject, CALLS[one_call(subject, 0)])
+
+    def moved(step):
+        params = jax.tree.map(lambda leaf, change: leaf + step * change, given.params, tangent)
+        return program_with_resets(subject)(given._replace(params=params)).params
+
+    run = jax.jit(lambda params: jax.jvp(lambda p: gradient(given._replace(params=p)).params, (params,), (tangent,)))
+    differences = jax.tree.map(lambda a, b: (a - b) / 2e-6, moved(1e-6), moved(-1e-6))
+    assert_close(run(given.params)[1], differences, 1e-6)
+
+
+@pytest.mark.parametrize("subject", LAYERS)
+def test_forward_mode_equals_reverse_mode(subject):
+    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    run = forward(subject, CALLS[one_call(subject, 0)], forward_mode=True)
+    primals = given.params, given.x, given.state
+    tangents = tangent_like(primals)
+
+    @jax.jit
+    def directional(given):
+        (outputs, _, final), (doutputs, _, dfinal) = jax.jvp(functools.partial(run, given), primals, tangents)
+        return (outputs, final), dot((doutputs, dfinal), (given.doutputs, given.dfinal))
+
+    values, slope = directional(given)
+    expected = program_with_resets(subject)(given)
+    assert_close(values, expected[:2])
+    np.testing.assert_allclose(slope, dot(expected[2:], tangents), rtol=1e-10)
