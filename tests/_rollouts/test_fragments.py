@@ -311,6 +311,7 @@ def test_values_of_other_fragments_under_the_same_plan_are_refused_or_nan():
 # Layers with resets=.
 LAYERS: dict[str, Any] = {
     "min_gru": jaxpack.MinGRU(F, 3),
+    "lstm": jaxpack.LSTM(F, 3),
 }
 
 

@@ -62,6 +62,7 @@ def test_values_and_all_gradients_are_numpys(chance):
 # Layers with resets=, and the axis of rows in their states.
 LAYERS: dict[str, Any] = {
     "min_gru": (jaxpack.MinGRU(F, 3), 0),
+    "lstm": (jaxpack.LSTM(F, 3, num_layers=2), 1),
 }
 
 
