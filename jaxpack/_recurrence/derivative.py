@@ -61,14 +61,14 @@ class Schedule(NamedTuple):
 
 
 CPU = Schedule(
-    "cpu", 512, False, StepLoop(stacked=False, unroll=1), bodies=1, fuse_directions=False, divisors=(1, 2, 4, 8)
+    "cpu", 512, False, StepLoop(stacked=False, unroll=1), bodies=1, fuse_directions=False, divisors=(1, 3, 8)
 )
 # A loop whose trip count follows the lengths would ask the host at every step whether to go on.
 # An iteration launches two or three kernels beside two or three a step, and each of its steps takes time to compile.
 GPU = Schedule("gpu", None, True, StepLoop(stacked=True, unroll=16), bodies=24, fuse_directions=True, divisors=(1,))
 # Stacked outputs took 1.3 times the cycles forward and 1.8 times backward (v5e, as the compiler estimates them).
 TPU = Schedule(
-    "tpu", 4096, True, StepLoop(stacked=False, unroll=8), bodies=24, fuse_directions=True, divisors=(1, 2, 4, 8)
+    "tpu", 4096, True, StepLoop(stacked=False, unroll=8), bodies=24, fuse_directions=True, divisors=(1, 3, 8)
 )
 
 
