@@ -55,7 +55,8 @@ class Server:
         since batches that fit none are split: jaxpack.data.plan_cover(lengths, size, miss=0.1) for a few sizes, and
         plan_padded(1, longest), do less work than a large padded plan that every batch fits.
       example: a sequence of any number of steps: an array [L, *F], or a pytree of arrays or jax.ShapeDtypeStructs.
-      cost_model: determines the cheapest plan by its run_time. Default: CostModel().
+      cost_model: determines the cheapest plan by its run_time. Default: that of forward passes on the platform,
+        `CostModel.for_platform(training=False)`.
 
     Raises:
       ValueError: if there is no plan, example is not a sequence, params hold an integer that JAX cannot hold, or the
@@ -79,7 +80,7 @@ class Server:
             return function(jax.tree.unflatten(structure, weights), packed)
 
         programs = dict.fromkeys(checked_plans(plans), program)
-        self._start(programs, weights, Schema.of(example), cost_model or CostModel())
+        self._start(programs, weights, Schema.of(example), cost_model or CostModel.for_platform(training=False))
 
     def _start(
         self,

@@ -118,7 +118,8 @@ class SessionServer(Server):
         self._hold(jax.tree.map(np.asarray, jax.tree.unflatten(jax.tree.structure(state), states)), max_sessions)
         # The first state is one of the weights, so that a saved server has it.
         programs = dict.fromkeys(checked_plans(plans), program)
-        self._start(programs, weights + states, Schema.of(example), cost_model or CostModel())
+        cost_model = cost_model or CostModel.for_platform(training=False)
+        self._start(programs, weights + states, Schema.of(example), cost_model)
 
     def _hold(self, initial: PyTree, max_sessions: int = 10_000) -> None:
         """Makes the empty table of sessions, which begin in a state."""
