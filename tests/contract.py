@@ -139,6 +139,10 @@ class Shared:
         """Returns how many programs there are of it."""
         return self._run._cache_size()
 
+    def effects(self, *operands: Any) -> Any:
+        """Returns the effects of the program for such operands."""
+        return self._run.trace(*operands).jaxpr.effects
+
 
 @functools.cache
 def program(name: str, call: str) -> Shared:
@@ -268,7 +272,7 @@ class Contract:
 
     def test_programs_have_no_effects(self, subject, call):
         """A jitted function with an effect is called through Python, which takes longer than a small layer."""
-        assert not program(subject, call).trace(operands(subject, LENGTHS[0])).jaxpr.effects
+        assert not program(subject, call).effects(operands(subject, LENGTHS[0]))
 
     def test_batch_mates_do_not_matter(self, subject, call):
         together = program(subject, call)(operands(subject, (3, 5, 2)))
