@@ -109,8 +109,8 @@ def bench(
     The workload epoch trains one layer of jaxpack on 4,096 such sequences, or
     on those of --lengths, in batches of 64 that are padded, bucketed and
     slot-filled. Its times include the host's work. The command bench gpu
-    measures plans on a CUDA device, bench rollout the layers over rollouts in
-    which episodes begin.
+    measures plans on a CUDA device, and bench rollout measures resets and
+    episodes.
 
     On Linux, temporary memory above 32 MiB costs page faults, which the report
     counts: glibc's malloc returns it to the system after every call, and gets

@@ -57,6 +57,7 @@ def measure_rollout(cases: Sequence[Rollout], names: Sequence[str], repeats: int
 
 
 def _measure_case(case: Rollout, names: Sequence[str], repeats: int, tell: Tell) -> dict[str, Any]:
+    """Measures one case."""
     libraries = Libraries(case, PEERS)
     for i, name in enumerate(names):
         tell(f"compiling {name}", 0.4 * i / len(names))
