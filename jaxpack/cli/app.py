@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 import jaxpack
 from jaxpack.cli.bench.command import bench
 from jaxpack.cli.bench.gpu.command import bench_gpu
+from jaxpack.cli.bench.rollout.command import bench_rollout
 from jaxpack.cli.demo.command import demo
 from jaxpack.cli.demo.g2p.command import g2p
 from jaxpack.cli.plan import plan
@@ -32,6 +33,7 @@ demos.command()(g2p)
 app.add_typer(demos, name="demo")
 app.command()(bench)
 app.command("bench gpu")(bench_gpu)
+app.command("bench rollout")(bench_rollout)
 for command in (plan, serve_bench):
     app.command()(command)
 

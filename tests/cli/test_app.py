@@ -29,6 +29,7 @@ from jaxpack.cli._measure import CountedJit
 from jaxpack.cli.app import app
 from jaxpack.cli.bench import command as bench_file
 from jaxpack.cli.bench.gpu import command as gpu_file
+from jaxpack.cli.bench.rollout import command as rollout_file
 from jaxpack.cli.demo import command as demo_file
 from jaxpack.cli.demo.g2p import checkpoint as g2p_checkpoint
 from jaxpack.cli.demo.g2p import command as g2p_file
@@ -287,6 +288,7 @@ OUTPUTS = {
     "bench --plot": ("bench", "--plot", "x.svg"),
     "bench epoch --json": ("bench", "epoch", "--json", "x.json"),
     "bench gpu --json": ("bench", "gpu", "--cpu", "--json", "x.json"),
+    "bench rollout --json": ("bench", "rollout", "--json", "x.json"),
     "bench gpu --markdown": ("bench", "gpu", "--cpu", "--markdown", "x.md"),
     "serve-bench --json": ("serve-bench", "--json", "x.json"),
     "demo g2p --checkpoint": ("demo", "g2p", "--checkpoint", "x"),
@@ -309,6 +311,7 @@ WORK = [
     (bench_file, "measure"),
     (bench_file, "measure_epoch"),
     (gpu_file, "measure_gpu"),
+    (rollout_file, "measure_rollout"),
     (serve_bench_file, "measure"),
     (g2p_file, "_run"),
 ]
@@ -380,8 +383,10 @@ def test_a_device_that_is_full_at_the_end_is_one_line(output, tmp_path, monkeypa
     for module, name in WORK[1:]:
         monkeypatch.setattr(module, name, lambda *args, **kwargs: {"passed": True, "cases": []})
     monkeypatch.setattr(gpu_file, "markdown", lambda result: "a table")
-    for module in (bench_file, gpu_file, serve_bench_file):
-        for name in {"print_bench", "print_epoch", "print_gpu", "print_serve_bench"} & vars(module).keys():
+    for module in (bench_file, gpu_file, rollout_file, serve_bench_file):
+        for name in {"print_bench", "print_epoch", "print_gpu", "print_rollout", "print_serve_bench"} & vars(
+            module
+        ).keys():
             monkeypatch.setattr(module, name, lambda *args: None)
     monkeypatch.setattr(jaxpack.plot, "plot_bench", lambda result: jaxpack.plot.plot_plan(jaxpack.plan_padded(1, 1)))
     *command, option, name = OUTPUTS[output]

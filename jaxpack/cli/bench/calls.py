@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PASSES = ("forward", "training")
 
@@ -28,6 +29,9 @@ class Calls(NamedTuple):
       compile_seconds: by pass, the seconds to trace, lower and compile; None if nothing is compiled.
       temp_bytes: by pass, the peak of temporary memory that the compiler planned; None if nothing is compiled.
       same_weights: whether the weights are the workload's, so that the loss must equal jaxpack's.
+      steps: the steps one after the other; None if they are not counted.
+      in_place: puts what has the layout of the outputs, or of the inputs, in that of the workload, as a NumPy array;
+        None if the outputs are not to be compared.
     """
 
     forward: Callable[[], Any]
@@ -36,6 +40,8 @@ class Calls(NamedTuple):
     compile_seconds: Mapping[str, float] | None = None
     temp_bytes: Mapping[str, int] | None = None
     same_weights: bool = False
+    steps: int | None = None
+    in_place: Callable[[Any], np.ndarray] | None = None
 
 
 def of_cell(table: Mapping[str, Any], cell: str) -> Any:

@@ -109,7 +109,8 @@ def bench(
     The workload epoch trains one layer of jaxpack on 4,096 such sequences, or
     on those of --lengths, in batches of 64 that are padded, bucketed and
     slot-filled. Its times include the host's work. The command bench gpu
-    measures plans on a CUDA device.
+    measures plans on a CUDA device, and bench rollout measures resets and
+    episodes.
 
     On Linux, temporary memory above 32 MiB costs page faults, which the report
     counts: glibc's malloc returns it to the system after every call, and gets
@@ -122,7 +123,7 @@ def bench(
         _check_options_of_epoch(huge_pages, plot_file)
     if huge_pages:
         _check_huge_pages(lengths)
-    names = _peer_names(peer, BATCHERS if is_epoch else PEERS)
+    names = peer_names(peer, BATCHERS if is_epoch else PEERS)
     chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
     repeats = repeats or (_REPEATS_OF_EPOCH if is_epoch else _REPEATS)
     result = with_progress(functools.partial(measure_epoch if is_epoch else measure, chosen, names, repeats))
@@ -135,7 +136,7 @@ def bench(
             plot.plot_bench(result).savefig(plot_file)
 
 
-def _peer_names(given: list[str] | None, known: Iterable[str]) -> list[str]:
+def peer_names(given: list[str] | None, known: Iterable[str]) -> list[str]:
     """Returns the known names that were given, or all of them, in the order of the report."""
     known = list(known)
     unknown = [name for name in given or () if name not in known]

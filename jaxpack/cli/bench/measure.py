@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,13 +75,15 @@ class Libraries:
 
     Attributes:
       workload: the batch and the layer.
+      peers: a function for each library that may run it.
       calls: the compiled calls of each library.
       losses: the loss of each library.
       missing: the reason of each library that does not run.
     """
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, peers: Mapping[str, Callable[[Any], Calls]] | None = None) -> None:
         self.workload = workload
+        self.peers = PEERS if peers is None else peers
         self.calls: dict[str, Calls] = {}
         self.losses: dict[str, float] = {}
         self.missing: dict[str, str] = {}
@@ -89,7 +91,7 @@ class Libraries:
     def add(self, name: str) -> None:
         """Compiles and runs a library once, and enters it as a library that runs or as a missing one."""
         try:
-            calls = PEERS[name](self.workload)
+            calls = self.peers[name](self.workload)
             loss = _first_run(calls)
             self._check_loss(calls, loss)
         except Missing as error:
