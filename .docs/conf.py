@@ -46,6 +46,7 @@ contents = {
             "packed",
             "linear",
             "hybrids",
+            "state",
             "rollouts",
             "feeding",
             "flax",
