@@ -24,7 +24,7 @@ from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._packed.inputs import batch_plan
 from jaxpack._packed.layout import reverse
 from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._packed.resets import Resets, reversed_resets
+from jaxpack._packed.resets import Resets, packed_beside, reversed_resets
 from jaxpack._packed.scan import scan_packed
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -59,9 +59,7 @@ class _Config(NamedTuple):
             packed, begins = inputs, resets
         else:
             assert lengths is not None
-            packed = self.layout.pack((inputs, resets), lengths, self.plan, self.sort)
-            data, cells = packed.data
-            packed, begins = packed.replace(data=data), None if cells is None else Resets(cells)
+            packed, begins = packed_beside(self.layout.pack((inputs, resets), lengths, self.plan, self.sort))
         assert begins is None or isinstance(begins, Resets)
         if not self.reverse:
             return packed, begins

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._packed.resets import Resets
+from jaxpack._packed.resets import Resets, packed_beside
 from jaxpack._plans.bucket_plan import BucketPlan
 
 
@@ -47,9 +47,7 @@ def lay_out_with(
     batch: jax.Array, resets: jax.Array | None, lengths: Any, plan: BucketPlan, sort: bool = True
 ) -> tuple[PackedSequence, Resets | None]:
     """Packs a padded batch [B, T, F] and its resets [B, T]."""
-    packed = lay_out((batch, resets), lengths, plan, sort)
-    data, cells = packed.data
-    return packed.replace(data=data), None if cells is None else Resets(cells)
+    return packed_beside(lay_out((batch, resets), lengths, plan, sort))
 
 
 def pad_states(packed: PackedSequence, length: int) -> Any:

@@ -75,9 +75,7 @@ def run_stack(
     cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
     recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
-    fits = checked_slot_fits(packed)
-    if resets is not None and resets.agree is not None:
-        fits &= resets.agree
+    fits = checked_slot_fits(packed, None if resets is None else resets.agree)
     state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
     data: jax.Array = packed.data
     finals: list[Carry] = []

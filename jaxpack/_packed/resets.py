@@ -100,6 +100,12 @@ def padded_resets(function: str, resets: Any, lead: tuple[Any, ...]) -> jax.Arra
     return jnp.asarray(resets)
 
 
+def packed_beside(both: PackedSequence) -> tuple[PackedSequence, Resets | None]:
+    """Splits a batch that was packed as a pair of inputs and resets; None for the resets if there are none."""
+    data, cells = both.data
+    return both.replace(data=data), None if cells is None else Resets(cells)
+
+
 def reversed_resets(packed: Indexed, cells: jax.Array) -> jax.Array:
     """Returns the cells at which a recurrence over reversed sequences begins an episode: at its last step.
 

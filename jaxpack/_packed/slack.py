@@ -55,8 +55,7 @@ def zero_slack(packed: Indexed, cells: PyTree, also: jax.Array | None = None) ->
       cells: [S, ...], or a pytree of such arrays.
       also: bool [B], a further condition that the sequence of each slot must meet.
     """
-    fits = checked_slot_fits(packed) if also is None else checked_slot_fits(packed) & also
-    mask, fits = real_cells(packed), spread(packed.plan, fits)
+    mask, fits = real_cells(packed), spread(packed.plan, checked_slot_fits(packed, also))
     return jax.tree.map(lambda leaf: select_or_poison(leaf, mask, jnp.zeros_like(leaf), fits), cells)
 
 
@@ -68,28 +67,31 @@ def in_caller_order(packed: Indexed, states: PyTree, also: jax.Array | None = No
       states: [B, ...], or a pytree of such arrays.
       also: as in `zero_slack`.
     """
-    fits = checked_slot_fits(packed) if also is None else checked_slot_fits(packed) & also
+    fits = checked_slot_fits(packed, also)
     return jax.tree.map(lambda leaf: poison(leaf, fits)[packed.unsorted_indices], states)
 
 
-def checked_slot_fits(packed: Indexed) -> jax.Array:
-    """Returns `slot_fits`: bool [B]. Under checkify a sequence that does not fit is an error."""
+def checked_slot_fits(packed: Indexed, also: jax.Array | None = None) -> jax.Array:
+    """Returns `slot_fits`, and the further condition `also`: bool [B].
+
+    Under checkify a sequence that does not fit is an error.
+    """
     fits = slot_fits(packed)
-    if not len(fits):
-        return fits
-    agree = indices_agree(packed)
-    fits = checked(fits, agree, f"lengths, sorted_indices and unsorted_indices do not belong together: {PACK_ANEW}")
-    slot = jnp.argmin(fits)
-    return checked(
-        fits,
-        jnp.all(fits) | ~agree,
-        "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps (a negative length was "
-        "below 0, or longer than its padded batch). Use a plan that covers it (jaxpack.plan_buckets(lengths)) or "
-        "truncate the sequence.",
-        row=packed.sorted_indices[slot],
-        length=slot_lengths(packed)[slot],
-        room=room_of_slots(packed.plan)[slot],
-    )
+    if len(fits):
+        agree = indices_agree(packed)
+        fits = checked(fits, agree, f"lengths, sorted_indices and unsorted_indices do not belong together: {PACK_ANEW}")
+        slot = jnp.argmin(fits)
+        fits = checked(
+            fits,
+            jnp.all(fits) | ~agree,
+            "lengths[{row}] = {length} does not fit the plan: its row has room for {room} steps (a negative length was "
+            "below 0, or longer than its padded batch). Use a plan that covers it (jaxpack.plan_buckets(lengths)) or "
+            "truncate the sequence.",
+            row=packed.sorted_indices[slot],
+            length=slot_lengths(packed)[slot],
+            room=room_of_slots(packed.plan)[slot],
+        )
+    return fits if also is None else fits & also
 
 
 def select_or_poison(leaf: jax.Array, taken: jax.Array, filling: jax.Array, fits: jax.Array) -> jax.Array:

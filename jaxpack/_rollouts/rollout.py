@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxpack._packed.gather import rearrange
 from jaxpack._packed.inputs import padded_batch
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._rollouts.chunks import refuse_both_directions
-from jaxpack._rollouts.states import checked_rows
+from jaxpack._rollouts.states import checked_fresh, checked_rows, where_rows
 from jaxpack._types import PyTree
 
 
@@ -76,21 +76,13 @@ def run_rollout(
     carried = checked_rows(carried, "carried", batch_axis, rows)
     if fresh is None:
         fresh = jax.tree.map(jnp.zeros_like, carried)
-    found: Any = jax.tree.structure(fresh)
-    if found != jax.tree.structure(carried):
-        raise ValueError(f"fresh must have the structure of carried, {jax.tree.structure(carried)}, got {found}.")
-    fresh = checked_rows(fresh, "fresh", batch_axis, rows, 1)
+    fresh = checked_fresh(fresh, carried, "carried", batch_axis, rows, 1)
     halves = _Halves.of(flags)
     state = jax.tree.map(functools.partial(_one_after_the_other, axis=batch_axis), carried, fresh)
     pieces, begins = halves.split(batch), halves.split(flags)
     outputs, final = apply(params, pieces, state, lengths=halves.lengths, resets=begins)
-
-    def last(leaf: jax.Array) -> jax.Array:
-        before, after = jnp.split(leaf, 2, axis=batch_axis)
-        begun = jnp.reshape(halves.first < steps, (1,) * batch_axis + (-1,) + (1,) * (leaf.ndim - batch_axis - 1))
-        return jnp.where(begun, after, before)
-
-    return halves.join(outputs), jax.tree.map(last, final)
+    before, after = (jax.tree.map(lambda leaf, i=i: jnp.split(leaf, 2, batch_axis)[i], final) for i in range(2))
+    return halves.join(outputs), where_rows(halves.first < steps, after, before, batch_axis)
 
 
 class _Halves(NamedTuple):

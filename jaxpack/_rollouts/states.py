@@ -67,17 +67,28 @@ def started(spans: Spans, continued: PyTree, fresh: PyTree, axis: int) -> PyTree
     if fresh is None:
         begun = jax.tree.map(jnp.zeros_like, continued)
     else:
-        found: Any = jax.tree.structure(fresh)
-        expected: Any = jax.tree.structure(continued)
-        if found != expected:
-            raise ValueError(f"fresh must have the structure of the state, {expected}, got {found}.")
-        begun = picked(checked_rows(fresh, "fresh", axis, spans.shape[1 - spans.axis], 1), spans.rows, axis)
+        fresh = checked_fresh(fresh, continued, "the state", axis, spans.shape[1 - spans.axis], 1)
+        begun = picked(fresh, spans.rows, axis)
+    return where_rows(spans.begins, begun, continued, axis)
+
+
+def checked_fresh(fresh: PyTree, like: PyTree, name: str, axis: int, *counts: int) -> PyTree:
+    """Returns a fresh state as `checked_rows` does; raises ValueError unless its structure is that of another state."""
+    found: Any = jax.tree.structure(fresh)
+    expected: Any = jax.tree.structure(like)
+    if found != expected:
+        raise ValueError(f"fresh must have the structure of {name}, {expected}, got {found}.")
+    return checked_rows(fresh, "fresh", axis, *counts)
+
+
+def where_rows(flags: jax.Array, new: PyTree, old: PyTree, axis: int) -> PyTree:
+    """Returns the old state, and the new one in the rows [N] with a flag."""
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        begins = jnp.reshape(spans.begins, (1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1))
-        return jnp.where(begins, new, old)
+        here = jnp.reshape(flags, (1,) * axis + (-1,) + (1,) * (old.ndim - axis - 1))
+        return jnp.where(here, new, old)
 
-    return jax.tree.map(choose, begun, continued)
+    return jax.tree.map(choose, new, old)
 
 
 def stored(spans: Spans, states: PyTree, fresh: PyTree, batch_axis: int) -> PyTree:

@@ -104,7 +104,7 @@ def _over_tokens(
       same: bool [B], which slots hold sequences of the same length in all batches; None if all do.
     """
     dtype = widened(logits.data).dtype
-    fits = checked_slot_fits(logits) if same is None else checked_slot_fits(logits) & same
+    fits = checked_slot_fits(logits, same)
     weights = jnp.ones(logits.plan.num_sequences, dtype) if weights is None else weights.astype(dtype)
     of_cells = weights if scoring.per_token else spread(logits.plan, weights[logits.sorted_indices])
     counted = real_cells(logits)
