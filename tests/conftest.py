@@ -29,6 +29,13 @@ hypothesis.settings.register_profile("jaxpack", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("jaxpack")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Forgets the programs of a file: each takes memory mappings, and XLA dies where Linux gives no more (65,530)."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs the test in float64."""
