@@ -6,8 +6,10 @@ from jaxpack.data._batch import stack_shards
 from jaxpack.sharding._mapping import map_shards, sum_shards
 from jaxpack.sharding._packing import in_caller_order, pack_shards
 from jaxpack.sharding._placement import prefetch_to_mesh, put
+from jaxpack.sharding._units import UnitShards
 
 __all__ = [
+    "UnitShards",
     "deal",
     "in_caller_order",
     "map_shards",

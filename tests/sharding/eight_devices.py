@@ -16,7 +16,9 @@ KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 def collectives(text):
     """Counts the collectives of a compiled program: all of them, and those in other computations than the entry."""
-    total, inside, entry = collections.Counter(), collections.Counter(), False
+    total: collections.Counter[str] = collections.Counter()
+    inside: collections.Counter[str] = collections.Counter()
+    entry = False
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
             entry = line.startswith("ENTRY")
