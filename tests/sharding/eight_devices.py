@@ -1,31 +1,14 @@
 """Prints what training steps communicate on eight devices, as JSON; test_mapping.py runs it in a process of its own."""
 
-import collections
 import json
-import re
 
 import jax
 import numpy as np
+from counts import collectives
 
 import jaxpack
 from jaxpack.losses import Mean
 from jaxpack.sharding import pack_shards, put, sum_shards
-
-KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-
-
-def collectives(text):
-    """Counts the collectives of a compiled program: all of them, and those in other computations than the entry."""
-    total: collections.Counter[str] = collections.Counter()
-    inside: collections.Counter[str] = collections.Counter()
-    entry = False
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            entry = line.startswith("ENTRY")
-        if found := re.search(rf" ({KINDS})(-start)?\(", line):
-            total[found[1]] += 1
-            inside[found[1]] += not entry
-    return {"collectives": dict(total), "in loops": {kind: count for kind, count in inside.items() if count}}
 
 
 def report(step, expected, *operands):
@@ -33,7 +16,8 @@ def report(step, expected, *operands):
     compiled = jax.jit(step).lower(*operands).compile()
     found = compiled(*operands)
     pairs = zip(*map(jax.tree.leaves, (found, expected)), strict=True)
-    return collectives(compiled.as_text()) | {"error": max(float(np.abs(a - b).max()) for a, b in pairs)}
+    total, in_loops = collectives(compiled.as_text())
+    return {"collectives": total, "in loops": in_loops, "error": max(float(np.abs(a - b).max()) for a, b in pairs)}
 
 
 def main():

@@ -1,6 +1,7 @@
 """One training step on many devices equals that on one, for every way to write it, and what it communicates."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -176,8 +177,12 @@ def test_vmap_over_shards_of_an_explicit_mesh_is_refused_with_the_way_out(call, 
 @pytest.fixture(scope="module")
 def on_eight_devices():
     """What `eight_devices.py` prints, which runs in a process of eight devices."""
-    script = pathlib.Path(__file__).parent / "eight_devices.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    folder = pathlib.Path(__file__).parent
+    paths = [str(folder.parent.parent), str(folder.parent)]  # of jaxpack, and of what tests share
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, folder / "eight_devices.py"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
