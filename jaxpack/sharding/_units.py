@@ -143,9 +143,9 @@ class UnitShards:
                 "sum_shards. For data-parallel shards pass data_axis= to UnitShards, and the whole batch."
             )
         batch = inputs, initial_state, dropout_key, resets
-        stacked = () if self.data_axis is None else (self.data_axis,)
+        stacked: tuple[str, ...] = () if self.data_axis is None else (self.data_axis,)
         if stacked:
-            check_shards(batch, axis_size(self.mesh, self.data_axis), f"the mesh axis {self.data_axis!r}")
+            check_shards(batch, axis_size(self.mesh, stacked), f"the mesh axis {self.data_axis!r}")
         local = _LocalUnits.of(self.layer, self.axis, axis_size(self.mesh, self.axis))
 
         def run(params: LayerParams, batch: Any) -> Any:
