@@ -8,7 +8,7 @@ from counts import collectives
 
 import jaxpack
 from jaxpack.losses import Mean
-from jaxpack.sharding import pack_shards, put, sum_shards
+from jaxpack.sharding import UnitShards, pack_shards, put, sum_shards
 
 
 def report(step, expected, *operands):
@@ -46,7 +46,19 @@ def main():
         "vmap": jax.value_and_grad(mapped),
         "sum": jax.value_and_grad(lambda params, batch: sum_shards(loss, mesh)(params, batch).value),
     }
-    print(json.dumps({name: report(step, expected, params, batch) for name, step in steps.items()}))
+    reports = {name: report(step, expected, params, batch) for name, step in steps.items()}
+
+    grid = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = UnitShards(layer, grid, data_axis="data")
+
+    def of_units(params, batch):
+        output, _ = spread.apply(params, batch)
+        return jax.numpy.sum(output.data**2) / jax.numpy.sum(batch.lengths)
+
+    split = spread.split(jax.device_get(params))
+    expected = expected[0], jax.tree.map(np.asarray, spread.split(jax.device_get(expected[1])))
+    reports["units"] = report(jax.value_and_grad(of_units), expected, split, put(shards, grid))
+    print(json.dumps(reports))
 
 
 if __name__ == "__main__":

@@ -194,3 +194,10 @@ def test_eight_devices_sum_the_gradients_once_and_gather_no_activations(on_eight
     # One for all floats, the loss and every parameter together, and one for the integer number of tokens.
     assert found["collectives"] == {"all-reduce": 2}
     assert found["in loops"] == {}
+
+
+def test_eight_devices_of_data_and_units_gather_and_scatter_once_a_step(on_eight_devices):
+    found = on_eight_devices["units"]
+    assert found["error"] < 1e-5
+    assert found["in loops"] == {"all-gather": 1, "reduce-scatter": 1}
+    assert set(found["collectives"]) == {"all-gather", "reduce-scatter", "all-reduce"}
