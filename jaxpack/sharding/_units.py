@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, Params
 from jaxpack._layers.layers import GRU, LSTM, RNN
@@ -58,8 +58,8 @@ class UnitShards:
 
     Raises:
       TypeError: if the layer is not an RNN, LSTM or GRU.
-      ValueError: if the mesh does not have the axis, the axis does not divide the units, or the layer has a projection
-        or a learned initial state.
+      ValueError: if the mesh does not have the axis or it is not automatic, the axis does not divide the units, or the
+        layer has a projection or a learned initial state.
     """
 
     layer: RecurrentLayer
@@ -73,6 +73,12 @@ class UnitShards:
         parts, units = axis_size(self.mesh, self.axis), self.layer.hidden_size
         if self.data_axis is not None:
             axis_size(self.mesh, self.data_axis)
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if any(types[axis] != AxisType.Auto for axis in (self.axis, self.data_axis) if axis is not None):
+            raise ValueError(
+                "UnitShards needs automatic axes, because joining gates and directions is a reshape across units: make "
+                "the mesh with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * axes)."
+            )
         if units % parts:
             raise ValueError(
                 f"hidden_size={units} is not a multiple of the {parts} devices along the mesh axis {self.axis!r}: make "

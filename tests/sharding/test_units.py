@@ -102,6 +102,7 @@ def test_a_step_gathers_h_once_and_scatters_its_cotangent_once(name, of_chunks):
 
 
 MESH = mesh_of(2)
+EXPLICIT = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Explicit,))
 SHARDED = UnitShards(jaxpack.GRU(3, 4), MESH)
 PARAMS = SHARDED.layer.init(jax.random.key(0))
 
@@ -114,6 +115,7 @@ PARAMS = SHARDED.layer.init(jax.random.key(0))
             ValueError,
             "hidden_size=5 is not a multiple.* make it 6",
         ),
+        (lambda: UnitShards(jaxpack.GRU(3, 4), EXPLICIT), ValueError, "needs automatic axes.* make the mesh with"),
         (lambda: UnitShards(jaxpack.LSTM(3, 4, proj_size=2), MESH), ValueError, "has a projection"),
         (lambda: UnitShards(jaxpack.GRU(3, 4, learned_initial_state=True), MESH), ValueError, "learned initial state"),
         (lambda: UnitShards(jaxpack.MinGRU(3, 4), MESH), TypeError, "takes a jaxpack.RNN, LSTM or GRU"),  # type: ignore[arg-type]
