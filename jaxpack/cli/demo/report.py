@@ -38,7 +38,8 @@ class Report(NamedTuple):
       columns: the costs of "packed" and "padded".
       trained: which of the two trained the model.
       repeats: how many times an epoch was timed under each plan.
-      lengths: int [B], the lengths in the first batch.
+      lengths: int [B], the lengths in the first batch, or in its first shard.
+      devices: how many devices share a batch, each under the plan.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Report(NamedTuple):
     trained: str
     repeats: int
     lengths: np.ndarray
+    devices: int = 1
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -77,7 +79,7 @@ def _facts(report: Report) -> Table:
 def _comparison(report: Report) -> Table:
     """Returns the table of packed beside padded."""
     columns = report.columns["packed"], report.columns["padded"]
-    cells = [column.plan.size * report.num_batches for column in columns]
+    cells = [column.plan.size * report.num_batches * report.devices for column in columns]
     speeds = [report.tokens / column.epoch_seconds for column in columns]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     table.add_column("")
@@ -99,6 +101,6 @@ def _caption(report: Report) -> str:
     blank = " Padding would also compute the blank part at the right." if plan.num_buckets > 1 else ""
     marks = "█ ▓ real" if plan.starts else "█ real"
     return (
-        f"The first batch under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
+        f"The first {'batch' if report.devices == 1 else 'shard'} under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
         f"first. {marks}, ░ slack: computed, then masked.{blank}"
     )
