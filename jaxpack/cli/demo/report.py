@@ -100,7 +100,8 @@ def _caption(report: Report) -> str:
     laid_out = "rows run down, with utterances end to end in two shades" if plan.starts else "utterances run down"
     blank = " Padding would also compute the blank part at the right." if plan.num_buckets > 1 else ""
     marks = "█ ▓ real" if plan.starts else "█ real"
+    drawn = "batch" if report.devices == 1 else "shard"
     return (
-        f"The first {'batch' if report.devices == 1 else 'shard'} under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
+        f"The first {drawn} under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
         f"first. {marks}, ░ slack: computed, then masked.{blank}"
     )
