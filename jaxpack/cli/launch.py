@@ -60,9 +60,7 @@ def launch(
         raise typer.Exit(1)
 
 
-def _environments(
-    processes: int | None, process_id: int | None, coordinator: str | None
-) -> dict[int, dict[str, str]]:
+def _environments(processes: int | None, process_id: int | None, coordinator: str | None) -> dict[int, dict[str, str]]:
     """Returns the environment variables of each process to start, by its number."""
     if processes is None:
         if process_id is not None or coordinator is not None:
