@@ -9,7 +9,9 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Hashable, Iterator, Sequence
+import queue
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +26,7 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PRO
 _SHUTDOWN_SECONDS = 5  # for which a host that ends waits for the others to end
 _DESCRIBED = 120  # bytes of a value that hosts tell each other, for the error
 # Texts of the errors in which XLA's collectives, JAX's coordination service and gRPC report a host that is gone.
-_LOST = ("Gloo", "NCCL", "oordination service", "Barrier", "by peer", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat")
+_LOST = ("Gloo", "NCCL", "coordination service", "Barrier timed out", "UNAVAILABLE:", "DEADLINE_EXCEEDED:")
 
 
 class HostLostError(RuntimeError):
@@ -99,33 +101,34 @@ def start_hosts(
             raise
 
 
-def check_hosts_agree(**values: PyTree) -> None:
+def check_hosts_agree(timeout: float = 300.0, /, **values: PyTree) -> None:
     """Raises an error on every host if a value is not the same on all of them.
 
     Hosts whose plans, seeds or corpora differ would wait for each other without end, or train on other batches than one
     host does. Call it on every host, after `start_hosts` and before the first step.
 
-    Hosts compare hashes of the values, so a value may be large. A host that does not call it is noticed after the
-    timeout of the collectives, 30 seconds on CPUs.
+    Hosts compare hashes of the values, so a value may be large.
 
     Examples:
       >>> check_hosts_agree(seed=0, plan=jaxpack.plan_padded(8, 20), lengths=np.arange(20))
 
     Args:
+      timeout: seconds for which a host waits for the others to call this too.
       values: by name, numbers, strings, plans and other frozen dataclasses of them, arrays, and pytrees of these. Of
         arrays the values, the shape and the dtype count.
 
     Raises:
       ValueError: if hosts differ, in a value or in the names. It says in which, and which hosts have what.
       TypeError: if a value is of another type.
+      HostLostError: if another host has not called this after `timeout` seconds.
     """
     names = sorted(values)
     hashes = [_hash(name, values[name]) for name in names]
     if jax.process_count() == 1:
         return
-    asked = [_text(row) for row in _gather([", ".join(names).encode()])[:, 0]]
-    hashes_of_names = _gather([hashlib.sha256(repr(names).encode()).digest()])[:, 0]
-    _raise_if_differing("the names of the values", hashes_of_names, asked)
+    called = [hashlib.sha256(repr(names).encode()).digest(), ", ".join(names).encode()]
+    found = _within(timeout, lambda: _gather(called))
+    _raise_if_differing("the names of the values", found[:, 0], [_text(row) for row in found[:, 1]])
     if not names:
         return
     all_hashes = _gather(hashes)
@@ -210,6 +213,29 @@ def _describe(value: PyTree) -> str:
     if len(text.encode()) <= _DESCRIBED:
         return text
     return f"a {type(value).__name__} with the hash {_hash('', value).hex()[:8]}"
+
+
+def _within(timeout: float, gather: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns what hosts gather; raises HostLostError if that takes longer. A collective itself waits without end."""
+    found: queue.SimpleQueue[np.ndarray | Exception] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            found.put(gather())
+        except Exception as error:
+            found.put(error)
+
+    threading.Thread(target=run, name="check_hosts_agree", daemon=True).start()
+    try:
+        result = found.get(timeout=timeout)
+    except queue.Empty:
+        raise HostLostError(
+            f"some of the {jax.process_count()} hosts have not called check_hosts_agree for {timeout:g} seconds. Look "
+            f"at their outputs, and start all hosts again."
+        ) from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _gather(rows: Sequence[bytes]) -> np.ndarray:

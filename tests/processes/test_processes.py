@@ -1,5 +1,6 @@
 """Programs of two processes over loopback: what they compare, the loss of one, and the resume of the guide's script."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -119,6 +120,8 @@ def runs(tmp_path_factory):
 
     Both processes of a resume are killed in turn, and the last resume is by one process.
     """
+    if importlib.util.find_spec("orbax") is None:
+        pytest.skip("orbax-checkpoint, which the extra `demo` brings, is not installed")
     folder = tmp_path_factory.mktemp("cluster")
     (code,) = re.findall(r"^```py\n(.*?)^```", (ROOT / ".docs/guide/clusters.md").read_text(), re.MULTILINE | re.DOTALL)
     script = folder / "train.py"

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 import jaxpack
 from jaxpack.sharding import HostLostError, _hosts, check_hosts_agree, start_hosts, watch_hosts
@@ -39,6 +41,34 @@ def test_plans_of_many_slots_differ_though_they_are_written_alike():
 def test_what_cannot_be_compared_is_refused_by_name(value):
     with pytest.raises(TypeError, match=r"^corpus holds a \w+, which hosts cannot compare"):
         check_hosts_agree(corpus=[0, value])
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_host_that_does_not_call_is_an_error_after_the_timeout(monkeypatch, late):
+    called = threading.Event()
+
+    def gather(array):
+        called.wait(600 if late else 0)
+        return np.stack([array, array])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    if late:
+        with pytest.raises(HostLostError, match=r"some of the 2 hosts have not called check_hosts_agree for 0\.01 sec"):
+            check_hosts_agree(0.01, seed=0, timeout="also a value's name")
+    else:
+        check_hosts_agree(600, seed=0, timeout="also a value's name")
+    called.set()
+
+
+def test_an_error_of_the_comparison_passes_through(monkeypatch):
+    def fail(array):
+        raise OSError("no network")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", fail)
+    with pytest.raises(OSError, match="no network"):
+        check_hosts_agree(seed=0)
 
 
 def test_many_hosts_are_named_in_groups():
