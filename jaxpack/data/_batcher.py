@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from jaxpack._checks import as_int, at_least_one
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._plans.shards import deal_groups
+from jaxpack._plans.shards import deal_rows
 from jaxpack._types import PyTree
 from jaxpack.data._axes import axis_names
 from jaxpack.data._batch import Batch, lay_out, stack_shards
@@ -262,7 +262,8 @@ def in_random_order(rounds: Sequence[Round], rng: np.random.Generator | None) ->
 def balanced(round_: Round) -> Round:
     """Deals the pieces of a round to its shards anew, so that their numbers of steps are nearly equal."""
     pieces = [piece for shard in round_.shards for piece in shard]
-    dealt = deal_groups(np.array([length for _, length in pieces], np.int64), len(round_.shards))
+    lengths = np.array([length for _, length in pieces], np.int64)
+    dealt = deal_rows(lengths, len(round_.shards), round_.plans[0].room)
     return Round(round_.plans, [[pieces[place] for place in rows if place >= 0] for rows in dealt.tolist()])
 
 

@@ -7,9 +7,11 @@ from jaxpack.sharding._hosts import HostLostError, check_hosts_agree, start_host
 from jaxpack.sharding._mapping import map_shards, sum_shards
 from jaxpack.sharding._packing import in_caller_order, pack_shards
 from jaxpack.sharding._placement import prefetch_to_mesh, put
+from jaxpack.sharding._units import UnitShards
 
 __all__ = [
     "HostLostError",
+    "UnitShards",
     "check_hosts_agree",
     "deal",
     "in_caller_order",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jaxpack._checks import at_least_one
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack._plans.shards import deal_groups, plan_shards
+from jaxpack._plans.shards import check_shared_plan, deal_rows, plan_shards
 from jaxpack._types import PyTree
 from jaxpack.data._batch import Batch, lay_out, stack_shards
 from jaxpack.data._form import Form
@@ -69,10 +69,9 @@ def pack_shards(
     lengths = np.array([form.lengths(form.whole(leaves, i))[0] for i, leaves in examples])
     if plan is None:
         plan = plan_shards(lengths, shards)
-    dealt = deal_groups(lengths, shards)
-    _check_plan(plan, dealt, lengths)
+    check_shared_plan(plan, lengths, shards)
     batches = []
-    for rows in dealt:
+    for rows in deal_rows(lengths, shards, plan.room):
         pieces = [examples[row] for row in rows if row >= 0]
         batches.append(lay_out(form, pieces, [lengths[piece.example] for piece in pieces], (plan,)))
     return stack_shards(batches)
@@ -126,21 +125,3 @@ def _on_host(array: Any) -> np.ndarray:
             "jax.experimental.multihost_utils.process_allgather(array, tiled=True)."
         )
     return np.asarray(array)
-
-
-def _check_plan(plan: BucketPlan, dealt: np.ndarray, lengths: np.ndarray) -> None:
-    """Raises ValueError unless every shard fits the plan, row for row."""
-    shards, count = dealt.shape
-    if plan.num_sequences != count:
-        raise ValueError(
-            f"the plan is for {plan.num_sequences} sequences, but {len(lengths)} sequences on {shards} shards are "
-            f"{count} each. Use jaxpack.sharding.plan_shards(lengths, {shards})."
-        )
-    misfits = np.flatnonzero(np.sort(lengths)[::-1][::shards] > plan.room)
-    if misfits.size:
-        row = int(np.argsort(-lengths, kind="stable")[misfits[0] * shards])
-        raise ValueError(
-            f"lengths[{row}] = {lengths[row]} does not fit the plan: the longest {misfits[0] * shards + 1} sequences "
-            f"are on {shards} shards, of which one has {misfits[0] + 1} of them, and there is room for "
-            f"{plan.room[misfits[0]]} steps. Use jaxpack.sharding.plan_shards(lengths, {shards})."
-        )
