@@ -95,7 +95,7 @@ def test_a_demo_step_on_two_devices_is_that_of_one(mesh):
     for each, on in ((rows, None), (dealt, mesh)):
         step = demo.make_train_step(model, optimizer, demo.plan_run(examples.lengths, each), on)
         state = demo.initial_state(model, optimizer, 0, on)
-        found.append(jax.jit(step, **demo.shardings(on))(state, demo.take(examples, each[0, 0])))
+        found.append(demo.jit_step(step, on)(state, demo.take(examples, each[0, 0])))
     (one, loss), (two, loss_too) = found
     np.testing.assert_allclose(loss_too, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-6), one, two)

@@ -134,6 +134,11 @@ def plan_run(lengths: np.ndarray, rows: np.ndarray) -> jaxpack.BucketPlan:
     return jaxpack.plan_best(longest_first.reshape(-1, rows.shape[-1]).max(axis=0))
 
 
+def make_plans(lengths: np.ndarray, rows: np.ndarray) -> dict[str, jaxpack.BucketPlan]:
+    """Returns the plans that are compared: the run's, and the padded batch."""
+    return {"packed": plan_run(lengths, rows), "padded": jaxpack.plan_padded(rows.shape[-1], int(lengths.max()))}
+
+
 def make_logits(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:
     """Returns a function from parameters and a padded batch to logits, which computes packed under a plan."""
 
@@ -167,11 +172,11 @@ def make_train_step(
     return train_step
 
 
-def shardings(mesh: Any) -> dict[str, Any]:
-    """Returns the options of jax.jit for a step: the state on all devices of a mesh, the shards of a batch spread."""
+def jit_step(step: Callable[[TrainState, Batch], tuple[TrainState, jax.Array]], mesh: Any) -> CountedJit:
+    """Compiles a training step. With a mesh, the state is on all devices, and the shards of a batch are spread."""
     if mesh is None:
-        return {}
-    return {"in_shardings": (jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(AXIS)))}
+        return CountedJit(step)
+    return CountedJit(step, in_shardings=(jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(AXIS))))
 
 
 def initial_state(
@@ -253,22 +258,16 @@ def demo(
         return
     mesh = cpu_mesh(cpu_devices, batch_size, "Pass a --batch-size that it divides.")
     examples, tests = load()
-    rows = shuffle(seed, epochs, int(examples.weights.sum()), batch_size)
-    rows = deal_batches(examples.lengths, rows, cpu_devices)
+    shuffled = shuffle(seed, epochs, int(examples.weights.sum()), batch_size)
+    rows = deal_batches(examples.lengths, shuffled, cpu_devices)
     num_steps = rows.shape[0] * rows.shape[1]
     trained = "padded" if padded else "packed"
-    plans = {
-        "packed": plan_run(examples.lengths, rows),
-        "padded": jaxpack.plan_padded(rows.shape[-1], int(examples.lengths.max())),
-    }
+    plans = make_plans(examples.lengths, rows)
     test_plan = jaxpack.plan_padded(*tests.inputs.shape[:2]) if padded else jaxpack.plan_buckets(tests.lengths)
 
     model = Classifier(examples.inputs.shape[-1], hidden_size, int(examples.labels.max()) + 1)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, decay_steps=num_steps))
-    steps = {
-        name: CountedJit(make_train_step(model, optimizer, plan, mesh), **shardings(mesh))
-        for name, plan in plans.items()
-    }
+    steps = {name: jit_step(make_train_step(model, optimizer, plan, mesh), mesh) for name, plan in plans.items()}
     count_correct = CountedJit(make_count_correct(model, test_plan))
     untrained = initial_state(model, optimizer, seed, mesh)
 
@@ -280,9 +279,9 @@ def demo(
         num_correct = int(count_correct(jax.device_get(state.params), tests))  # on one device
         epoch_seconds = time_epochs(steps, untrained, [take(examples, batch_rows) for batch_rows in rows[0]])
 
+    on_devices = f", {cpu_devices} CPU devices" if mesh else ""
     report = Report(
-        title=f"Japanese Vowels, bidirectional LSTM of hidden size {hidden_size}, {trained}, "
-        f"{f'{cpu_devices} CPU devices, ' if mesh else ''}seed {seed}",
+        title=f"Japanese Vowels, bidirectional LSTM of hidden size {hidden_size}, {trained}{on_devices}, seed {seed}",
         num_correct=num_correct,
         num_tests=len(tests.labels),
         num_steps=num_steps,
