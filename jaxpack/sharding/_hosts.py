@@ -79,9 +79,10 @@ def start_hosts(
     Source: jax.distributed.initialize.
     """
     at_least_one("heartbeat_timeout", heartbeat_timeout)
-    coordinator = coordinator or os.environ.get(COORDINATOR)
     num_processes = _number(NUM_PROCESSES) if num_processes is None else num_processes
     process_id = _number(PROCESS_ID) if process_id is None else process_id
+    if coordinator is None and (num_processes, process_id) != (None, None):
+        coordinator = os.environ.get(COORDINATOR)  # alone it tells JAX the address in a cluster that it detects
     known = [value is not None for value in (coordinator, num_processes, process_id)]
     if any(known) and not all(known):
         raise ValueError(

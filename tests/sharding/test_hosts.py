@@ -112,6 +112,20 @@ def test_hosts_that_are_half_described_are_refused(monkeypatch):
         start_hosts(heartbeat_timeout=0)
 
 
+def test_an_address_alone_is_left_to_jax_which_may_detect_the_rest(monkeypatch):
+    given = []
+
+    def initialize(*args, **options):
+        given.append((args, options))
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv(_hosts.COORDINATOR, "h0:1")
+    with pytest.raises(ValueError, match="Number of processes"):
+        start_hosts(heartbeat_timeout=20)
+    assert given == [((None, None, None), {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 5})]
+
+
 def test_a_program_of_one_process_starts_without_a_cluster():
     code = "import jax; from jaxpack.sharding import start_hosts; start_hosts(); print(jax.process_count())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
