@@ -14,4 +14,5 @@ PACKAGES = [
     ".plot",
     ".rollouts",
     ".serving",
+    ".sharding",
 ]

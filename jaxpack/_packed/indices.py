@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxpack._checks import check_lengths_type, check_not_negative, is_traced
 from jaxpack._packed.describe import type_of
@@ -29,6 +30,29 @@ def as_index(leaf: Any, name: str, function: str) -> jax.Array:
             f"pack_padded_sequence."
         )
     return array if isinstance(array, jax.Array) and array.dtype == jnp.int32 else jnp.asarray(array, jnp.int32)
+
+
+def refuse_spread(array: jax.Array, function: str) -> None:
+    """Raises ValueError if a batch is spread over an axis of an explicit mesh, also by jax.vmap.
+
+    There the rows of one batch cannot be sorted, and shards that jax.vmap maps over can be neither indices nor written
+    to buffers. A mapped function does not see the sharding of the axis mapped over, so this tries both with an entry.
+    """
+    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    if mesh is None or jax.sharding.AxisType.Explicit not in mesh.axis_types or not array.size:
+        return
+    try:
+        entry = lax.slice(array, (0,) * array.ndim, (1,) * array.ndim)
+        lax.dynamic_update_slice(jnp.zeros(entry.shape, entry.dtype), entry, (0,) * array.ndim)
+        jnp.zeros(1).at[(entry != entry).ravel().astype(jnp.int32)].get(mode="clip")
+    except Exception as error:
+        if type(error).__name__ != "ShardingTypeError":  # JAX does not export it
+            raise
+        raise ValueError(
+            f"{function}: the batch is spread over an axis of an explicit mesh. Run the function on each shard, with "
+            f"jaxpack.sharding.sum_shards or map_shards in place of jax.vmap, or under jax.sharding.auto_axes; or give "
+            f"the mesh automatic axes (jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,)))."
+        ) from error
 
 
 def check_indices(packed: Indexed, function: str) -> None:

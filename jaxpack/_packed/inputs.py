@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxpack._checks import check_lengths_type, concrete_lengths, is_traced
 from jaxpack._dtypes import as_jax, canonical, cast, common_dtype, without_torch
-from jaxpack._packed.indices import known
+from jaxpack._packed.indices import known, refuse_spread
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import exact_plan
@@ -143,6 +143,7 @@ def batch_shape(batch: PyTree, name: str) -> tuple[int, int]:
                 f"{leaf.shape[:2]}."
             )
         _check_sharding(leaf, name)
+        refuse_spread(leaf, name)
     for axis, size in zip(("batch", "time"), leaves[0].shape, strict=False):
         if jax.export.is_symbolic_dim(size):
             raise ValueError(

@@ -22,7 +22,7 @@ from jaxpack._dtypes import as_jax
 from jaxpack._packed.broadcast import mask_like
 from jaxpack._packed.describe import description, filled_slots, type_of, types_of
 from jaxpack._packed.gather import real_cells, slot_fits
-from jaxpack._packed.indices import INDEX_NAMES, as_index, check_indices, same_sequences
+from jaxpack._packed.indices import INDEX_NAMES, as_index, check_indices, refuse_spread, same_sequences
 from jaxpack._packed.slack import fill_slack, zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.pictures import html_picture, text_picture
@@ -298,6 +298,7 @@ def check_packed(packed: object, function: str) -> PackedSequence:
     if not batch._checked:
         indices = {name: as_index(getattr(batch, name), name, function) for name in INDEX_NAMES}
         batch = batch.replace(data=jax.tree.map(functools.partial(as_jax, name="data"), batch.data), **indices)
+        refuse_spread(batch.lengths, function)
         check_indices(batch, function)
         object.__setattr__(batch, "_checked", True)
     size = batch.plan.size

@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from jaxpack._checks import as_int, at_least_one
 from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._plans.shards import deal_rows
 from jaxpack._types import PyTree
 from jaxpack.data._axes import axis_names
-from jaxpack.data._batch import Batch, lay_out
+from jaxpack.data._batch import Batch, lay_out, stack_shards
 from jaxpack.data._form import Form
 from jaxpack.data._source import Epoch, Indexed, Length, Source, Streamed, TooLong, positional, shuffled
 from jaxpack.data._statistics import Statistics, Tally
@@ -56,6 +57,7 @@ class Options(TypedDict, total=False):
     too_long: TooLong
     shard_index: int
     shard_count: int
+    local_shards: int | None
 
 
 class Batcher(abc.ABC):
@@ -89,6 +91,12 @@ class Batcher(abc.ABC):
         such examples.
       shard_index: the number of this shard, from 0.
       shard_count: how many shards an epoch has, one per host. All have the same number of batches.
+      local_shards: how many shards each host has, one per device. The arrays of a batch then have a leading axis of the
+        host's shards, which `jaxpack.sharding.put` spreads over its devices. There are shard_count times as many shards
+        in all, and a state fits any number of hosts that divides them. Default: one shard, without such an axis.
+
+    The shards of a round hold nearly equal numbers of steps: its pieces are dealt as by `jaxpack.sharding.deal`, unless
+    they have several time axes.
 
     Batches have the dtypes in which JAX holds examples: int32 for int64, unless jax_enable_x64 is set. Where all
     examples are read to find their lengths, their dtypes are promoted; otherwise the first example with a dtype
@@ -115,6 +123,7 @@ class Batcher(abc.ABC):
         too_long: TooLong = "error",
         shard_index: int = 0,
         shard_count: int = 1,
+        local_shards: int | None = None,
     ) -> None:
         if as_int("shard_count", shard_count) < 1 or not 0 <= as_int("shard_index", shard_index) < shard_count:
             raise ValueError(f"shard_index must be in [0, shard_count), got {shard_index} of {shard_count}.")
@@ -122,6 +131,7 @@ class Batcher(abc.ABC):
             at_least_one("buffer_size", buffer_size)
         self.seed = None if seed is None else as_int("seed", seed)
         self.shard_index, self.shard_count = shard_index, shard_count
+        self.local_shards = None if local_shards is None else at_least_one("local_shards", local_shards)
         self._too_long, self._buffer_size = too_long, buffer_size
         self._names = axis_names(time_varying)
         if len(self._names) > 1 and not self._several_axes:
@@ -204,12 +214,12 @@ class Batcher(abc.ABC):
 
     def _open(self, epoch: int) -> tuple[Epoch, Iterator[Round]]:
         """Starts a reading of the source; returns it with the rounds of its pieces."""
-        if self.seed is None:
-            reading = self._source.epoch(None)
-            return reading, self._rounds(reading.pieces, None)
-        of_source, of_rounds = np.random.default_rng([abs(self.seed), self.seed < 0, epoch]).spawn(2)
+        of_source = of_rounds = None
+        if self.seed is not None:
+            of_source, of_rounds = np.random.default_rng([abs(self.seed), self.seed < 0, epoch]).spawn(2)
         reading = self._source.epoch(of_source)
-        return reading, self._rounds(reading.pieces, of_rounds)
+        rounds = self._rounds(reading.pieces, of_rounds)
+        return reading, rounds if self._shards == 1 or len(self._names) > 1 else map(balanced, rounds)
 
     def _identity(self) -> State:
         """Returns the settings under which a state means the same batches."""
@@ -218,7 +228,7 @@ class Batcher(abc.ABC):
             "batcher": type(self).__name__,
             "seed": self.seed,
             "examples": examples,
-            "shard_count": self.shard_count,
+            "shard_count": self._shards,
             "fingerprint": self._fingerprint,
         }
 
@@ -229,6 +239,11 @@ class Batcher(abc.ABC):
         plans = [dataclasses.astuple(plan) for plan in self.plans]
         axes = self._names if len(self._names) > 1 else ()
         return zlib.crc32(repr((plans, self._options, *axes)).encode(), zlib.crc32(lengths))
+
+    @property
+    def _shards(self) -> int:
+        """The number of shards of a round, those of all hosts."""
+        return self.shard_count * (self.local_shards or 1)
 
     @property
     def _options(self) -> tuple[Any, ...]:
@@ -244,8 +259,16 @@ def in_random_order(rounds: Sequence[Round], rng: np.random.Generator | None) ->
     return (rounds[i] for i in order.tolist())
 
 
+def balanced(round_: Round) -> Round:
+    """Deals the pieces of a round to its shards anew, so that their numbers of steps are nearly equal."""
+    pieces = [piece for shard in round_.shards for piece in shard]
+    lengths = np.array([length for _, length in pieces], np.int64)
+    dealt = deal_rows(lengths, len(round_.shards), round_.plans[0].room)
+    return Round(round_.plans, [[pieces[place] for place in rows if place >= 0] for rows in dealt.tolist()])
+
+
 class BatchIterator:
-    """An epoch's batches for one shard, made by iterating over a batcher.
+    """An epoch's batches for the shards of one host, made by iterating over a batcher.
 
     Examples:
       >>> from jaxpack.data import SlotFilling
@@ -270,10 +293,10 @@ class BatchIterator:
         An exception of the source passes through. The state is then that before the batch, and the next call retries.
         """
         with self._retried(), jax.enable_x64(self._batcher._x64):
-            plans, pieces = self._take(next(self._opened()))
-            lengths = [length for _, length in pieces]
-            batch = lay_out(self._reading.form, self._reading.read([number for number, _ in pieces]), lengths, plans)
-        self._tally.add(plans, lengths)
+            plans, shards = self._take(next(self._opened()))
+            batches = [self._lay_out(plans, pieces) for pieces in shards]
+            batch = batches[0] if self._batcher.local_shards is None else stack_shards(batches)
+        self._tally.add(plans, _lengths(shards), len(shards))
         self._batch += 1
         return batch
 
@@ -319,14 +342,25 @@ class BatchIterator:
                 self._rounds = None
             raise
 
-    def _take(self, round_: Round) -> tuple[tuple[BucketPlan, ...], Sequence[Piece]]:
-        """Takes this shard's batch of a round, and drops the pieces of the other shards."""
+    def _lay_out(self, plans: tuple[BucketPlan, ...], pieces: Sequence[Piece]) -> Batch:
+        read = self._reading.read([number for number, _ in pieces])
+        return lay_out(self._reading.form, read, [length for _, length in pieces], plans)
+
+    def _take(self, round_: Round) -> tuple[tuple[BucketPlan, ...], Sequence[Sequence[Piece]]]:
+        """Takes this host's shards of a round, and drops the pieces of the others."""
+        count = self._batcher.local_shards or 1
+        first = self._batcher.shard_index * count
         for shard, pieces in enumerate(round_.shards):
-            if shard != self._batcher.shard_index:
+            if not first <= shard < first + count:
                 self._reading.drop([number for number, _ in pieces])
-        return round_.plans, round_.shards[self._batcher.shard_index]
+        return round_.plans, round_.shards[first : first + count]
 
     def _pass(self, round_: Round) -> None:
-        plans, pieces = self._take(round_)
-        self._reading.drop([number for number, _ in pieces])
-        self._tally.add(plans, [length for _, length in pieces])
+        plans, shards = self._take(round_)
+        self._reading.drop([number for pieces in shards for number, _ in pieces])
+        self._tally.add(plans, _lengths(shards), len(shards))
+
+
+def _lengths(shards: Sequence[Sequence[Piece]]) -> list[Length]:
+    """Returns the lengths of all pieces of some shards."""
+    return [length for pieces in shards for _, length in pieces]

@@ -31,8 +31,8 @@ class BucketByLength(Batcher):
     Boundaries are inclusive upper bounds: a sequence of 4 steps goes to the bucket with boundary 4. In tf.data they are
     exclusive: its bucket_boundaries=[5, 9] are boundaries=(4, 8) here.
 
-    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index and
-    shard_count.
+    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index,
+    shard_count and local_shards.
 
     Examples:
       >>> sentences = [[0] * length for length in (2, 8, 2, 8)]
@@ -98,6 +98,6 @@ class BucketByLength(Batcher):
 
     def _bucket(self, plan: BucketPlan, rng: np.random.Generator | None) -> SlotBuffer:
         if self._indexed is not None and self._buffer_size is None:
-            return SlotBuffer(plan, None, self.shard_count, rng)
+            return SlotBuffer(plan, None, self._shards, rng)
         batches = _WAITING_BATCHES if plan.room[0] > plan.room[-1] else 1
-        return SlotBuffer(plan, batches * plan.num_sequences * self.shard_count, self.shard_count, rng)
+        return SlotBuffer(plan, batches * plan.num_sequences * self._shards, self._shards, rng)

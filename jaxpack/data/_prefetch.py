@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = 
     Source: mirrors flax.jax_utils.prefetch_to_device.
     """
     at_least_one("size", size)
-    return PrefetchIterator(iter(iterator), size, device)
+    return PrefetchIterator(iter(iterator), size, lambda item: jax.device_put(item, device))
 
 
 class _Entry(NamedTuple):
@@ -66,8 +66,8 @@ class PrefetchIterator:
       >>> epoch.close()
     """
 
-    def __init__(self, iterator: Iterator[Any], size: int, device: Any) -> None:
-        self._shared = _Shared(iterator, size, device)
+    def __init__(self, iterator: Iterator[Any], size: int, send: Callable[[Any], Any]) -> None:
+        self._shared = _Shared(iterator, size, send)
         self._state = _state(iterator)
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
@@ -142,14 +142,15 @@ class _Shared:
     So an iterator that is no longer used can be collected.
 
     Attributes:
+      send: puts an item on its devices.
       changed: guards the others, and is notified whenever they change.
       ready: entries not taken yet.
       ended: whether there are no more items, since the iterator was exhausted or the prefetch closed.
       left: whether the thread has handed over an error and ended.
     """
 
-    def __init__(self, iterator: Iterator[Any], size: int, device: Any) -> None:
-        self.iterator, self.size, self.device = iterator, size, device
+    def __init__(self, iterator: Iterator[Any], size: int, send: Callable[[Any], Any]) -> None:
+        self.iterator, self.size, self.send = iterator, size, send
         self.x64 = jax.config.read("jax_enable_x64")  # this thread's value
         self.changed = threading.Condition()
         self.ready: collections.deque[_Entry] = collections.deque()
@@ -180,7 +181,7 @@ def _fill(shared: _Shared) -> None:
     while wanted:
         try:
             with jax.enable_x64(shared.x64):
-                item = jax.device_put(_own(shared.iterator, next(shared.iterator)), shared.device)
+                item = shared.send(_own(shared.iterator, next(shared.iterator)))
             entry = _Entry(item, None, _state(shared.iterator))
         except BaseException as error:  # raised where the item is taken
             entry = _Entry(None, error, _state(shared.iterator) if isinstance(error, StopIteration) else None)

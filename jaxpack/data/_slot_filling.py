@@ -38,8 +38,8 @@ class SlotFilling(Batcher):
     Every example is used once per epoch. If the examples do not fill the last batches, some rows are empty, with length
     0 and weight 0.
 
-    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index and
-    shard_count.
+    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index,
+    shard_count and local_shards.
 
     Examples:
       >>> words = [[0] * length for length in (8, 2, 8, 2)]
@@ -80,7 +80,7 @@ class SlotFilling(Batcher):
             self._plans = cover(Axes.of(self._corpus("a plan")), batch_size, max_cells=max_cells)
         else:
             self._plans = plans_of(plan, self._names)
-        self._held = BUFFERED_BATCHES * self.shard_count * self._plans[0].num_sequences
+        self._held = BUFFERED_BATCHES * self._shards * self._plans[0].num_sequences
         self._limit([plan.max_length for plan in self._plans], self._held)
 
     @property
@@ -95,5 +95,5 @@ class SlotFilling(Batcher):
 
     def _rounds(self, pieces: Lengths, rng: np.random.Generator | None) -> Iterator[Round]:
         size = self._held if self._buffer_size is None and self._indexed is None else self._buffer_size
-        for shards in rounds(pieces, make_buffer(self._plans, size, self.shard_count, rng)):
+        for shards in rounds(pieces, make_buffer(self._plans, size, self._shards, rng)):
             yield Round(self._plans, shards)

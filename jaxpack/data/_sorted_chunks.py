@@ -21,8 +21,8 @@ class SortedChunks(Batcher):
     Each batch comes under that one of a few plans which takes the fewest cells per sequence. The batches of a window
     come in random order. Marian's maxi-batches and torchtext's BucketIterator sort in the same way.
 
-    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index and
-    shard_count.
+    `Batcher` documents `source` and the options: seed, time_varying, lengths, buffer_size, too_long, shard_index,
+    shard_count and local_shards.
 
     Examples:
       >>> sentences = [[0] * length for length in (2, 8, 2, 8)]
@@ -60,7 +60,7 @@ class SortedChunks(Batcher):
         self._plans = tuple(plans)
         if not self._plans:
             raise ValueError("plans is empty: at least one is needed.")
-        self._window = window * max(plan.num_sequences for plan in self._plans) * self.shard_count
+        self._window = window * max(plan.num_sequences for plan in self._plans) * self._shards
         self._limit([max(plan.max_length for plan in self._plans)], self._window)
 
     @property
@@ -86,12 +86,12 @@ class SortedChunks(Batcher):
             taken = {plan: self._taken(plan, lengths[place:]) for plan in self._plans}
             plan = min((plan for plan in self._plans if taken[plan]), key=lambda plan: plan.size / taken[plan])
             batch = window[place : place + taken[plan]]
-            yield Round((plan,), [batch[shard :: self.shard_count] for shard in range(self.shard_count)])
+            yield Round((plan,), [batch[shard :: self._shards] for shard in range(self._shards)])
             place += len(batch)
 
     def _taken(self, plan: BucketPlan, lengths: np.ndarray) -> int:
         """Counts how many of the next pieces a round under a plan takes, in order."""
-        first = lengths[: plan.num_sequences * self.shard_count : self.shard_count]  # the longest of each slot
+        first = lengths[: plan.num_sequences * self._shards : self._shards]  # the longest of each slot
         misfits = first > plan.room[: len(first)]
         fitting = int(misfits.argmax()) if misfits.any() else len(first)
-        return min(fitting * self.shard_count, len(lengths))
+        return min(fitting * self._shards, len(lengths))

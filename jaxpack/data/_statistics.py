@@ -107,11 +107,13 @@ class Tally:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._plans: list[tuple[BucketPlan, ...]] = []
+        self._shards: list[int] = []
         self._lengths: list[Sequence[Length]] = []
 
-    def add(self, plans: tuple[BucketPlan, ...], lengths: Sequence[Length]) -> None:
-        """Counts a batch of sequences with these lengths, under a plan for each time axis."""
+    def add(self, plans: tuple[BucketPlan, ...], lengths: Sequence[Length], shards: int = 1) -> None:
+        """Counts a batch of sequences with these lengths, in shards under a plan for each time axis."""
         self._plans.append(plans)
+        self._shards.append(shards)
         self._lengths.append(lengths)
 
     def statistics(self, too_long: str, cut: int) -> Statistics:
@@ -121,7 +123,8 @@ class Tally:
         lengths = np.array(list(itertools.chain.from_iterable(self._lengths)), int).reshape(-1, num_axes)
         sizes = {plans: np.array([plan.size for plan in plans]) for plans in set(self._plans)}
         tokens = lengths.sum(axis=0).tolist()
-        cells = sum((sizes[plans] for plans in self._plans), np.zeros(num_axes, int)).tolist()
+        each = (shards * sizes[plans] for plans, shards in zip(self._plans, self._shards, strict=True))
+        cells = sum(each, np.zeros(num_axes, int)).tolist()
         axes = zip(self._names, map(AxisStatistics, tokens, cells), strict=False)
         return Statistics(
             batches=len(self._plans),

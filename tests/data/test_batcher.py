@@ -128,10 +128,45 @@ def test_shards_have_as_many_batches_under_the_same_plans_and_are_the_epoch_toge
     assert sorted(seen) == list(range(len(lengths)))
 
 
-@given(batchers())
-def test_statistics_count_what_batches_hold(made):
+@given(batchers(), st.integers(1, 2), st.integers(1, 3))
+def test_a_host_has_the_shards_of_as_many_hosts_stacked(made, hosts, local):
+    make, _ = made
+    total = hosts * local
+    shards = [list(make(shard_index=index, shard_count=total)) for index in range(total)]
+    for host in range(hosts):
+        batches = list(make(shard_index=host, shard_count=hosts, local_shards=local))
+        own = zip(*shards[host * local : (host + 1) * local], strict=True)
+        for batch, together in zip(batches, own, strict=True):
+            assert batch.inputs.plan == together[0].inputs.plan
+            for leaf, *others in zip(*map(jax.tree.leaves, (batch, *together)), strict=True):
+                np.testing.assert_array_equal(leaf, np.stack(others))
+
+
+@given(batchers(), st.integers(1, 3), st.integers(1, 3))
+def test_a_state_continues_on_another_number_of_hosts_with_as_many_shards(made, hosts, local):
+    make, _ = made
+    whole, split = make(local_shards=hosts * local), make(shard_count=hosts, local_shards=local)
+    iterator = iter(whole)
+    next(iterator)
+    split.set_state(json.loads(json.dumps(iterator.get_state())))
+    for batch, first in zip(iterator, split, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda leaf: leaf[:local], batch), first)
+
+
+@given(batchers(), st.integers(2, 4))
+def test_the_shards_of_a_round_differ_by_no_more_than_two_sequences_do(made, local):
+    make, _ = made
+    batcher = make(local_shards=local)
+    for batch in batcher:
+        lengths = batch.inputs.lengths
+        assert np.ptp(lengths.sum(axis=1)) <= lengths.max()
+        assert all(batch.inputs.plan.fits(each) for each in lengths)
+
+
+@given(batchers(), st.sampled_from([None, 1, 3]))
+def test_statistics_count_what_batches_hold(made, shards):
     make, lengths = made
-    batcher = make()
+    batcher = make(local_shards=shards)
     expected = batcher.statistics()
     iterator = iter(batcher)
     batches = list(iterator)
@@ -139,11 +174,11 @@ def test_statistics_count_what_batches_hold(made):
     assert expected.batches == len(batches)
     assert expected.rows == len(lengths)
     assert expected.tokens == sum(lengths)
-    assert expected.cells == sum(batch.inputs.plan.size for batch in batches)
+    assert expected.cells == (shards or 1) * sum(batch.inputs.plan.size for batch in batches)
     assert expected.programs == len({batch.inputs.plan for batch in batches}) <= len(batcher.plans)
     assert {batch.inputs.plan for batch in batches} <= set(batcher.plans)
     if not isinstance(batcher._examples, Stream):
-        assert len(make()) == len(batches)
+        assert len(make(local_shards=shards)) == len(batches)
 
 
 def test_a_tree_of_examples_gives_packed_leaves_beside_stacked_ones():
@@ -238,6 +273,7 @@ def test_a_state_of_another_batcher_is_refused():
         SlotFilling(source, plan_padded(2, 3)),
         SlotFilling(source, plan_padded(2, 2), buffer_size=2),
         SlotFilling(source, plan_padded(2, 2), shard_count=2),
+        SlotFilling(source, plan_padded(2, 2), local_shards=2),
         SortedChunks(source, [plan_padded(2, 2)]),
     ):
         with pytest.raises(ValueError, match=r"the state is that of .*SlotFilling"):
@@ -269,6 +305,7 @@ def test_a_state_of_another_batcher_is_refused():
         (lambda: SlotFilling(Stream([[1]]), plan_padded(1, 1), lengths=[1]), ValueError, "this one has no index"),
         (lambda: SlotFilling([np.ones((1, 2)), np.ones((1, 3))], batch_size=2), ValueError, "example 1 has features"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), shard_index=1), ValueError, "shard_index must be in"),
+        (lambda: SlotFilling([[1]], plan_padded(1, 1), local_shards=0), ValueError, "local_shards must be at least 1"),
         (lambda: SlotFilling([[1]], plan_padded(1, 1), buffer_size=0), ValueError, "buffer_size must be at least 1"),
         (
             lambda: SlotFilling([[1]], plan_padded(1, 1), seed=0.5),  # type: ignore[arg-type]

@@ -1,0 +1,22 @@
+"""One batch over many devices: shards that run the same plan with nearly equal real work."""
+
+from jaxpack._namespace import publish as _publish
+from jaxpack._plans.shards import deal, plan_shards
+from jaxpack.data._batch import stack_shards
+from jaxpack.sharding._mapping import map_shards, sum_shards
+from jaxpack.sharding._packing import in_caller_order, pack_shards
+from jaxpack.sharding._placement import prefetch_to_mesh, put
+
+__all__ = [
+    "deal",
+    "in_caller_order",
+    "map_shards",
+    "pack_shards",
+    "plan_shards",
+    "prefetch_to_mesh",
+    "put",
+    "stack_shards",
+    "sum_shards",
+]
+
+_publish(__name__)
