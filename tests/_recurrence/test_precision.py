@@ -131,8 +131,8 @@ def test_errors_of_mixed_precision_do_not_grow_with_steps_and_are_those_of_the_g
     for steps in STEPS:
         found, said = errors(name, "mixed", steps), in_guide()[name, "mixed", steps]
         assert max(found) < 0.005  # bfloat16 rounds by 0.004; sums over 512 steps in it are wrong by 0.05 to 0.3
-        np.testing.assert_array_less(found, 1.5 * np.array(said))
-        np.testing.assert_array_less(said, 1.5 * np.array(found))
+        np.testing.assert_array_less(found, 2 * np.array(said))
+        np.testing.assert_array_less(said, 2 * np.array(found))
 
 
 @pytest.mark.parametrize("layer", [LSTM(F, H, proj_size=8), GRU(F, H, num_layers=2, bidirectional=True)])
