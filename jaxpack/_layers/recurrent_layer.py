@@ -156,6 +156,31 @@ class RecurrentLayer(abc.ABC):
         bound = 1 / math.sqrt(self.hidden_size)
         return self._with_initial_state(draw(key, self._weight_shapes, self.cell.gates, bound, dtype, initializers))
 
+    def initial_state(self, params: LayerParams, batch_size: int) -> Any:
+        """Returns the state with which sequences begin: the learned one, or zeros.
+
+        Examples:
+          >>> lstm = jaxpack.LSTM(2, 4, learned_initial_state=True)
+          >>> h_0, c_0 = lstm.initial_state(lstm.init(jax.random.key(0)), 3)
+          >>> h_0.shape
+          (1, 3, 4)
+
+        Args:
+          params: the parameters, which determine the dtype.
+          batch_size: the number B of sequences.
+
+        Returns:
+          h_0, for LSTM (h_0, c_0), in the layout of the final state, [num_layers*D, B, H].
+
+        Raises:
+          TypeError, ValueError: if the parameters are not this layer's.
+        """
+        dtype = check_params(params, self.shapes, self)
+        if self.learned_initial_state:
+            return self._learned_state(params, batch_size, dtype)
+        lead = (self.num_layers * self.num_directions, batch_size)
+        return jax.tree.map(lambda size: jnp.zeros((*lead, size), dtype), self.cell.state_sizes)
+
     def apply(
         self,
         params: LayerParams,
@@ -342,8 +367,7 @@ class RecurrentLayer(abc.ABC):
         if call.initial_state is not None:
             state = self._checked_state("initial_state", call.initial_state, batch_size, dtype)
         elif self.learned_initial_state:
-            ordered_params = {group: params[group] for group in self.shapes}
-            state = learned_state(ordered_params, self.cell.state_sizes, batch_size, dtype)
+            state = self._learned_state(params, batch_size, dtype)
         else:  # of width 1: nothing is differentiated by it
             lead = (self.num_layers * self.num_directions, batch_size)
             state = zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, data, dtype)
@@ -392,6 +416,10 @@ class RecurrentLayer(abc.ABC):
             raise ValueError(f"inputs must have {expected} (input_size={self.input_size}), got shape {array.shape}.")
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise TypeError(f"inputs must be real, got dtype {array.dtype}.")
+
+    def _learned_state(self, params: LayerParams, batch_size: int, dtype: Any) -> Any:
+        ordered = {group: params[group] for group in self.shapes}
+        return learned_state(ordered, self.cell.state_sizes, batch_size, dtype)
 
     def _checked_state(self, name: str, state: Any, batch_size: int | None, dtype: Any) -> Any:
         """Returns a given state in a dtype; of one sequence if batch_size is None."""

@@ -245,7 +245,8 @@ class _Cells(NamedTuple):
     def of(cls, plan: BucketPlan, operands: Operands, reading: Reading) -> _Cells:
         """Returns all cells."""
         numbers, entry = jnp.arange(plan.size, dtype=jnp.int32) + 1, by_cell(plan).slots  # 0 is past the end of a block
-        if operands.initial is not None and len(operands.initial) > plan.num_sequences:
+        has_fresh = operands.initial is not None and len(operands.initial) > plan.num_sequences
+        if has_fresh and reading.resets is not None:
             entry = entry + plan.num_sequences * reading.resets
         return cls(operands.x, reading.real, reading.start, numbers, entry)
 

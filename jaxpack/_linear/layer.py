@@ -101,6 +101,27 @@ class LinearLayer(abc.ABC):
     def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         """Runs one step of a batch [B, F], checked and in one dtype; state None for sequences that begin."""
 
+    def initial_state(self, params: PyTree, batch_size: int) -> PyTree:
+        """Returns the state with which sequences begin: zeros.
+
+        Examples:
+          >>> layer = jaxpack.MinGRU(2, 4)
+          >>> layer.initial_state(layer.init(jax.random.key(0)), 3).shape
+          (3, 4)
+
+        Args:
+          params: the parameters, which determine dtypes.
+          batch_size: the number B of sequences.
+
+        Returns:
+          In the layout of the final state, leaves [B, ...].
+
+        Raises:
+          TypeError, ValueError: if the parameters are not this layer's.
+        """
+        like = self.state_like(self._checked_dtype(params))
+        return jax.tree.map(lambda leaf: jnp.zeros((batch_size, *leaf.shape), leaf.dtype), like)
+
     def step(self, params: PyTree, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
         """Runs one step, for step-by-step decoding.
 

@@ -234,10 +234,10 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
     transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, weights))  # once: the loops would copy it
     wide = initial[0].shape[1] == loops.sizes[0]
     run = _Backward(loops, weights, transposed, residuals, cotangents, loops.real.entering(initial, fresh), wide)
-    dcarry, nothing = loops.start(dfinal), jax.tree.map(jnp.zeros_like, dfinal)
+    dcarry, nothing = loops.start(dfinal), jax.tree.map(jnp.zeros_like, dfinal) if fresh else ()
     left = jax.tree.map(jnp.zeros_like, dcarry) if wide and loops.real.resets is not None else ()
     rows = _RowCotangents(dcarry, left)
-    dbegun = (*dfinal, *(nothing if fresh else ())) if wide else ()
+    dbegun = (*dfinal, *nothing) if wide else ()
     dx = buffer(x, (loops.size, x.shape[1]), 0)
     dweights = jax.tree.map(lambda w: buffer(x, w.shape, 0, w.dtype), residuals.operands.weights)
     first, *_ = loops.start(widened(loops.cell, initial))

@@ -171,7 +171,8 @@ class RealCells(NamedTuple):
         """Returns the entry of the cotangent of the final carry where a slot ends in a window."""
         if self.borders is None:
             return Entry()
-        return _gathered(window.read(self.borders.ends), window.read(self.borders.slots), dcarry)
+        slots = window.read(self.borders.slots)
+        return _gathered(window.read(self.borders.ends), slots, dcarry)
 
     def resets_of(self, window: Window) -> jax.Array | None:
         """Returns at which cells of a window a reset is: bool [M, 1]; None if there are none."""
