@@ -50,6 +50,7 @@ contents = {
             "rollouts",
             "feeding",
             "sharding",
+            "clusters",
             "flax",
             "weights",
             "serving",

@@ -1,5 +1,7 @@
-"""Counts of calls, for promises of how often something happens."""
+"""Counts of calls and of collectives, for promises of how often something happens."""
 
+import collections
+import re
 import sys
 
 
@@ -19,3 +21,20 @@ def counted_calls(run, *functions):
     finally:
         sys.setprofile(before)
     return counts
+
+
+KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+
+
+def collectives(text):
+    """Counts the collectives of a compiled program by kind: all of them, and those in its loops."""
+    total: collections.Counter[str] = collections.Counter()
+    in_loops: collections.Counter[str] = collections.Counter()
+    entry = False
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            entry = line.startswith("ENTRY")
+        if found := re.search(rf" ({KINDS})(-start)?\(", line):
+            total[found[1]] += 1
+            in_loops[found[1]] += not entry
+    return dict(total), dict(+in_loops)

@@ -83,7 +83,7 @@ class GRUCell(Cell):
 
     def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> GRUGates:
         """Returns the gates."""
-        size = h.shape[-1]
+        size = self.hidden_size
         recurrent, bias = h @ fused.w_h, expand_leading(fused.bias, projected)
         rz = self.tanh(projected[..., size:] + recurrent[..., : 2 * size] + bias[..., size : 3 * size])
         hn = recurrent[..., 2 * size :] + bias[..., 3 * size :]

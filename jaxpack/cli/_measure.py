@@ -15,10 +15,10 @@ class CountedJit:
     """jax.jit(function) with a count of the programs that it compiles.
 
     JAX runs the Python function once for each program that the shapes and dtypes of the arguments need, to trace it.
-    The count is of these runs.
+    The count is of these runs. Further arguments are those of jax.jit.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         self.programs = 0
 
         @functools.wraps(function)
@@ -26,7 +26,7 @@ class CountedJit:
             self.programs += 1
             return function(*args)
 
-        self._jitted = jax.jit(traced)
+        self._jitted = jax.jit(traced, **options)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the compiled function."""

@@ -13,6 +13,7 @@ from jaxpack.cli.bench.gpu.command import bench_gpu
 from jaxpack.cli.bench.rollout.command import bench_rollout
 from jaxpack.cli.demo.command import demo
 from jaxpack.cli.demo.g2p.command import g2p
+from jaxpack.cli.launch import launch
 from jaxpack.cli.plan import plan
 from jaxpack.cli.serve_bench import serve_bench
 
@@ -34,6 +35,7 @@ app.add_typer(demos, name="demo")
 app.command()(bench)
 app.command("bench gpu")(bench_gpu)
 app.command("bench rollout")(bench_rollout)
+app.command(context_settings={"allow_interspersed_args": False})(launch)
 for command in (plan, serve_bench):
     app.command()(command)
 

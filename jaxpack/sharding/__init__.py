@@ -3,11 +3,16 @@
 from jaxpack._namespace import publish as _publish
 from jaxpack._plans.shards import deal, plan_shards
 from jaxpack.data._batch import stack_shards
+from jaxpack.sharding._hosts import HostLostError, check_hosts_agree, start_hosts, watch_hosts
 from jaxpack.sharding._mapping import map_shards, sum_shards
 from jaxpack.sharding._packing import in_caller_order, pack_shards
 from jaxpack.sharding._placement import prefetch_to_mesh, put
+from jaxpack.sharding._units import UnitShards
 
 __all__ = [
+    "HostLostError",
+    "UnitShards",
+    "check_hosts_agree",
     "deal",
     "in_caller_order",
     "map_shards",
@@ -16,7 +21,9 @@ __all__ = [
     "prefetch_to_mesh",
     "put",
     "stack_shards",
+    "start_hosts",
     "sum_shards",
+    "watch_hosts",
 ]
 
 _publish(__name__)

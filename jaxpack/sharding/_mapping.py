@@ -52,7 +52,7 @@ def map_shards(fn: PerShard, mesh: Any, axis: Axis = "data") -> PerShard:
     @functools.wraps(fn)
     def mapped(params: PyTree, *batches: PyTree) -> PyTree:
         def on_device(params: PyTree, *local: PyTree) -> PyTree:
-            return _run(fn, params, local)
+            return run_shards(fn, params, local)
 
         return _over_devices(on_device, mesh, axis, jax.P(axis))(params, *batches)
 
@@ -98,14 +98,14 @@ def sum_shards(fn: PerShard, mesh: Any, axis: Axis = "data") -> PerShard:
         def on_device(params: PyTree, *local: PyTree) -> PyTree:
             # Without this jax.grad inside fn would sum over devices, and the sum below would count them again.
             params = jax.tree.map(lambda leaf: lax.pcast(leaf, axis, to="varying"), params)
-            return lax.psum(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), _run(fn, params, local)), axis)
+            return lax.psum(jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), run_shards(fn, params, local)), axis)
 
         return _over_devices(on_device, mesh, axis, jax.P())(params, *batches)
 
     return summed
 
 
-def _run(fn: PerShard, params: PyTree, shards: tuple[PyTree, ...]) -> PyTree:
+def run_shards(fn: PerShard, params: PyTree, shards: tuple[PyTree, ...]) -> PyTree:
     """Runs a function on the shards of one device; results have a leading axis."""
     if len(jax.tree.leaves(shards)[0]) > 1:
         return jax.vmap(lambda *each: fn(params, *each))(*shards)

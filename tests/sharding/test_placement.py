@@ -23,6 +23,18 @@ def test_each_device_holds_its_own_shards():
     assert placed.inputs.plan == batch.inputs.plan
 
 
+def test_of_several_processes_each_gives_the_shards_of_its_own_devices(monkeypatch):
+    batch = pack_shards(SEQUENCES[:4], 4)
+    expected = put(batch, MESH)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # all devices are this process's, so its shards are all
+    placed = put(batch, MESH)
+    for ours, theirs in zip(*map(jax.tree.leaves, (placed, expected)), strict=True):
+        assert ours.sharding == theirs.sharding
+        np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="the batch has 3 shards"):
+        put(np.ones((3, 1)), MESH)
+
+
 def test_one_axis_or_several_spread_the_shards():
     mesh = jax.make_mesh((1, 2), ("hosts", "data"), axis_types=(AxisType.Auto,) * 2)
     placed = put(np.zeros((2, 3)), mesh, ("hosts", "data"))

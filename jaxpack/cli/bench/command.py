@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import json
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 
 from jaxpack import plot
+from jaxpack.cli._devices import CpuDevices, cpu_mesh
 from jaxpack.cli._files import STANDARD_INPUT, JsonFile, check_plot, name_of, read_lengths, write_json, writing
 from jaxpack.cli.bench.epoch import BATCH_SIZE, BATCHERS, measure_epoch
 from jaxpack.cli.bench.epoch_report import print_epoch
@@ -92,6 +94,7 @@ def bench(
     peer: Peer = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
+    cpu_devices: CpuDevices = 1,
     huge_pages: Annotated[
         bool,
         typer.Option("--huge-pages", help="Measure again in a process with that variable set: twice the time."),
@@ -117,6 +120,9 @@ def bench(
     it again page by page. There are few page faults if the environment variable
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 is set before Python starts;
     --huge-pages shows the difference.
+
+    --cpu-devices N uses the CPU as N devices: beside jaxpack on one of them runs
+    jaxpack-devices, or slot-filled-devices, with a shard of each batch on each.
     """
     is_epoch = workload == EPOCH
     if is_epoch:
@@ -125,6 +131,7 @@ def bench(
         _check_huge_pages(lengths)
     names = peer_names(peer, BATCHERS if is_epoch else PEERS)
     chosen = _workload(workload, lengths, cell, features, hidden_size, seed)
+    chosen = _on_devices(chosen, cpu_devices, is_epoch=is_epoch)
     repeats = repeats or (_REPEATS_OF_EPOCH if is_epoch else _REPEATS)
     result = with_progress(functools.partial(measure_epoch if is_epoch else measure, chosen, names, repeats))
     if huge_pages:
@@ -143,6 +150,12 @@ def peer_names(given: list[str] | None, known: Iterable[str]) -> list[str]:
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is unknown. Choose from {', '.join(known)}.", param_hint="'--peer'")
     return [name for name in known if not given or name in given]
+
+
+def _on_devices(workload: Workload, count: int, *, is_epoch: bool) -> Workload:
+    """Returns the workload with a mesh of so many devices, which must divide a batch."""
+    batch_size = BATCH_SIZE if is_epoch else workload.batch_size
+    return dataclasses.replace(workload, mesh=cpu_mesh(count, batch_size, "Pass a divisor of it."))
 
 
 def _workload(
@@ -224,6 +237,8 @@ def _check_huge_pages(lengths: pathlib.Path | None) -> None:
 def _arguments(workload: Workload, path: pathlib.Path | None, names: list[str], repeats: int) -> list[str]:
     """Returns the command line of the same run."""
     arguments = ["bench", "--repeats", str(repeats), "--seed", str(workload.seed)]
+    if workload.mesh is not None:
+        arguments += ["--cpu-devices", str(workload.mesh.size)]
     for name in names:
         arguments += ["--peer", name]
     if path is None:

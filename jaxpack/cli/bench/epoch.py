@@ -34,13 +34,17 @@ import optax
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_padded
+from jaxpack.cli._devices import AXIS
 from jaxpack.cli.bench.machine import compilation_cache_off, load, machine
 from jaxpack.cli.bench.measure import describe
 from jaxpack.cli.bench.turns import Tell, spread
 from jaxpack.cli.bench.workloads import Workload
-from jaxpack.data import Batch, Batcher, BatchIterator, BucketByLength, SlotFilling, SortedChunks, plan_cover
+from jaxpack.data import Batch, Batcher, BucketByLength, SlotFilling, SortedChunks, plan_cover
+from jaxpack.losses import Mean
+from jaxpack.sharding import put, sum_shards
 
 BATCH_SIZE = 64
+ON_DEVICES = "slot-filled-devices"
 _PROGRAMS = 6  # the most programs of bucketed and of sorted
 _PARTS = 8  # padded-batch rounds up to multiples of longest / 8; a power of two would pad all above 128 steps to 200
 _PACKAGES = ("jaxpack", "jax", "jaxlib", "numpy", "optax")
@@ -56,12 +60,14 @@ class Training(NamedTuple):
     Attributes:
       batches: the batcher.
       programs: the compiled step under each plan of its batches.
+      mesh: the devices over which the shards of a batch are spread; None for one device.
       compile_seconds: the seconds to trace, lower and compile all programs.
     """
 
     batches: Batcher
     programs: Mapping[BucketPlan, Step]
     compile_seconds: float
+    mesh: Any
 
 
 class Epoch(NamedTuple):
@@ -125,6 +131,13 @@ def _slot_filled(workload: Workload, source: Source) -> Batcher:
     return SlotFilling(source, _cover(workload), seed=workload.seed, lengths=workload.lengths)
 
 
+def _slot_filled_devices(workload: Workload, source: Source) -> Batcher:
+    """Makes slot-filled batches of a shard for each device, all under one plan."""
+    devices = workload.mesh.size
+    plan = plan_cover(workload.lengths, BATCH_SIZE // devices)
+    return SlotFilling(source, plan, seed=workload.seed, lengths=workload.lengths, local_shards=devices)
+
+
 def _cover(workload: Workload) -> BucketPlan:
     return plan_cover(workload.lengths, BATCH_SIZE)
 
@@ -136,6 +149,7 @@ BATCHERS: Mapping[str, Callable[[Workload, Source], Batcher]] = MappingProxyType
         "bucketed": _bucketed,
         "sorted": _sorted,
         "slot-filled": _slot_filled,
+        ON_DEVICES: _slot_filled_devices,
     }
 )
 
@@ -145,7 +159,7 @@ def measure_epoch(workload: Workload, names: Sequence[str], repeats: int, tell: 
 
     Args:
       workload: the corpus and the layer.
-      names: keys of BATCHERS.
+      names: keys of BATCHERS; slot-filled-devices is left out for one device.
       repeats: how many turns are timed.
       tell: is called with the progress.
 
@@ -155,12 +169,15 @@ def measure_epoch(workload: Workload, names: Sequence[str], repeats: int, tell: 
     load_before, source = load(), _sequences(workload)
     optimizer = optax.adam(1e-3)
     state = jax.device_put((workload.params, optimizer.init(workload.params)))
-    step = _train_step(workload.layer, optimizer)
+    names = [name for name in names if name != ON_DEVICES or workload.mesh is not None]
     trainings: dict[str, Training] = {}
     with compilation_cache_off():
         for i, name in enumerate(names):
             tell(f"compiling {name}", 0.2 * i / len(names))
-            trainings[name] = _prepare(functools.partial(BATCHERS[name], workload, source), step, state, repeats)
+            mesh = workload.mesh if name == ON_DEVICES else None
+            step = _train_step(workload.layer, optimizer, mesh)
+            make = functools.partial(BATCHERS[name], workload, source)
+            trainings[name] = _prepare(make, step, _placed(state, mesh), repeats, mesh)
         epochs = _in_turns(trainings, state, repeats, tell)
     for name, found in epochs.items():
         _check(name, found, workload)
@@ -181,34 +198,47 @@ def _sequences(workload: Workload) -> Source:
     return np.split(tokens, np.cumsum(workload.lengths)[:-1])
 
 
-def _train_step(layer: RecurrentLayer, optimizer: optax.GradientTransformation) -> Step:
+def _placed(state: State, mesh: Any) -> State:
+    """Puts a state on all devices of a mesh."""
+    return state if mesh is None else jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+
+
+def _train_step(layer: RecurrentLayer, optimizer: optax.GradientTransformation, mesh: Any) -> Step:
     """Returns a step that trains the layer's mean output to be the first feature of its input."""
 
-    def mean_loss(params: Any, batch: Batch) -> jax.Array:
+    def loss_of_shard(params: Any, batch: Batch) -> Mean:
         output, _ = layer.apply(params, batch.inputs)
         error = jnp.mean(output.data, axis=-1) - batch.inputs.data[:, 0]  # 0 in slack
-        return jnp.sum(error**2) / jnp.maximum(jnp.sum(batch.inputs.lengths), 1)
+        return Mean(jnp.sum(error**2), jnp.sum(batch.inputs.lengths))
+
+    mean_loss = loss_of_shard if mesh is None else sum_shards(loss_of_shard, mesh, AXIS)
 
     def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
         params, optimizer_state = state
-        loss, gradient = jax.value_and_grad(mean_loss)(params, batch)
+        loss, gradient = jax.value_and_grad(lambda params: mean_loss(params, batch).value)(params)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), loss
 
     return step
 
 
-def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int) -> Training:
+def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int, mesh: Any) -> Training:
     """Compiles the step under each plan that the turns need, which a rehearsal finds, and runs each program once."""
     rehearsal = make()
-    examples = {batch.inputs.plan: batch for _ in range(repeats) for batch in rehearsal}
+    rehearsed = {batch.inputs.plan: batch for _ in range(repeats) for batch in rehearsal}
+    examples = {plan: _spread(batch, mesh) for plan, batch in rehearsed.items()}
     jax.clear_caches()  # drops the traces of other steps
     start = time.perf_counter()
     programs = {plan: jax.jit(step).lower(state, batch).compile() for plan, batch in examples.items()}
     compile_seconds = time.perf_counter() - start
     for plan, program in programs.items():
         jax.block_until_ready(program(state, examples[plan]))
-    return Training(make(), programs, compile_seconds)
+    return Training(make(), programs, compile_seconds, mesh)
+
+
+def _spread(batch: Batch, mesh: Any) -> Batch:
+    """Puts the shards of a batch on the devices of a mesh."""
+    return batch if mesh is None else put(batch, mesh, AXIS)
 
 
 def _in_turns(trainings: Mapping[str, Training], state: State, repeats: int, tell: Tell) -> dict[str, list[Epoch]]:
@@ -216,7 +246,7 @@ def _in_turns(trainings: Mapping[str, Training], state: State, repeats: int, tel
 
     All start from the same state, and continue from their own.
     """
-    states, names = dict.fromkeys(trainings, state), list(trainings)
+    states, names = {name: _placed(state, each.mesh) for name, each in trainings.items()}, list(trainings)
     epochs: dict[str, list[Epoch]] = {name: [] for name in names}
     generator = np.random.default_rng(0)
     for turn in range(repeats):
@@ -224,18 +254,19 @@ def _in_turns(trainings: Mapping[str, Training], state: State, repeats: int, tel
             name = names[place]
             tell(f"turn {turn + 1} of {repeats}, {name}", 0.2 + 0.8 * (turn + i / len(names)) / repeats)
             training = trainings[name]
-            states[name], epoch = _train(training.programs, states[name], iter(training.batches))
+            states[name], epoch = _train(training, states[name])
             epochs[name].append(epoch)
     return epochs
 
 
-def _train(programs: Mapping[BucketPlan, Step], state: State, batches: BatchIterator) -> tuple[State, Epoch]:
+def _train(training: Training, state: State) -> tuple[State, Epoch]:
     """Trains one epoch. It waits for each step, so that the host's time and the device's are separate."""
     packing, loss, tokens = 0.0, 0.0, 0
     start = asked = time.perf_counter()
+    batches = iter(training.batches)
     for batch in batches:
         packing += time.perf_counter() - asked
-        state, batch_loss = programs[batch.inputs.plan](state, batch)
+        state, batch_loss = training.programs[batch.inputs.plan](state, _spread(batch, training.mesh))
         in_batch = int(batch.inputs.lengths.sum())
         loss, tokens = loss + float(batch_loss) * in_batch, tokens + in_batch
         asked = time.perf_counter()

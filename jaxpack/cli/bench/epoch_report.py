@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.cli._text import print_parts
+from jaxpack.cli.bench.epoch import ON_DEVICES
 from jaxpack.cli.bench.report import (
     Result,
     busy_warning,
@@ -86,7 +87,13 @@ def _legend(result: Result) -> str:
         f"Median of {turns(result)} in one process, an epoch of each in every turn; ratios are taken turn by turn. "
         f"Each epoch trains on every sequence once, with the same layer, loss and optimiser. padded: random batches, "
         f"padded to the longest of all; padded-batch: to their own longest, rounded up; bucketed, sorted: batches of "
-        f"similar lengths, padded; slot-filled: batches that fill one plan. Packing is the share of the time in which "
+        f"similar lengths, padded; slot-filled: batches that fill one plan{_devices(result)}. Packing is the "
+        f"share of the time in which "
         f"the host makes batches. Cells are steps of rows; real is the share of them that sequences fill. Order is the "
         f"size of the rank correlation between a sequence's length and the number of its batch, 0 in random order."
     )
+
+
+def _devices(result: Result) -> str:
+    named = any(peer["name"] == ON_DEVICES for peer in result["peers"])
+    return f"; {ON_DEVICES}: such batches of a shard for each CPU device" if named else ""

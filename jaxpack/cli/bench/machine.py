@@ -47,6 +47,7 @@ def machine(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
         "versions": {name: _version(name) for name in packages},
         "backend": jax.default_backend(),
         "device": device.device_kind,
+        "devices": jax.local_device_count(),
         "platform_version": device.client.platform_version,
         "libc": " ".join(platform.libc_ver()).strip() or None,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES"),

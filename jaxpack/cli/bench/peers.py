@@ -25,6 +25,7 @@ from jaxpack._matrix.layer import MatrixLayer
 from jaxpack.cli.bench import torch_peers
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, of_cell
 from jaxpack.cli.bench.cudnn_peer import cudnn_calls
+from jaxpack.cli.bench.device_peer import device_calls
 from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
 from jaxpack.cli.bench.linear_libraries import mamba2_jax_calls, memax_calls, memorax_calls
 from jaxpack.cli.bench.linear_peers import associative_scan, masked_scan, padded_calls
@@ -64,6 +65,12 @@ def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
 def _jaxpack(workload: Workload) -> Calls:
     """Runs under the plan that jaxpack.plan_best chooses."""
     return _packed(workload, workload.plan)
+
+
+@peer("jaxpack-devices")
+def _jaxpack_devices(workload: Workload) -> Calls:
+    """Runs a shard of the batch on each device, under the plan that jaxpack.sharding.plan_shards chooses."""
+    return device_calls(workload)
 
 
 @peer("jaxpack-buckets")

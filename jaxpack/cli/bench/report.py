@@ -55,6 +55,8 @@ def machine_line(machine: Result, whose: str = "") -> str:
     on = f"JAX on {machine['backend']}"
     if machine["backend"] != "cpu":
         on += f" ({machine['device']})"
+    elif machine.get("devices", 1) > 1:
+        on += f" as {machine['devices']} devices"
     tunables = f" GLIBC_TUNABLES={machine['glibc_tunables']}." if machine["glibc_tunables"] else ""
     return f"{machine['cpu']}, {threads}{whose}; {on}. Python {machine['python']}, {', '.join(versions)}.{tunables}"
 

@@ -55,6 +55,7 @@ class Workload:
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
       dtype: "float32" or "bfloat16", of all of these and of the computation.
+      mesh: the devices of a CPU, each of which runs a shard of a batch beside the same on one; None for one device.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Workload:
     bidirectional: bool = False
     seed: int = 0
     dtype: str = "float32"
+    mesh: Any = None
 
     @property
     def layer(self) -> Any:

@@ -2,6 +2,8 @@
 
 The first part is a usual training script in JAX: a model, batches, a step, a loop. jaxpack adds the plan. The seed
 determines the shuffles, so one plan can be made that every batch of the run fits, and the step compiles once.
+
+With several devices a batch has a leading axis of shards, and the loss is summed over them.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 import jaxpack
+from jaxpack.cli._devices import AXIS, CpuDevices, cpu_mesh
 from jaxpack.cli._measure import CountedJit, median_seconds, seconds
 from jaxpack.cli.demo.report import Column, Report, print_report
 from jaxpack.datasets import LabelledSequences, japanese_vowels
+from jaxpack.losses import Mean
+from jaxpack.sharding import deal, sum_shards
 
 LEARNING_RATE = 3e-3  # at the start; a cosine lowers it to 0 over the run
 REPEATS = 15  # timed passes over an epoch under each plan
@@ -107,6 +112,14 @@ def shuffle(seed: int, epochs: int, num_examples: int, batch_size: int) -> np.nd
     return rows.reshape(epochs, num_batches, batch_size)
 
 
+def deal_batches(lengths: np.ndarray, rows: np.ndarray, devices: int) -> np.ndarray:
+    """Deals each batch to devices: int [epochs, batches, devices, B/devices]; as it is for one device."""
+    if devices == 1:
+        return rows
+    dealt = [batch[deal(lengths[batch], devices)] for batch in rows.reshape(-1, rows.shape[-1])]
+    return np.reshape(dealt, (*rows.shape[:2], devices, -1))
+
+
 def take(examples: Batch, rows: np.ndarray) -> Batch:
     """Takes these rows as a batch; -1 takes the last one, which is empty."""
     return Batch(*(field[rows] for field in examples))
@@ -118,7 +131,12 @@ def plan_run(lengths: np.ndarray, rows: np.ndarray) -> jaxpack.BucketPlan:
     Batches of lengths [5, 2] and [3, 4] need room [5, 3].
     """
     longest_first = -np.sort(-lengths[rows], axis=-1)
-    return jaxpack.plan_best(longest_first.max(axis=(0, 1)))
+    return jaxpack.plan_best(longest_first.reshape(-1, rows.shape[-1]).max(axis=0))
+
+
+def make_plans(lengths: np.ndarray, rows: np.ndarray) -> dict[str, jaxpack.BucketPlan]:
+    """Returns the plans that are compared: the run's, and the padded batch."""
+    return {"packed": plan_run(lengths, rows), "padded": jaxpack.plan_padded(rows.shape[-1], int(lengths.max()))}
 
 
 def make_logits(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:
@@ -132,27 +150,42 @@ def make_logits(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, B
 
 
 def make_train_step(
-    model: Classifier, optimizer: optax.GradientTransformation, plan: jaxpack.BucketPlan
+    model: Classifier, optimizer: optax.GradientTransformation, plan: jaxpack.BucketPlan, mesh: Any = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]:
-    """Returns the training step under a plan: a jittable function from state and batch to the next state and loss."""
+    """Returns the training step under a plan: a jittable function from state and batch to the next state and loss.
+
+    With a mesh, each of its devices runs a shard of the batch under the plan.
+    """
     logits = make_logits(model, plan)
 
-    def loss(params: Any, batch: Batch) -> jax.Array:
+    def loss_of_shard(params: Any, batch: Batch) -> Mean:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch.labels)
-        return jnp.average(losses, weights=batch.weights)
+        return Mean(jnp.sum(losses * batch.weights), jnp.sum(batch.weights))
+
+    loss = loss_of_shard if mesh is None else sum_shards(loss_of_shard, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(state.params, batch)
+        value, gradients = jax.value_and_grad(lambda params: loss(params, batch).value)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), value
 
     return train_step
 
 
-def initial_state(model: Classifier, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """Returns the state from which training starts."""
+def jit_step(step: Callable[[TrainState, Batch], tuple[TrainState, jax.Array]], mesh: Any) -> CountedJit:
+    """Compiles a training step. With a mesh, the state is on all devices, and the shards of a batch are spread."""
+    if mesh is None:
+        return CountedJit(step)
+    return CountedJit(step, in_shardings=(jax.NamedSharding(mesh, jax.P()), jax.NamedSharding(mesh, jax.P(AXIS))))
+
+
+def initial_state(
+    model: Classifier, optimizer: optax.GradientTransformation, seed: int, mesh: Any = None
+) -> TrainState:
+    """Returns the state from which training starts, on all devices of a mesh."""
     params = model.init(jax.random.key(seed))
-    return TrainState(params, optimizer.init(params))
+    state = TrainState(params, optimizer.init(params))
+    return state if mesh is None else jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
 
 
 def make_count_correct(model: Classifier, plan: jaxpack.BucketPlan) -> Callable[[Any, Batch], jax.Array]:
@@ -212,6 +245,7 @@ def demo(
     batch_size: Annotated[int, typer.Option(min=1, max=270, help="Utterances in a batch.")] = 27,
     hidden_size: Annotated[int, typer.Option(min=1, help="Units of the LSTM in each direction.")] = 64,
     padded: Annotated[bool, typer.Option("--padded", help="Train under the padded plan.")] = False,
+    cpu_devices: CpuDevices = 1,
 ) -> None:
     """Train an LSTM to tell nine speakers apart, packed, and compare with padded.
 
@@ -222,32 +256,32 @@ def demo(
     if context.invoked_subcommand:
         _check_no_options(context)
         return
+    mesh = cpu_mesh(cpu_devices, batch_size, "Pass a --batch-size that it divides.")
     examples, tests = load()
-    rows = shuffle(seed, epochs, int(examples.weights.sum()), batch_size)
+    shuffled = shuffle(seed, epochs, int(examples.weights.sum()), batch_size)
+    rows = deal_batches(examples.lengths, shuffled, cpu_devices)
     num_steps = rows.shape[0] * rows.shape[1]
     trained = "padded" if padded else "packed"
-    plans = {
-        "packed": plan_run(examples.lengths, rows),
-        "padded": jaxpack.plan_padded(batch_size, int(examples.lengths.max())),
-    }
+    plans = make_plans(examples.lengths, rows)
     test_plan = jaxpack.plan_padded(*tests.inputs.shape[:2]) if padded else jaxpack.plan_buckets(tests.lengths)
 
     model = Classifier(examples.inputs.shape[-1], hidden_size, int(examples.labels.max()) + 1)
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, decay_steps=num_steps))
-    steps = {name: CountedJit(make_train_step(model, optimizer, plan)) for name, plan in plans.items()}
+    steps = {name: jit_step(make_train_step(model, optimizer, plan, mesh), mesh) for name, plan in plans.items()}
     count_correct = CountedJit(make_count_correct(model, test_plan))
-    untrained = initial_state(model, optimizer, seed)
+    untrained = initial_state(model, optimizer, seed, mesh)
 
     console = Console(stderr=True)
     with console.status("Compiling the training step, packed and padded"):
         compile_seconds = time_compiling(steps, untrained, take(examples, rows[0, 0]))
     state = train(steps[trained], untrained, examples, rows, console)
     with console.status("Testing, and timing packed against padded"):
-        num_correct = int(count_correct(state.params, tests))
+        num_correct = int(count_correct(jax.device_get(state.params), tests))  # on one device
         epoch_seconds = time_epochs(steps, untrained, [take(examples, batch_rows) for batch_rows in rows[0]])
 
+    on_devices = f", {cpu_devices} CPU devices" if mesh else ""
     report = Report(
-        title=f"Japanese Vowels, bidirectional LSTM of hidden size {hidden_size}, {trained}, seed {seed}",
+        title=f"Japanese Vowels, bidirectional LSTM of hidden size {hidden_size}, {trained}{on_devices}, seed {seed}",
         num_correct=num_correct,
         num_tests=len(tests.labels),
         num_steps=num_steps,
@@ -258,7 +292,8 @@ def demo(
         columns={name: Column(plans[name], compile_seconds[name], epoch_seconds[name]) for name in plans},
         trained=trained,
         repeats=REPEATS,
-        lengths=examples.lengths[rows[0, 0]],
+        lengths=examples.lengths[rows[0, 0]].reshape(cpu_devices, -1)[0],
+        devices=cpu_devices,
     )
     print_report(report, Console())
 

@@ -38,7 +38,8 @@ class Report(NamedTuple):
       columns: the costs of "packed" and "padded".
       trained: which of the two trained the model.
       repeats: how many times an epoch was timed under each plan.
-      lengths: int [B], the lengths in the first batch.
+      lengths: int [B], the lengths in the first batch, or in its first shard.
+      devices: how many devices share a batch, each under the plan.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Report(NamedTuple):
     trained: str
     repeats: int
     lengths: np.ndarray
+    devices: int = 1
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -77,7 +79,7 @@ def _facts(report: Report) -> Table:
 def _comparison(report: Report) -> Table:
     """Returns the table of packed beside padded."""
     columns = report.columns["packed"], report.columns["padded"]
-    cells = [column.plan.size * report.num_batches for column in columns]
+    cells = [column.plan.size * report.num_batches * report.devices for column in columns]
     speeds = [report.tokens / column.epoch_seconds for column in columns]
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     table.add_column("")
@@ -98,7 +100,8 @@ def _caption(report: Report) -> str:
     laid_out = "rows run down, with utterances end to end in two shades" if plan.starts else "utterances run down"
     blank = " Padding would also compute the blank part at the right." if plan.num_buckets > 1 else ""
     marks = "█ ▓ real" if plan.starts else "█ real"
+    drawn = "batch" if report.devices == 1 else "shard"
     return (
-        f"The first batch under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
+        f"The first {drawn} under the run's plan ({plan.summary}; {shown}). Time runs right, {laid_out}, longest "
         f"first. {marks}, ░ slack: computed, then masked.{blank}"
     )

@@ -11,7 +11,7 @@ from commands import message
 
 from jaxpack.cli.bench import command as bench_file
 from jaxpack.cli.bench import epoch as bench_epoch
-from jaxpack.cli.bench.epoch import BATCH_SIZE, BATCHERS, Epoch, Training, measure_epoch
+from jaxpack.cli.bench.epoch import BATCH_SIZE, BATCHERS, ON_DEVICES, Epoch, Training, measure_epoch
 from jaxpack.cli.bench.workloads import Workload, named_workload
 
 LENGTHS = np.random.default_rng(0).choice([2, 9], 200, p=[0.8, 0.2])
@@ -52,7 +52,8 @@ def test_report_has_a_row_for_every_way_to_batch_in_80_columns(run, peers):
     report, _ = run
     assert max(len(line.rstrip()) for line in report.splitlines()) <= 80
     times, costs = rows(report, "Epoch"), rows(report, "Cost")
-    assert tuple(times) == tuple(costs) == tuple(peers) == NAMES == tuple(BATCHERS)
+    assert tuple(times) == tuple(costs) == tuple(peers) == NAMES
+    assert {*BATCHERS} - {*NAMES} == {ON_DEVICES}  # which needs --cpu-devices
     for name, peer in peers.items():
         assert float(times[name][2]) == pytest.approx(peer["times_padded"]["median"], abs=0.006)
         counts = f"{peer['batches']:.0f}", f"{peer['cells']:,.0f}", f"{peer['efficiency']:.1%}", f"{peer['programs']}"
@@ -143,14 +144,14 @@ def test_padding_wastes_most_buckets_less_and_slots_next_to_nothing():
 def test_all_start_from_one_state_and_go_on_from_their_own_in_turns(monkeypatch):
     order = []
 
-    def prepare(make, step, state, repeats):
+    def prepare(make, step, state, repeats, mesh):
         batches = make()
 
         def program(state, batch):
             order.append((type(batches).__name__, state))
             return len(order), 0.5
 
-        return Training(batches, dict.fromkeys(batches.plans, program), 1.0)
+        return Training(batches, dict.fromkeys(batches.plans, program), 1.0, mesh)
 
     monkeypatch.setattr(bench_epoch, "_prepare", prepare)
     workload = Workload("tiny", LENGTHS[:BATCH_SIZE], features=1, hidden_size=1)
@@ -171,7 +172,7 @@ def test_all_start_from_one_state_and_go_on_from_their_own_in_turns(monkeypatch)
     ("options", "expected"),
     [
         (("--peer", "slot-filled"), (["slot-filled"], 3)),
-        (("--repeats", 7), (list(NAMES), 7)),
+        (("--repeats", 7), (list(BATCHERS), 7)),
     ],
 )
 def test_options_choose_ways_and_turns(monkeypatch, options, expected):
@@ -204,7 +205,7 @@ def test_an_epoch_that_leaves_something_out_is_no_result(change, expected):
     [
         (("epoch", "--huge-pages"), "Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for another run"),
         (("epoch", "--hidden-size", 3), "Invalid value for '--hidden-size': the workload epoch has a fixed one"),
-        (("epoch", "--peer", "jaxpack"), f"'jaxpack' is unknown. Choose from {', '.join(NAMES)}."),
+        (("epoch", "--peer", "jaxpack"), f"'jaxpack' is unknown. Choose from {', '.join(BATCHERS)}."),
         (("gru", "--peer", "padded"), "'padded' is unknown. Choose from jaxpack,"),
     ],
 )
