@@ -38,6 +38,8 @@ def concrete_lengths(lengths: npt.ArrayLike, name: str = "lengths") -> np.ndarra
         way_out = ""
         if hasattr(lengths, "lengths"):
             way_out = " Pass its .lengths."
+        elif hasattr(lengths, "rooms"):
+            way_out = " Pass its .rooms(batch_size)."
         elif isinstance(lengths, Mapping):
             way_out = " Write list(lengths.values())."
         elif isinstance(lengths, Iterable) and not isinstance(lengths, (str, bytes, Set)):

@@ -41,8 +41,14 @@ class Call(NamedTuple):
         return self.plan is not None or self.lengths is None
 
     def dtype_with(self, data: jax.Array) -> Any:
-        """Returns the dtype of the computation."""
+        """Returns the dtype of products and outputs."""
         return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
+
+    def state_dtype_with(self, data: jax.Array) -> Any:
+        """Returns the dtype of states and gates: float32 where parameters are wider than a dtype of half its size."""
+        dtype = self.dtype_with(data)
+        mixed = jnp.finfo(dtype).bits < 32 and jnp.promote_types(dtype, self.params_dtype) != dtype
+        return jnp.dtype("float32") if mixed else dtype
 
 
 def lay_out_with(

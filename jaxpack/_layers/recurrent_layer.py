@@ -220,8 +220,10 @@ class RecurrentLayer(abc.ABC):
           fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
             the initial state.
           deterministic: set True to leave dropout out, as in evaluation.
-          dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
-            float32 parameters is mixed precision. Default: the result type of inputs and parameters.
+          dtype: a floating dtype to compute in, to which inputs, parameters and states are cast. Default: the result
+            type of inputs and parameters. jnp.bfloat16 (or float16) with float32 parameters is mixed precision:
+            products have bfloat16 factors, and the output is bfloat16; gates, states and the sums of gradients are
+            float32.
           forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize). It then runs
             a plain scan, which trains more slowly. jax.hessian and forward over reverse do not need it.
           return_all_states: set True to return the state after each step as well.
@@ -251,7 +253,6 @@ class RecurrentLayer(abc.ABC):
         check_sharding(params)
         if dtype is not None:
             dtype = floating(dtype)
-            params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         check_fresh(fresh_state, resets)
         states = initial_state, fresh_state
         call = Call(params_dtype, dtype, key, *states, lengths, plan, forward_mode, bool(return_all_states))
@@ -361,7 +362,8 @@ class RecurrentLayer(abc.ABC):
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
             raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
         self._check_features(data, packed=True)
-        dtype, batch_size = call.dtype_with(data), packed.plan.num_sequences
+        dtype, batch_size = call.state_dtype_with(data), packed.plan.num_sequences
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         if call.initial_state is not None:
             state = self._checked_state("initial_state", call.initial_state, batch_size, dtype)
         elif self.learned_initial_state:
@@ -371,7 +373,7 @@ class RecurrentLayer(abc.ABC):
             state = zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, data, dtype)
         fresh = call.fresh_state
         fresh = None if fresh is None else self._checked_state("fresh_state", fresh, batch_size, dtype)
-        packed = packed.replace(data=data.astype(dtype))
+        packed = packed.replace(data=data.astype(call.dtype_with(data)))
         ordered = [params[group] for group in self.shapes]
         stack = Stack(
             self.cell,
@@ -395,7 +397,7 @@ class RecurrentLayer(abc.ABC):
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
                 f"number as lengths=. A batch is [B, T, {self.input_size}]."
             )
-        dtype, batched = call.dtype_with(sequence), {}
+        dtype, batched = call.state_dtype_with(sequence), {}
         for name in ("initial_state", "fresh_state"):
             if getattr(call, name) is not None:
                 state = self._checked_state(name, getattr(call, name), None, dtype)

@@ -58,8 +58,9 @@ def run_stack(
     Args:
       stack: the static part.
       params: the parameters of every layer and direction, in PyTorch's order: l0, l0_reverse, l1, ...
-      packed: data [S, F], in the dtype of the computation.
-      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros.
+      packed: data [S, F], in the dtype of products and outputs.
+      state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros. It has the
+        dtype of the parameters.
       dropout_key: None for no dropout.
       resets: None for none.
       fresh: the state to which resets return, in the layout of the initial state; None for that.
@@ -96,7 +97,7 @@ def run_stack(
         finals.extend(result.carry for result in results)
         after = [(result.y, *result.memory) for result in results]
         after[1:] = [tuple(rearrange(leaf, reverse, reverse) for leaf in each) for each in after[1:]]
-        data = jnp.concatenate([y for y, *_ in after], axis=-1)
+        data = jnp.concatenate([y for y, *_ in after], axis=-1).astype(data.dtype)
         states.extend(after)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)

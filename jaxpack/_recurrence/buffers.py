@@ -118,12 +118,12 @@ def loop(start: Any, stop: Any, body: Callable[[Any, Any], Any], state: Any, unr
     return body(start, state) if stop - start == 1 else lax.fori_loop(start, stop, body, state, unroll=unroll)
 
 
-def buffer(like: jax.Array, shape: tuple[int, ...], fill: float) -> jax.Array:
-    """Returns an array that a loop overwrites.
+def buffer(like: jax.Array, shape: tuple[int, ...], fill: float, dtype: Any = None) -> jax.Array:
+    """Returns an array that a loop overwrites, with the sharding and, unless another is given, the dtype of `like`.
 
     XLA merges buffers of the same shape and fill, and then copies them, so each buffer of a loop has its own fill.
     """
-    return lax.full_like(like, fill, shape=shape)
+    return lax.full_like(like, fill, dtype, shape)
 
 
 def read(leaf: jax.Array, start: Any, size: int) -> jax.Array:

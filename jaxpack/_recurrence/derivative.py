@@ -23,7 +23,7 @@ from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.buffers import StepLoop, buffer
 from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
-from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, forward, widened
+from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, factors, forward, widened
 from jaxpack._recurrence.slots import BatchCells, RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
 
@@ -127,17 +127,16 @@ class Recurrence(NamedTuple):
         else:
             stairs = [(deal.stair(0),) for schedule in self.schedules for deal in self.deals(schedule)]
         cells = max(each[-1].end for each in stairs)
-        x, sizes = like.x, jax.tree.leaves(self.cell.state_sizes)
-        projected, h = (
-            jax.ShapeDtypeStruct((cells, width), x.dtype) for width in (like.weights.w_x.shape[1], sizes[0])
-        )
-        activations = jax.eval_shape(self.cell.activate, like.weights, projected, h)
+        x, sizes, dtype = like.x, jax.tree.leaves(self.cell.state_sizes), like.carry[0].dtype
+        projected = jax.ShapeDtypeStruct((cells, like.weights.w_x.shape[1]), dtype)
+        h = jax.ShapeDtypeStruct((cells, sizes[0]), x.dtype)
+        activations = jax.eval_shape(self.cell.activate, factors(like.weights, x.dtype), projected, h)
         if not self.cell.reads_activations or _bytes(activations) > KEPT_BYTES:
             activations = ()
         rows = max(map(checkpoint_rows, stairs))
-        checkpoints: Any = tuple(jax.ShapeDtypeStruct((rows, size), x.dtype) for size in sizes[1:])
+        checkpoints: Any = tuple(jax.ShapeDtypeStruct((rows, size), dtype) for size in sizes[1:])
         leaves, tree = jax.tree.flatten(Kept(activations, checkpoints))
-        return jax.tree.unflatten(tree, [buffer(x, leaf.shape, 10 + i) for i, leaf in enumerate(leaves)])
+        return jax.tree.unflatten(tree, [buffer(x, leaf.shape, 10 + i, leaf.dtype) for i, leaf in enumerate(leaves)])
 
 
 def _bytes(tree: Any) -> int:
@@ -203,10 +202,15 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
     weights, inputs, carries, fresh = zip(*directions, strict=True)
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-        stepped = tuple(cell.step(*each) for each in zip(weights, carries, projected, strict=True))
+        # In the step, so that the gradients of weights are summed in their own dtype.
+        rounded = tuple(factors(w, x.dtype) for w, x in zip(weights, inputs, strict=True))
+        stepped = tuple(cell.step(*each) for each in zip(rounded, carries, projected, strict=True))
         return stepped, stepped if recurrence.all_states else tuple(carry[:1] for carry in stepped)
 
-    projected = tuple(cell.project(w, jnp.where(mask, x, 0)) for w, x in zip(weights, inputs, strict=True))
+    projected = tuple(
+        cell.project(factors(w, x.dtype), jnp.where(mask, x, 0)).astype(carry[0].dtype)
+        for w, x, carry in zip(weights, inputs, carries, strict=True)
+    )
     carries = tuple(widened(cell, carry) for carry in carries)
     starts = Starts(carries, jax.tree.map(jnp.zeros_like, carries), fresh if any(fresh) else carries)
     if isinstance(recurrence.plan, BucketPlan):

@@ -6,6 +6,9 @@ the coefficients of the sequential recurrence, and the gradients of inputs and w
 
 Slack runs free: its inputs are zeros, its outputs are zeroed, and nothing of it reaches a real cell. In the backward
 pass, cotangents pass through slack unchanged, to the last real cell of the slot.
+
+In mixed precision inputs have a narrower dtype than weights and carry. Products then take their factors in the dtype of
+the inputs; everything else (gates, carry, outputs, cotangents, sums of weight gradients) is in the dtype of the carry.
 """
 
 from __future__ import annotations
@@ -121,6 +124,11 @@ class Loops(NamedTuple):
         return tuple(jnp.where(real, leaf, other) for leaf, other in zip(carry, empty, strict=True))
 
 
+def factors(weights: Fused, dtype: Any) -> Fused:
+    """Returns weights whose matrices have the dtype of products. The bias, which is added, keeps its own."""
+    return jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
+
+
 def widened(cell: Cell, carry: Carry) -> Carry:
     """Returns a carry whose leaves [B, 1] are made [B, ...]."""
     sizes = jax.tree.leaves(cell.state_sizes)
@@ -136,10 +144,11 @@ def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept
       operands: of one direction.
     """
     weights, x, initial, fresh = operands
-    run = _Forward(loops, lax.optimization_barrier(weights), x, loops.real.entering(initial, fresh))
+    weights, dtype = lax.optimization_barrier(factors(weights, x.dtype)), initial[0].dtype
+    run = _Forward(loops, weights, x, loops.real.entering(initial, fresh))
     wide = widened(loops.cell, initial)
-    y = buffer(x, (loops.size, loops.sizes[0]), 0)
-    states = tuple(buffer(x, (loops.size, size), 8) for size in loops.sizes[1:]) if loops.all_states else ()
+    y = buffer(x, (loops.size, loops.sizes[0]), 0, dtype)
+    states = tuple(buffer(x, (loops.size, size), 8, dtype) for size in loops.sizes[1:]) if loops.all_states else ()
     carry, memory = loops.start(wide), wide[1:]
     for stair in loops.stairs:
         state = _ForwardState(tuple(leaf[: stair.rows] for leaf in carry), memory, y, states, kept)
@@ -184,7 +193,7 @@ class _Forward(NamedTuple):
             row = stair.checkpoint_row(index)
             checkpoints = tuple(write(leaf, c, row) for leaf, c in zip(checkpoints, carry[1:], strict=True))
         live = window.read(real.mask)[:, None]
-        projected = cell.project(self.weights, jnp.where(live, real.read(window, self.x), 0))
+        projected = cell.project(self.weights, jnp.where(live, real.read(window, self.x), 0)).astype(y.dtype)
         keeps, collects = bool(jax.tree.leaves(activations)), real.borders is not None
         entry = real.at_begins(window, self.entering)
 
@@ -193,7 +202,7 @@ class _Forward(NamedTuple):
             before = entry.step(cells, carry)
             if self.loops.steps.stacked:  # one kernel before each product: XLA would compute c again from earlier steps
                 before = lax.optimization_barrier(before)
-            activations = cell.activate(self.weights, projected, before[0])
+            activations = cell.activate(self.weights, projected, before[0].astype(self.x.dtype))
             h, *memory = cell.advance(self.weights, activations, before)
             # A row of its own keeps its memory in slack, so that its last one is final.
             kept = memory if collects else [jnp.where(live, *c) for c in zip(memory, before[1:], strict=True)]
@@ -221,7 +230,7 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
     """
     weights, x, initial, fresh = residuals.operands
     dfinal = cotangents.carry
-    weights = lax.optimization_barrier(weights)
+    weights = lax.optimization_barrier(factors(weights, x.dtype))
     transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, weights))  # once: the loops would copy it
     wide = initial[0].shape[1] == loops.sizes[0]
     run = _Backward(loops, weights, transposed, residuals, cotangents, loops.real.entering(initial, fresh), wide)
@@ -229,7 +238,8 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
     left = jax.tree.map(jnp.zeros_like, dcarry) if wide and loops.real.resets is not None else ()
     rows = _RowCotangents(dcarry, left)
     dbegun = (*dfinal, *nothing) if wide else ()
-    dx, dweights = buffer(x, (loops.size, x.shape[1]), 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
+    dx = buffer(x, (loops.size, x.shape[1]), 0)
+    dweights = jax.tree.map(lambda w: buffer(x, w.shape, 0, w.dtype), residuals.operands.weights)
     first, *_ = loops.start(widened(loops.cell, initial))
     for k in reversed(range(len(loops.stairs))):
         stair = loops.stairs[k]
@@ -333,7 +343,8 @@ class _Backward(NamedTuple):
         before: Carry = entry.window((real.before(window, y, first),))
         activations = jax.tree.map(window.read, kept.activations)
         if not jax.tree.leaves(activations):
-            activations = cell.activate(self.weights, cell.project(self.weights, x), before[0])
+            projected = cell.project(self.weights, x).astype(y.dtype)
+            activations = cell.activate(self.weights, projected, before[0].astype(x.dtype))
         after: Carry = (real.read(window, y),)
         if kept.checkpoints:
             update = cell.update(activations)
@@ -345,7 +356,7 @@ class _Backward(NamedTuple):
             jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
         )
         rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
-        dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
+        dx = window.write(dx, da[:, : self.weights.w_x.shape[1]].astype(x.dtype) @ self.transposed.w_x)
         h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
         out = self._linearize(point).out if self.weights.w_out is not None else None
         out = None if out is None else jnp.where(own, out, 0)
@@ -404,7 +415,7 @@ class _Backward(NamedTuple):
             dc = list(map(jnp.add, dc, dmemory)) if dmemory else dc
             total = dh + (old_d if projects else d)
             da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
-            dh = da[:, -width_h:] @ transposed.w_h + at.dh_dh * total
+            dh = da[:, -width_h:].astype(transposed.w_h.dtype) @ transposed.w_h + at.dh_dh * total
             rows = rows._replace(carry=(dh,) if earlier_dc is None else (dh, earlier_dc)).leave(reset)
             return rows, (), (da, total if projects else (), rows.begun(has_fresh) if collects else ())
 
@@ -452,11 +463,18 @@ def _add_gradients(
       x, h, out: what w_x, w_h and w_out multiply.
       da, d: the cotangents of the pre-activations and of h.
     """
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=b.dtype)
+
+    def transpose(a: jax.Array) -> jax.Array:
+        return _transpose(a.astype(x.dtype))
+
     return Fused(
-        dweights.w_x + _transpose(x) @ da[:, : dweights.w_x.shape[1]],
-        dweights.w_h + _transpose(h) @ da[:, -dweights.w_h.shape[1] :],
+        dweights.w_x + product(transpose(x), da[:, : dweights.w_x.shape[1]]),
+        dweights.w_h + product(transpose(h), da[:, -dweights.w_h.shape[1] :]),
         dweights.bias + da.sum(0),
-        None if out is None or dweights.w_out is None else dweights.w_out + _transpose(out) @ d,
+        None if out is None or dweights.w_out is None else dweights.w_out + product(transpose(out), d),
     )
 
 

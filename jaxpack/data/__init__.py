@@ -5,6 +5,7 @@ from jaxpack.data._batch import Batch
 from jaxpack.data._batcher import Batcher, BatchIterator
 from jaxpack.data._bucket_by_length import BucketByLength
 from jaxpack.data._cover import Coverage, coverage, plan_cover, plan_family
+from jaxpack.data._histogram import LengthHistogram
 from jaxpack.data._packing import pack_on_host
 from jaxpack.data._prefetch import PrefetchIterator, prefetch_to_device
 from jaxpack.data._slot_filling import SlotFilling
@@ -18,6 +19,7 @@ __all__ = [
     "Batcher",
     "BucketByLength",
     "Coverage",
+    "LengthHistogram",
     "PrefetchIterator",
     "SlotFilling",
     "SortedChunks",

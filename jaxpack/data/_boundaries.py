@@ -10,6 +10,7 @@ import numpy.typing as npt
 from jaxpack._checks import as_int, at_least_one
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_buckets, plan_padded
+from jaxpack.data._corpus import Axes, Corpus
 from jaxpack.data._cover import Planner, cover
 
 _CAP = 4  # a batch of short sequences has at most this many times the sequences that fit at the mean boundary
@@ -56,9 +57,8 @@ def covering_plans(
     bucket_of = np.searchsorted(boundaries, lengths)
     plans = []
     for bucket, boundary in enumerate(boundaries):
-        held = lengths[bucket_of == bucket, None]
-        if not held.size:
-            held = np.array([[boundary]])
+        found = lengths[bucket_of == bucket]
+        held = Axes((Corpus.of(found if found.size else np.array([boundary])),))
         (plan,) = cover(held, most, planner=planner)
         if max_cells is not None and plan.size > max_cells:
             (plan,) = cover(held, None, max_cells=max_cells, planner=planner)

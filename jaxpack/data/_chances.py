@@ -13,25 +13,25 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import gammaln, xlog1py, xlogy  # jax needs scipy too
 
+from jaxpack.data._corpus import Corpus
+
 _BISECTIONS = 20  # in the search for the quantile of a miss probability
 _CHANCES = 2**24  # the most probabilities computed at once, one for each slot and length
 _DEVIATIONS = 9  # a count is within this many standard deviations of its mean, to a float's precision
 _NOTHING = 1e-30  # a chance below this share of the largest one is dropped
 
 
-def random_rooms(corpus: np.ndarray, batch_size: int) -> Callable[[float], np.ndarray]:
+def random_rooms(corpus: Corpus, batch_size: int) -> Callable[[float], np.ndarray]:
     """Returns a function from a miss probability to rooms [B], each exceeded with the same probability."""
-    drawn = min(batch_size, len(corpus))
-    values, counts = np.unique(corpus, return_counts=True)
-    longer = len(corpus) - np.cumsum(counts)
-    every = -(-len(values) * drawn // _CHANCES)  # takes one in this many lengths, always the longest
-    values, longer = values[::-1][::every][::-1], longer[::-1][::every][::-1]
-    tails = _tails(len(corpus), longer, drawn)
+    drawn = min(batch_size, corpus.size)
+    every = -(-len(corpus.lengths) * drawn // _CHANCES)  # takes one in this many lengths, always the longest
+    lengths, longer = corpus.lengths[::every], (corpus.ends - corpus.counts)[::every]
+    tails = _tails(corpus.size, longer, drawn)
 
     def rooms(quantile: float) -> np.ndarray:
         """Returns for each slot the least length which it exceeds with at most this probability."""
         places = np.array([np.searchsorted(tail, quantile, "right") - 1 for tail in tails])
-        found = np.maximum(1, values[::-1][places])
+        found = np.maximum(1, lengths[places])
         return np.concatenate([found, np.ones(batch_size - drawn, found.dtype)])
 
     def missed_at_most(miss: float) -> np.ndarray:
@@ -49,15 +49,15 @@ def _tails(size: int, longer: np.ndarray, drawn: int) -> np.ndarray:
 
     Args:
       size: how many sequences the corpus has.
-      longer: int [U], how many of them are longer than each length, shortest length first.
+      longer: int [U], how many of them are longer than each length, longest length first.
       drawn: how many sequences a batch has.
     """
     counts = np.arange(drawn)[:, None]
-    chances = np.exp(_log_hypergeometric(size, longer[::-1], drawn, counts))  # [drawn, U]
+    chances = np.exp(_log_hypergeometric(size, longer, drawn, counts))  # [drawn, U]
     return np.maximum.accumulate(1 - np.cumsum(chances, axis=0), axis=1)
 
 
-def miss_probability(corpus: np.ndarray, room: np.ndarray) -> float:
+def miss_probability(corpus: Corpus, room: np.ndarray) -> float:
     """Computes the exact probability that a batch drawn without replacement does not fit.
 
     The recursion takes the distinct rooms, largest first. If slot s is the first with a room, at most s sequences may
@@ -66,9 +66,9 @@ def miss_probability(corpus: np.ndarray, room: np.ndarray) -> float:
     distribution is that of a batch. `chances[m]` is the probability that m sequences are longer than the room reached
     and no limit was exceeded before.
     """
-    size, drawn = len(corpus), min(len(room), len(corpus))
+    size, drawn = corpus.size, min(len(room), corpus.size)
     rooms, first = np.unique(-room[:drawn], return_index=True)
-    longer = np.searchsorted(-corpus, rooms)  # sequences of the corpus per room
+    longer = corpus.longer_than(-rooms)  # sequences of the corpus per room
     share = drawn / size
     low, chances, before = 0, np.ones(1), 0  # `chances` are those of low, low + 1, ...
     for most, now in zip(first, longer, strict=True):

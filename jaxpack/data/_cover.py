@@ -14,23 +14,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import overload
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxpack._checks import at_least_one, concrete_lengths
+from jaxpack._checks import at_least_one
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_padded, plan_rows
 from jaxpack.data._chances import miss_probability, random_rooms
+from jaxpack.data._corpus import Axes, Corpus
+from jaxpack.data._histogram import LengthHistogram, corpus_of
 from jaxpack.data._lengths import lengths_by_axis
-from jaxpack.data._parts import joint_rooms
-
-_EMPTY = "the corpus is empty: a plan needs at least one sequence."
 
 Planner = Callable[[np.ndarray], BucketPlan]
+Lengths = npt.ArrayLike | LengthHistogram
 
 _RUNS = 1e5  # runs of a corpus's program, beside which compiling one more bucket costs nothing
 _MISSES = (0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4)  # candidates for the plans of a family
@@ -69,7 +69,7 @@ class Coverage:
 
 @overload
 def plan_cover(  # noqa: D418
-    lengths: Mapping[str, npt.ArrayLike],
+    lengths: Mapping[str, Lengths],
     batch_size: int | None = ...,
     *,
     max_cells: int | None = ...,
@@ -82,7 +82,7 @@ def plan_cover(  # noqa: D418
 
 @overload
 def plan_cover(  # noqa: D418
-    lengths: npt.ArrayLike,
+    lengths: Lengths,
     batch_size: int | None = ...,
     *,
     max_cells: int | None = ...,
@@ -94,7 +94,7 @@ def plan_cover(  # noqa: D418
 
 
 def plan_cover(
-    lengths: npt.ArrayLike | Mapping[str, npt.ArrayLike],
+    lengths: Lengths | Mapping[str, Lengths],
     batch_size: int | None = None,
     *,
     max_cells: int | None = None,
@@ -114,8 +114,8 @@ def plan_cover(
       {'source': [90, 10], 'target': [70, 20]}
 
     Args:
-      lengths: [N] whole numbers >= 0: the lengths of the corpus. Or a dict of such arrays by time axis, with an
-        example's lengths at the same place in each.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus, or their LengthHistogram. Or a dict of such arrays by
+        time axis, with an example's lengths at the same place in each; of histograms, if miss is given.
       batch_size: how many sequences a batch holds.
       max_cells: instead of batch_size, the most cells of the plan, or of the plans of all axes together: the batch is
         the largest that needs no more. This is fairseq's max_tokens, which counts padding too. Batches of more than a
@@ -130,13 +130,15 @@ def plan_cover(
     Raises:
       ValueError: if the corpus is empty, lengths are negative or not whole, both or none of batch_size and max_cells
         are given, or one of them or miss is out of range; if the platform is unknown, or both platform and planner are
-        given.
+        given; if lengths are histograms of several time axes, and miss is None.
       TypeError: if batch_size or max_cells is not an int.
     """
     if not isinstance(lengths, Mapping):
-        corpus = concrete_lengths(lengths)[:, None]
+        corpus = Axes((corpus_of(lengths),))
+    elif any(isinstance(each, LengthHistogram) for each in lengths.values()):
+        corpus = Axes(tuple(map(corpus_of, lengths.values())))
     elif lengths:
-        corpus = lengths_by_axis(lengths, list(lengths))
+        corpus = Axes.of(lengths_by_axis(lengths, list(lengths)))
     else:
         raise ValueError("lengths is an empty dict: a plan needs the lengths on at least one time axis.")
     planner = _planner_for(platform, planner)
@@ -145,35 +147,32 @@ def plan_cover(
 
 
 def cover(
-    corpus: np.ndarray,
+    corpus: Axes,
     batch_size: int | None,
     *,
     max_cells: int | None = None,
     miss: float | None = None,
     planner: Planner | None = None,
 ) -> tuple[BucketPlan, ...]:
-    """Returns one plan for each time axis of a corpus with checked lengths [N, A]; the rest is as in `plan_cover`."""
-    if not corpus.size:
-        raise ValueError(_EMPTY)
+    """Returns one plan for each time axis of a corpus; the rest is as in `plan_cover`."""
     if (batch_size is None) == (max_cells is None):
         raise ValueError("pass either batch_size or max_cells.")
     if miss is not None and not 0 < miss < 1:
         raise ValueError(f"miss must be a probability between 0 and 1, got {miss}.")
-    planner, num_axes = planner or _planner_for(), corpus.shape[1]
-    ordered = [np.sort(column)[::-1] for column in corpus.T]
+    planner, num_axes = planner or _planner_for(), len(corpus.corpora)
 
     def rooms(batch_size: int) -> list[np.ndarray]:
         if miss is not None:
-            return [random_rooms(column, batch_size)(miss / num_axes) for column in ordered]
-        return joint_rooms(corpus, batch_size) if num_axes > 1 else [_rooms(ordered[0], batch_size)]
+            return [random_rooms(each, batch_size)(miss / num_axes) for each in corpus.corpora]
+        return corpus.rooms(batch_size)
 
     if batch_size is not None:
         return tuple(map(planner, rooms(at_least_one("batch_size", batch_size))))
-    return _largest_within(rooms, planner, at_least_one("max_cells", max_cells), ordered)
+    return _largest_within(rooms, planner, at_least_one("max_cells", max_cells), corpus.corpora)
 
 
 def plan_family(
-    lengths: npt.ArrayLike,
+    lengths: Lengths,
     batch_size: int,
     num_plans: int = 3,
     *,
@@ -190,7 +189,7 @@ def plan_family(
       (BucketPlan(boundaries=(2,), rows=(2,)), BucketPlan(boundaries=(4,), rows=(2,)))
 
     Args:
-      lengths: [N] whole numbers >= 0: the lengths of the corpus.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus, or their LengthHistogram.
       batch_size: how many sequences a batch holds.
       num_plans: the most plans, and so the most programs.
       platform, planner: as in `plan_cover`.
@@ -203,11 +202,11 @@ def plan_family(
         `plan_cover` about platform and planner.
       TypeError: if batch_size or num_plans is not an int.
     """
-    corpus = checked_corpus(lengths)
+    corpus = corpus_of(lengths)
     batch_size = at_least_one("batch_size", batch_size)
     num_plans = at_least_one("num_plans", num_plans)
     planner = _planner_for(platform, planner)
-    every = plan_padded(batch_size, max(1, int(corpus[0])))
+    every = plan_padded(batch_size, max(1, corpus.longest))
     rooms = random_rooms(corpus, batch_size)
     options = {planner(rooms(miss)): None for miss in _MISSES}
     smaller = sorted((plan for plan in options if plan.size < every.size), key=lambda plan: plan.size)
@@ -221,7 +220,7 @@ def plan_family(
     return min(fewer, key=expected_cells)
 
 
-def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
+def coverage(lengths: Lengths, plan: BucketPlan) -> Coverage:
     """Computes the efficiency of a plan for a corpus, for batches made to fit it and for batches drawn at random.
 
     Examples:
@@ -231,32 +230,31 @@ def coverage(lengths: npt.ArrayLike, plan: BucketPlan) -> Coverage:
       batches drawn at random: efficiency 100.0%, 16.67% miss
 
     Args:
-      lengths: [N] whole numbers >= 0: the lengths of the corpus.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus, or their LengthHistogram.
       plan: any plan; plan.num_sequences is the batch size.
 
     Raises:
       ValueError: if the corpus is empty, or lengths are negative or not whole.
     """
-    return coverage_of(checked_corpus(lengths), plan)
+    return coverage_of(corpus_of(lengths), plan)
 
 
-def coverage_of(corpus: np.ndarray, plan: BucketPlan) -> Coverage:
-    """Computes the coverage of a corpus with checked lengths, longest first."""
-    slots = plan.num_sequences
-    efficiency = corpus.sum() / (num_batches(corpus, plan.room) * plan.size) if corpus[0] <= plan.max_length else 0
-    bound = corpus.sum() / (-(-len(corpus) // slots) * _rooms(corpus, slots).sum())
-    filled = min(slots, len(corpus)) * corpus.mean() / plan.size
+def coverage_of(corpus: Corpus, plan: BucketPlan) -> Coverage:
+    """Computes the coverage of a corpus by a plan."""
+    slots, steps, fits = plan.num_sequences, corpus.num_steps, corpus.longest <= plan.max_length
+    efficiency = steps / (num_batches(corpus, plan.room) * plan.size) if fits else 0
+    bound = steps / (-(-corpus.size // slots) * int(corpus.rooms(slots).sum()))
+    filled = min(slots, corpus.size) * steps / corpus.size / plan.size
     return Coverage(float(efficiency), float(bound), miss_probability(corpus, plan.room), float(filled))
 
 
-def num_batches(corpus: np.ndarray, room: np.ndarray) -> int:
-    """Computes the fewest batches that hold a corpus, longest first, in slots with these rooms, largest first.
+def num_batches(corpus: Corpus, room: np.ndarray) -> int:
+    """Computes the fewest batches that hold a corpus in slots with these rooms, largest first.
 
     The longest must fit. The i largest slots of n batches must hold all sequences that are too long for the next slot.
     """
-    longer = np.searchsorted(-corpus, -room[1:])
-    needed = -(-longer // np.arange(1, len(room)))
-    return max(-(-len(corpus) // len(room)), int(needed.max(initial=0)))
+    needed = -(-corpus.longer_than(room[1:]) // np.arange(1, len(room)))
+    return max(-(-corpus.size // len(room)), int(needed.max(initial=0)))
 
 
 def _planner_for(platform: str | None = None, planner: Planner | None = None) -> Planner:
@@ -272,28 +270,14 @@ def _planner_for(platform: str | None = None, planner: Planner | None = None) ->
     return planner
 
 
-def checked_corpus(lengths: npt.ArrayLike) -> np.ndarray:
-    """Returns the checked lengths of a corpus, longest first: [N], N >= 1."""
-    corpus = np.sort(concrete_lengths(lengths))[::-1]
-    if not corpus.size:
-        raise ValueError(_EMPTY)
-    return corpus
-
-
-def _rooms(corpus: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the corpus's own quantiles [B]: for slot i of n batches the (n i)-th longest, at least 1."""
-    ranks = np.arange(batch_size) * -(-len(corpus) // batch_size)
-    return np.maximum(1, np.where(ranks < len(corpus), corpus[np.minimum(ranks, len(corpus) - 1)], 1))
-
-
 def _largest_within(
-    rooms: Callable[[int], list[np.ndarray]], planner: Planner, max_cells: int, corpora: list[np.ndarray]
+    rooms: Callable[[int], list[np.ndarray]], planner: Planner, max_cells: int, corpora: Sequence[Corpus]
 ) -> tuple[BucketPlan, ...]:
-    """Returns the plans of the largest batch size that needs at most max_cells, by bisection; corpora longest first.
+    """Returns the plans of the largest batch size that needs at most max_cells, by bisection.
 
     No plan has fewer cells than its rooms have steps, and counting these is faster than planning.
     """
-    longest = sum(int(corpus[0]) for corpus in corpora)
+    longest = sum(corpus.longest for corpus in corpora)
     if longest > max_cells:
         raise ValueError(f"max_cells = {max_cells} does not hold the longest sequence, which has {longest} steps.")
     rooms = functools.cache(rooms)
@@ -305,7 +289,7 @@ def _largest_within(
     def cells(batch_size: int) -> int:
         return sum(plan.size for plan in plans(batch_size))
 
-    most = _largest_size(lambda batch_size: steps(batch_size) <= max_cells, 1, min(max_cells, len(corpora[0])))
+    most = _largest_size(lambda batch_size: steps(batch_size) <= max_cells, 1, min(max_cells, corpora[0].size))
     least, step = most, -(-most // _ALIKE)
     while least > 1 and cells(least) > max_cells:
         least, most, step = max(1, least - step), least - 1, 4 * step

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.data._buffer import Buffer
+from jaxpack.data._corpus import Corpus
 from jaxpack.data._cover import num_batches
 from jaxpack.data._parts import cut_in_parts
 from jaxpack.data._slot_buffer import SlotBuffer
@@ -56,7 +57,7 @@ class JointBuffer(Buffer):
     def _deal_once(self, remaining: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Deals these pieces to the fewest batches that could hold them; returns the batches and the misfits."""
         lengths = self._lengths[remaining]
-        count = max(num_batches(-np.sort(-lengths[:, a]), room) for a, room in enumerate(self._rooms))
+        count = max(num_batches(Corpus.of(lengths[:, a]), room) for a, room in enumerate(self._rooms))
         places = np.full((self._slots, count), -1)
         for slot, part in enumerate(cut_in_parts(lengths, self._slots, count)):
             places[slot, : len(part)] = remaining[part]

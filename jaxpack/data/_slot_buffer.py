@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxpack._plans.bucket_plan import BucketPlan, longest_first
 from jaxpack.data._buffer import Buffer
+from jaxpack.data._corpus import Corpus
 from jaxpack.data._cover import num_batches
 
 
@@ -40,7 +41,7 @@ class SlotBuffer(Buffer):
         return places[places < len(self._numbers)]
 
     def _deal(self) -> list[np.ndarray]:
-        count = num_batches(self._lengths[:, 0], self._room)
+        count = num_batches(Corpus.of(self._lengths[:, 0]), self._room)
         count = -(-count // self._shard_count) * self._shard_count
         numbers = np.arange(self._slots * count)
         places = np.where(numbers < len(self._numbers), numbers, -1).reshape(self._slots, count)

@@ -11,6 +11,7 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.data._axes import Plans, axis_names, by_axis, plans_of
 from jaxpack.data._batcher import Batcher, Lengths, Options, Round
 from jaxpack.data._buffer import rounds
+from jaxpack.data._corpus import Axes
 from jaxpack.data._cover import cover
 from jaxpack.data._joint_buffer import make_buffer
 from jaxpack.data._source import Source
@@ -76,7 +77,7 @@ class SlotFilling(Batcher):
             plans_of(plan, axis_names(options.get("time_varying")))  # checked before the source is read, which is slow
         super().__init__(source, **options)
         if plan is None:
-            self._plans = cover(self._corpus("a plan"), batch_size, max_cells=max_cells)
+            self._plans = cover(Axes.of(self._corpus("a plan")), batch_size, max_cells=max_cells)
         else:
             self._plans = plans_of(plan, self._names)
         self._held = BUFFERED_BATCHES * self._shards * self._plans[0].num_sequences

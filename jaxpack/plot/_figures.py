@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from jaxpack._extras import import_extra
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack.data._cover import checked_corpus, coverage_of, num_batches
+from jaxpack.data._cover import Lengths, coverage_of, num_batches
+from jaxpack.data._histogram import corpus_of
 
 Figure = Any  # matplotlib.figure.Figure, which only the extra installs
 
@@ -75,7 +76,7 @@ def plot_plan(plan: BucketPlan, lengths: npt.ArrayLike | None = None) -> Figure:
     return figure
 
 
-def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
+def plot_corpus(lengths: Lengths, plan: BucketPlan) -> Figure:
     """Plots a corpus beside the plan that its batches fill: a histogram of lengths, and the filling of the slots.
 
     Examples:
@@ -84,7 +85,7 @@ def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
       ['4 sequences of 1 to 4 steps', '62.5% of cells real, 83.3% at best']
 
     Args:
-      lengths: [N] whole numbers >= 0: the lengths of the corpus.
+      lengths: [N] whole numbers >= 0: the lengths of the corpus, or their LengthHistogram.
       plan: the plan of every batch, such as jaxpack.data.plan_cover makes. Each slot takes the sequences between its
         two marks.
 
@@ -95,20 +96,21 @@ def plot_corpus(lengths: npt.ArrayLike, plan: BucketPlan) -> Figure:
       ModuleNotFoundError: if matplotlib is not installed.
       ValueError: if the corpus is empty, lengths are negative or not whole, or one is longer than the plan.
     """
-    longest_first = checked_corpus(lengths)
-    plan.check(longest_first[:1])
-    expected = coverage_of(longest_first, plan)
+    corpus = corpus_of(lengths)
+    plan.check(corpus.lengths[:1])
+    expected, shortest = coverage_of(corpus, plan), corpus.lengths[-1]
     figure = _figure(8.0, 3.6)
     left, right = figure.subplots(1, 2)
-    width = -(-int(longest_first[0] + 1) // _BARS)
-    left.hist(longest_first, np.arange(0, longest_first[0] + width + 1, width) - 0.5, color=_REAL)
+    width = -(-(corpus.longest + 1) // _BARS)
+    bars = np.arange(0, corpus.longest + width + 1, width) - 0.5
+    left.hist(corpus.lengths, bars, weights=corpus.counts, color=_REAL)
     left.set_xlabel("length [steps]")
     left.set_ylabel("sequences")
-    left.set_title(f"{len(longest_first):,} sequences of {longest_first[-1]:,} to {longest_first[0]:,} steps")
-    drawn = np.unique(np.linspace(0, len(longest_first) - 1, _POINTS).astype(int))
-    slots = drawn / num_batches(longest_first, plan.room)
+    left.set_title(f"{corpus.size:,} sequences of {shortest:,} to {corpus.longest:,} steps")
+    drawn = np.unique(np.linspace(0, corpus.size - 1, _POINTS).astype(int))
+    slots = drawn / num_batches(corpus, plan.room)
     right.stairs(plan.room, fill=True, color=_SLACK, label="slack: computed, masked")
-    right.fill_between(slots, longest_first[drawn], step="post", color=_REAL, linewidth=0, label="real")
+    right.fill_between(slots, corpus.at(drawn), step="post", color=_REAL, linewidth=0, label="real")
     right.stairs(plan.room, color=_EDGE, linewidth=1)
     right.set_xlabel("slots of the plan, longest first")
     right.set_ylabel("time [steps]")

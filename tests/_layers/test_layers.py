@@ -187,16 +187,19 @@ def as_dtype(tree, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dtype_casts_inputs_parameters_and_states_and_so_the_results(kind):
+def test_dtype_is_that_of_the_output_and_states_stay_in_float32_if_parameters_are(kind):
     layer, lengths = make_layer(kind), np.array([3, 1])
     params, batch = layer.init(jax.random.key(0)), oracles.random_batch([3, 1], F, dtype=np.float32)
     leaves = tuple(jnp.asarray(s) for s in initial_states(layer, 2, np.float32))
     states = leaves if is_lstm(layer) else leaves[0]
     half = jnp.bfloat16
     apply = functools.partial(layer.apply, lengths=lengths, plan=plan_padded(2, 3))
-    expected = apply(as_dtype(params, half), batch.astype(half), as_dtype(states, half))
-    found = apply(params, batch, states, dtype=half)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    output, state = apply(params, batch, states, dtype=half)
+    assert (output.dtype, {leaf.dtype for leaf in jax.tree.leaves(state)}) == (half, {jnp.dtype("float32")})
+    for a, b in zip(jax.tree.leaves((output, state)), jax.tree.leaves(apply(params, batch, states)), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=0.02)
+    found = apply(as_dtype(params, half), batch, states, dtype=half)
+    jax.tree.map(np.testing.assert_array_equal, found, apply(as_dtype(params, half), batch.astype(half), states))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(half)}
 
     def dtype(params, inputs, **options):
@@ -206,6 +209,14 @@ def test_dtype_casts_inputs_parameters_and_states_and_so_the_results(kind):
     assert dtype(params, packed, dtype=half) == half
     assert dtype(params, batch[0], dtype=half) == half  # one sequence
     assert dtype(as_dtype(params, half), batch, lengths=lengths, dtype=jnp.float32) == jnp.float32
+
+
+@pytest.mark.parametrize(("weights", "data"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_gradients_have_the_dtypes_of_data_and_parameters_that_differ(weights, data):
+    params, batch = LAYER.init(jax.random.key(0), weights), jnp.ones((2, 3, F), data)
+    run = jax.grad(lambda *each: LAYER.apply(*each, plan=plan_padded(2, 3))[0].sum(), (0, 1))
+    by_params, by_batch = jax.jit(run)(params, batch)
+    assert ({leaf.dtype for leaf in jax.tree.leaves(by_params)}, by_batch.dtype) == ({jnp.dtype(weights)}, data)
 
 
 def test_parameters_keep_their_dtype_in_gradients_under_another_dtype():
