@@ -13,7 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Traces make many objects and few cycles: looking for cycles as often as Python does takes a seventh of the time.
 gc.set_threshold(100_000)
 
-import jax
+import jax  # noqa: E402
 
 pytest.register_assert_rewrite("contract")
 
