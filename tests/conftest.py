@@ -1,5 +1,6 @@
-"""What all tests share: compiled programs, 64-bit mode on request, and hypothesis's profile."""
+"""What all tests share: compiled programs, 64-bit mode on request, hypothesis's profile, and CPU times on request."""
 
+import collections
 import gc
 import os
 import tempfile
@@ -99,3 +100,42 @@ def _optimized(request):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu-times", action="store_true", help="print the CPU seconds of each folder of tests")
+
+
+def _cpu_seconds():
+    """CPU seconds of this process so far, all its threads and the processes that it has waited for included."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+_REPORTED = [0.0]  # those up to the last report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Puts the CPU seconds since the last report into a report, which a worker sends to the first process."""
+    report = yield
+    now = _cpu_seconds()
+    report.user_properties = [*report.user_properties, ("cpu_seconds", now - _REPORTED[0])]
+    _REPORTED[0] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the CPU seconds of each folder. The first report of a worker has those of its imports and collection."""
+    if not config.getoption("--cpu-times"):
+        return
+    seconds: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            spent = dict(getattr(report, "user_properties", [])).get("cpu_seconds", 0.0)
+            seconds["/".join(getattr(report, "nodeid", "").split("::")[0].split("/")[:2])] += spent
+    terminalreporter.section("CPU seconds")
+    for folder, spent in seconds.most_common():
+        if spent >= 1:
+            terminalreporter.write_line(f"{spent:7.0f}  {folder}")
+    terminalreporter.write_line(f"{sum(seconds.values()):7.0f}  in all")
