@@ -1,5 +1,7 @@
-"""What all tests share: compiled programs, 64-bit mode on request, and hypothesis's profile."""
+"""What all tests share: compiled programs, 64-bit mode on request, hypothesis's profile, and CPU times on request."""
 
+import collections
+import gc
 import os
 import tempfile
 
@@ -9,7 +11,10 @@ import pytest
 # Everything runs on the CPU, whatever is installed beside it. With this JAX looks for no driver and no TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
+# Traces make many objects and few cycles: looking for cycles as often as Python does takes a seventh of the time.
+gc.set_threshold(100_000)
+
+import jax  # noqa: E402
 
 pytest.register_assert_rewrite("contract")
 
@@ -20,6 +25,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# No test asks for the lines of Python that a program was traced from, which are ten frames to each operation.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Two devices, so that shard_map has something to shard over.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -92,3 +100,42 @@ def _optimized(request):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cpu-times", action="store_true", help="print the CPU seconds of each folder of tests")
+
+
+def _cpu_seconds():
+    """CPU seconds of this process so far, all its threads and the processes that it has waited for included."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+_REPORTED = [0.0]  # those up to the last report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Puts the CPU seconds since the last report into a report, which a worker sends to the first process."""
+    report = yield
+    now = _cpu_seconds()
+    report.user_properties = [*report.user_properties, ("cpu_seconds", now - _REPORTED[0])]
+    _REPORTED[0] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the CPU seconds of each folder. The first report of a worker has those of its imports and collection."""
+    if not config.getoption("--cpu-times"):
+        return
+    seconds: collections.Counter[str] = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            spent = dict(getattr(report, "user_properties", [])).get("cpu_seconds", 0.0)
+            seconds["/".join(getattr(report, "nodeid", "").split("::")[0].split("/")[:2])] += spent
+    terminalreporter.section("CPU seconds")
+    for folder, spent in seconds.most_common():
+        if spent >= 1:
+            terminalreporter.write_line(f"{spent:7.0f}  {folder}")
+    terminalreporter.write_line(f"{sum(seconds.values()):7.0f}  in all")

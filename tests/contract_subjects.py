@@ -1,6 +1,7 @@
 """The subjects of the contract: layers, stacks, drop-ins and users' steps, each as pure functions.
 
-One joins by an entry in `LAYERS`, `FLAX` or `STEPS`.
+One joins by an entry in `LAYERS`, `FLAX`, `STEPS`, `LINEAR` or `MATRIX`. A module of Flax that hands its parameters to
+a layer joins by an entry in `MODULES`: it runs the layer's program, and so keeps what the layer promises.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ CALLS = {
     "rows": Call(BucketPlan((9,), (2,), ((0, 5), (0,))), True, ((6, 6, 1),)),
     "none": Call(None, False),
 }
+# An exact plan is a staircase, as "buckets" is, so one subject of each kind runs under it.
+EXACT = ("LSTM bidirectional", "linen.RNN(MGUCell)", "log_step", "MinLSTM", "GatedDeltaNet")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +67,6 @@ class Subject:
       layer: the layer of jaxpack that computes the same, where PyTorch has it: its module is the oracle.
       plain: the parameters, or their gradient, as that layer takes them.
       own_derivative: whether forward mode has to be asked for.
-      calls: the names of the calls it takes.
       backward: bools that broadcast to the state, True in the states of directions that read from the end.
       takes_fresh: whether a reset may return to another state than the initial one.
     """
@@ -76,11 +78,10 @@ class Subject:
     layer: Any = None
     plain: Callable[[Any], Any] = lambda params: params
     own_derivative: bool = True
-    calls: tuple[str, ...] = tuple(CALLS)
     backward: Any = None
     takes_fresh: bool = False
 
-    @property
+    @functools.cached_property
     def output(self):
         """Zeros for the outputs of one step."""
         xs = np.zeros((1, F))
@@ -212,8 +213,7 @@ def of_step(step, params, state):
         final, ys = jax.lax.scan(functools.partial(step, params), state, xs)
         return ys, final
 
-    planned = tuple(name for name, call in CALLS.items() if call.plan is not None)
-    return Subject(params, run, state, one, own_derivative=False, calls=planned)
+    return Subject(params, run, state, one, own_derivative=False)
 
 
 def log_step(params, carry, x):
@@ -233,10 +233,6 @@ LAYERS: dict[str, Callable[[], Subject]] = {
     "LeakyRNN": lambda: of_layer("leaky", LeakyRNN(F, H)),
 }
 FLAX: dict[str, Callable[[], Subject]] = {
-    "nnx.GRU": lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H)),
-    "linen.LSTM": lambda: of_stack(
-        "lstm", "linen", lambda: jaxpack.linen.LSTM(H, proj_size=2), LSTM(F, H, proj_size=2)
-    ),
     "linen.RNN(LSTMCell)": lambda: of_dropin("linen", "LSTMCell"),
     "nnx.RNN(GRUCell)": lambda: of_dropin("nnx", "GRUCell"),
     "linen.RNN(MGUCell)": lambda: of_dropin("linen", "MGUCell"),
@@ -255,45 +251,69 @@ STEPS: dict[str, Callable[[], Subject]] = {
 LINEAR: dict[str, Callable[[], Subject]] = {
     "MinLSTM": lambda: of_linear("min_lstm", jaxpack.MinLSTM(F, H)),
     "RGLRU": lambda: of_linear("rglru", jaxpack.RGLRU(F, F, num_heads=3)),
-    "linen.LRU": lambda: of_linear("lru", jaxpack.LRU(F, H + 1), "linen", lambda: jaxpack.linen.LRU(H + 1)),
-    "nnx.MinGRU": lambda: of_linear(
-        "min_gru", jaxpack.MinGRU(F, H), "nnx", lambda: jaxpack.nnx.MinGRU(F, H, **FLOAT64)
-    ),
+    "LRU": lambda: of_linear("lru", jaxpack.LRU(F, H + 1)),
+    "MinGRU": lambda: of_linear("min_gru", jaxpack.MinGRU(F, H)),
 }
 MATRIX: dict[str, Callable[[], Subject]] = {
-    "Mamba2": lambda: of_linear(
-        "mamba2", jaxpack.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3), step=matrix_step
-    ),
+    "Mamba2": lambda: of_linear("mamba2", jaxpack.Mamba2(F, 8, **MAMBA2), step=matrix_step),
     "GatedDeltaNet": lambda: of_linear(
         "gated_delta_net", jaxpack.GatedDeltaNet(F, 4, 2, key_size=3, num_key_heads=1, kernel_size=3), step=matrix_step
     ),
-    "MLSTM": lambda: of_linear("mlstm", jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3), step=matrix_step),
-    "nnx.Mamba2": lambda: of_linear(
-        "mamba2",
-        jaxpack.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3),
-        "nnx",
-        lambda: jaxpack.nnx.Mamba2(F, 8, head_size=2, state_size=3, num_groups=2, kernel_size=3, **FLOAT64),
-        matrix_step,
+    "MLSTM": lambda: of_linear("mlstm", jaxpack.MLSTM(F, 4, 2, **MLSTM), step=matrix_step),
+}
+MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the layer, and the module that holds it
+    "nnx.GRU": ("GRU", lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H))),
+    "linen.LSTM": (
+        "LSTM projected",
+        lambda: of_stack("lstm", "linen", lambda: jaxpack.linen.LSTM(H, proj_size=2), LSTM(F, H, proj_size=2)),
     ),
-    "linen.MLSTM": lambda: of_linear(
-        "mlstm",
-        jaxpack.MLSTM(F, 4, 2, block_size=2, kernel_size=3),
-        "linen",
-        lambda: jaxpack.linen.MLSTM(4, 2, block_size=2, kernel_size=3, param_dtype=float),
-        matrix_step,
+    "linen.LRU": (
+        "LRU",
+        lambda: of_linear("lru", jaxpack.LRU(F, H + 1), "linen", lambda: jaxpack.linen.LRU(H + 1)),
+    ),
+    "nnx.MinGRU": (
+        "MinGRU",
+        lambda: of_linear("min_gru", jaxpack.MinGRU(F, H), "nnx", lambda: jaxpack.nnx.MinGRU(F, H, **FLOAT64)),
+    ),
+    "nnx.Mamba2": (
+        "Mamba2",
+        lambda: of_linear(
+            "mamba2",
+            jaxpack.Mamba2(F, 8, **MAMBA2),
+            "nnx",
+            lambda: jaxpack.nnx.Mamba2(F, 8, **MAMBA2, **FLOAT64),
+            matrix_step,
+        ),
+    ),
+    "linen.MLSTM": (
+        "MLSTM",
+        lambda: of_linear(
+            "mlstm",
+            jaxpack.MLSTM(F, 4, 2, **MLSTM),
+            "linen",
+            lambda: jaxpack.linen.MLSTM(4, 2, **MLSTM, param_dtype=float),
+            matrix_step,
+        ),
     ),
 }
 SUBJECTS = LAYERS | FLAX | STEPS | LINEAR | MATRIX
 FLOAT64: dict[str, Any] = {"param_dtype": float, "rngs": nnx.Rngs(0)}
+MAMBA2: dict[str, Any] = {"head_size": 2, "state_size": 3, "num_groups": 2, "kernel_size": 3}
+MLSTM: dict[str, Any] = {"block_size": 2, "kernel_size": 3}
 
 
 @functools.cache
 def subject_of(name: str) -> Subject:
-    """Returns a subject of the table."""
-    return SUBJECTS[name]()
+    """Returns a subject of the tables."""
+    return MODULES[name][1]() if name in MODULES else SUBJECTS[name]()
+
+
+def calls_of(name: str) -> list[str]:
+    """Returns the names of a subject's calls: own steps need a plan."""
+    return [call for call in CALLS if (call != "none" or name not in STEPS) and (call != "exact" or name in EXACT)]
 
 
 def one_call(name: str, turn: int) -> str:
     """Returns one call of a subject for a promise that compiles a program of its own: they take turns."""
-    calls = subject_of(name).calls
+    calls = calls_of(name)
     return calls[(list(SUBJECTS).index(name) + turn) % len(calls)]

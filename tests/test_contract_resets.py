@@ -15,6 +15,7 @@ from contract import (
     CALLS,
     Operands,
     Results,
+    Shared,
     States,
     assert_close,
     dot,
@@ -44,7 +45,7 @@ def _strictly():
 
 @functools.cache
 def program_with_resets(name):
-    return jax.jit(pulled_back(name, CALLS[one_call(name, 0)]))
+    return Shared(pulled_back(name, CALLS[one_call(name, 0)]))
 
 
 def operands_with_resets(name, lengths, seed=0, poison=0.0, resets=RESETS):
@@ -191,7 +192,7 @@ def test_resets_at_first_steps_and_past_the_end_change_nothing(subject):
 @pytest.mark.parametrize("subject", ["LSTM bidirectional", "nnx.RNN(OwnCell)", "log_step"])
 def test_vmap_changes_no_result(subject):
     each = [operands_with_resets(subject, random_lengths(i), i, resets=random_resets(i)) for i in range(2)]
-    together = jax.jit(jax.vmap(pulled_back(subject, CALLS[one_call(subject, 0)])))(stacked(each))
+    together = Shared(jax.vmap(pulled_back(subject, CALLS[one_call(subject, 0)])))(stacked(each))
     for i, given in enumerate(each):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), program_with_resets(subject)(given))
 
@@ -206,7 +207,7 @@ def test_resets_alone_may_vary_over_devices(subject):
         return forward(subject, call)(given._replace(resets=resets), given.params, given.x, given.state)[0]
 
     sharded = jax.shard_map(run, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
-    found = jax.jit(sharded)(np.concatenate(resets))
+    found = jax.device_get(jax.jit(sharded)(np.concatenate(resets)))
     for i in range(2):
         expected = program_with_resets(subject)(given._replace(resets=resets[i])).outputs
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i * B : (i + 1) * B], found), expected)

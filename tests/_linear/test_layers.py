@@ -101,15 +101,16 @@ def test_chunks_platforms_and_no_plan_give_the_same_gradients(kind, monkeypatch)
 def test_steps_equal_the_whole(kind):
     layer = LAYERS[kind]
     params, (batch, _) = layer.init(jax.random.key(0)), batch_for(layer)
-    output, final = jax.jit(layer.apply)(params, batch)
+    output, final = jax.device_get(jax.jit(layer.apply)(params, batch))
     step: Any = jax.jit(layer.step)
     state: Any = None
     for t in range(T):
         state, y = step(params, state, batch[:, t])
         np.testing.assert_allclose(y, output[:, t], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(state, final, rtol=1e-12, atol=1e-12)
+    state = jax.device_get(state)
     _, alone = step(params, state[1], batch[1, 0])
-    _, together = step(params, state, batch[:, 0])
+    _, together = jax.device_get(step(params, state, batch[:, 0]))
     np.testing.assert_allclose(alone, together[1], rtol=1e-12, atol=1e-12)
 
 

@@ -39,15 +39,16 @@ def random_state(kind, rows, rng):
 def test_step_by_step_is_the_whole(kind):
     layer, params = LAYERS[kind], oracles.random_params(LAYERS[kind])
     x = np.random.default_rng(0).standard_normal((2, T, F))
-    whole, final = layer.apply(params, x)
+    whole, final = jax.jit(layer.apply)(params, x)
     step, state, outputs = jax.jit(layer.step), None, []
     for t in range(T):
         state, y = step(params, state, x[:, t])
         outputs.append(y)
-    np.testing.assert_allclose(jnp.stack(outputs, 1), whole, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.stack(outputs, 1), whole, rtol=0, atol=1e-12)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12), state, final)
-    one, y = layer.step(params, jax.tree.map(lambda leaf: leaf[0], state), x[0, 0])
-    both, ys = step(params, state, x[:, 0])
+    state = jax.device_get(state)
+    one, y = step(params, jax.tree.map(lambda leaf: leaf[0], state), x[0, 0])
+    both, ys = jax.device_get(step(params, state, x[:, 0]))
     np.testing.assert_allclose(y, ys[0], rtol=0, atol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[0], rtol=0, atol=1e-12), one, both)
 

@@ -1,7 +1,7 @@
 """Promises of every public function of packed batches: one program, inert slack, NaN for misfits, transformations."""
 
+import collections
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,24 +33,20 @@ each_on_plan = pytest.mark.parametrize("name", ON_PLAN)
 each_differentiable = pytest.mark.parametrize("name", names(jits=True, differentiable=True))
 
 
-def run_all(batches, x):
-    """The results of all functions, under each plan."""
-    return {name: [FUNCTIONS[name].run(packed, x) for packed in batches] for name in JITTED}
+TRACES: collections.Counter[str] = collections.Counter()
 
 
-TRACES: list[Any] = []
-
-
-@jax.jit
-def traced_once(batches, x):
-    TRACES.append(x)
-    return run_all(batches, x)
+@functools.partial(jax.jit, static_argnums=0)
+def run_under_each_plan(name, batches, x):
+    """The results of a function under each plan, in one program: one of all functions takes longer to compile."""
+    TRACES[name] += 1
+    return [FUNCTIONS[name].run(packed, x) for packed in batches]
 
 
 def run_jitted(batches, x):
-    """Runs all functions in one program, which all tests share; none of them may promote ranks."""
+    """The results of all functions, in programs that all tests share. None of them may promote ranks."""
     with jax.numpy_rank_promotion("raise"):
-        return traced_once(batches, x)
+        return {name: run_under_each_plan(name, batches, x) for name in JITTED}
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -108,7 +104,7 @@ def test_jit_gives_what_eager_calls_give(name):
 def test_one_program_that_promotes_no_ranks_serves_all_lengths_of_a_plan():
     for lengths in ((2, 5, 0, 3), (0, 0, 0, 0), (5, 1, 3, 4), (1, 9, 1, 1)):
         results(lengths)
-    assert len(TRACES) == 1
+    assert {TRACES[name] for name in JITTED} == {1}
 
 
 @each_on_plan
@@ -201,30 +197,28 @@ def results_of(name, batches, x):
     return [each.data if isinstance(each, PackedSequence) else each for leaf in found for each in leaves(leaf)]
 
 
-@jax.jit
-def derivatives(data, x, tangents):
-    """The gradients of all functions, and their derivatives in a direction in both modes."""
-    found = {}
-    for name in names(jits=True, differentiable=True):
-        primals, call = (data, x), functools.partial(loss, name)
-        gradients = jax.grad(call, (0, 1))(*primals)
-        products = jax.tree.map(lambda g, t: (g * t).sum(), gradients, tangents)
-        found[name] = gradients, sum(jax.tree.leaves(products)), jax.jvp(call, primals, tangents)[1]
-    return found
+@functools.partial(jax.jit, static_argnums=0)
+def derivatives(name, data, x, tangents):
+    """The gradients of a function, and its derivatives in a direction in both modes."""
+    primals, call = (data, x), functools.partial(loss, name)
+    gradients = jax.grad(call, (0, 1))(*primals)
+    products = jax.tree.map(lambda g, t: (g * t).sum(), gradients, tangents)
+    return gradients, sum(jax.tree.leaves(products)), jax.jvp(call, primals, tangents)[1]
 
 
 @functools.cache
-def all_derivatives(slack=0.0):
+def derivatives_at(name, slack=0.0):
+    """The derivatives at the batch with a value in slack, as NumPy arrays."""
     data = [each.data for each in packed(slack=slack)]
-    real = [each.mask[:, None] for each in packed()]
-    waves = [jnp.cos(jnp.arange(float(each.size))).reshape(each.shape) for each in [*data, BATCH]]
+    real = [np.asarray(each.mask)[:, None] for each in packed()]
+    waves = [np.cos(np.arange(each.size, dtype=np.float32)).reshape(each.shape) for each in [*data, BATCH]]
     tangents = [mask * wave for mask, wave in zip(real, waves, strict=False)], waves[-1]
-    return derivatives(data, BATCH, tangents)
+    return jax.device_get(derivatives(name, data, BATCH, tangents))
 
 
 @each_differentiable
 def test_both_modes_of_differentiation_agree(name):
-    gradients, reverse, forward = all_derivatives()[name]
+    gradients, reverse, forward = derivatives_at(name)
     np.testing.assert_allclose(forward, reverse, rtol=1e-4, atol=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert any((leaf != 0).any() for leaf in jax.tree.leaves(gradients))
@@ -233,24 +227,23 @@ def test_both_modes_of_differentiation_agree(name):
 @pytest.mark.parametrize("slack", [np.nan, np.inf, -np.inf])
 @each_differentiable
 def test_slack_is_inert_in_gradients(name, slack):
-    gradients, _, _ = all_derivatives(slack)[name]
-    jax.tree.map(np.testing.assert_array_equal, gradients, all_derivatives()[name][0])
+    gradients, _, _ = derivatives_at(name, slack)
+    jax.tree.map(np.testing.assert_array_equal, gradients, derivatives_at(name)[0])
     for gradient, each in zip(gradients[0], packed(), strict=True):
         assert (gradient[~each.mask] == 0).all()
 
 
 @functools.cache
-def mapped_results():
-    batches = [packed()[1:], packed((5, 1, 3, 4), 2.0)[1:]]
-    stacked = jax.tree.map(lambda *each: jnp.stack(each), *batches)
-    return jax.jit(jax.vmap(run_all))(stacked, jnp.stack([BATCH, 2 * BATCH]))
+def stacked_batches():
+    batches = [packed()[1], packed((5, 1, 3, 4), 2.0)[1]]
+    return jax.tree.map(lambda *each: jnp.stack(each), *batches), jnp.stack([BATCH, 2 * BATCH])
 
 
 @each_jitted
 def test_vmap_over_stacked_batches_is_each_batch(name):
+    mapped = jax.device_get(jax.jit(jax.vmap(FUNCTIONS[name].run))(*stacked_batches()))
     for i, expected in enumerate((results(), results((5, 1, 3, 4), 2.0))):
-        found, alone = jax.tree.leaves(mapped_results()[name]), jax.tree.leaves(expected[name][1])
-        for ours, other in zip(found, alone, strict=True):
+        for ours, other in zip(jax.tree.leaves(mapped), jax.tree.leaves(expected[name][1]), strict=True):
             np.testing.assert_allclose(np.asarray(ours[i], float), np.asarray(other, float), rtol=1e-4, atol=1e-5)
 
 

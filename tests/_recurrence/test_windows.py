@@ -1,8 +1,9 @@
 """Which cells the loops go over: every cell of a plan once, and every real cell of dealt rows."""
 
 import collections
+import functools
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import strategies
@@ -39,39 +40,72 @@ def test_the_chunks_of_a_plan_hold_each_cell_once(plan, chunk_cells):
     assert sorted(checkpoints) == list(range(checkpoint_rows(stairs)))
 
 
-@given(
-    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=14),
-    more=st.integers(0, 3),
-    divisors=st.sampled_from([(1,), (2,), (3,), (8,)]),
-    chunk_cells=st.sampled_from([None, 1, 5, 64]),
-)
-def test_dealt_rows_hold_each_sequence_from_its_first_step_to_its_last(lengths, more, divisors, chunk_cells):
-    number, longest = len(lengths), max(1, *lengths, 1) + more
-    (deal,) = deals_of(number, longest, divisors, chunk_cells)
-    spans = jnp.array(lengths, jnp.int32)
-    batch = BatchCells.of(spans, longest)
-    cells = deal.cells(batch)
-    assert cells.places is not None
-    borders = cells.borders
+DEALS = [  # the number of sequences, the longest, and the divisors and cells of a chunk of the schedule
+    (14, 12, (3,), 5),
+    (13, 15, (2,), 64),
+    (9, 12, (8,), 1),
+    (6, 12, (3,), 1),
+    (5, 9, (2,), None),
+    (5, 7, (1,), None),
+    (1, 12, (8,), 5),
+]
+
+
+@st.composite
+def deal_and_lengths(draw):
+    """One of a few deals, each of which is a program, and any lengths under it."""
+    number, longest, *schedule = draw(st.sampled_from(DEALS))
+    lengths = draw(st.lists(st.integers(0, longest), min_size=number, max_size=number))
+    return longest, tuple(schedule), lengths
+
+
+@functools.cache
+def program(number, longest, schedule):
+    """The only deal for so many sequences, and what it makes of their lengths: its cells, and how many chunks."""
+    (deal,) = deals_of(number, longest, *schedule)
+
+    @jax.jit
+    def run(lengths):
+        batch = BatchCells.of(lengths, longest)
+        cells = deal.cells(batch)
+        assert cells.places is not None
+        return {
+            "chunks": deal.chunks(batch.ranked),
+            "sources": cells.places.sources,
+            "targets": cells.places.targets,
+            "mask": cells.mask,
+            "first": cells.first,
+            "last": cells.last,
+            "borders": cells.borders and (cells.borders.begins, cells.borders.ends, cells.borders.slots),
+        }
+
+    return deal, run
+
+
+@given(case=deal_and_lengths())
+def test_dealt_rows_hold_each_sequence_from_its_first_step_to_its_last(case):
+    longest, schedule, lengths = case
+    number = len(lengths)
+    deal, run = program(number, longest, schedule)
+    found = jax.device_get(run(np.array(lengths, np.int32)))
+    sources, targets, real, borders = (found[name] for name in ("sources", "targets", "mask", "borders"))
     assert (borders is None) == (deal.rows == number)
-    chunks = int(deal.chunks(batch.ranked))
-    sources, targets = np.asarray(cells.places.sources), np.asarray(cells.places.targets)
-    real = np.asarray(cells.mask)
     assert len(real) == deal.length * deal.rows
-    assert not real[chunks * deal.steps * deal.rows :].any()
+    assert not real[found["chunks"] * deal.steps * deal.rows :].any()
     assert sorted(sources[real]) == [i * longest + t for i, length in enumerate(lengths) for t in range(length)]
     assert (sources[~real] == number * longest).all()
     assert (targets[sources[real]] == np.flatnonzero(real)).all()
     assert (targets[~np.isin(np.arange(number * longest), sources[real])] == len(real)).all()
     for i, length in enumerate(lengths):
         own = [int(targets[i * longest + t]) for t in range(length)]  # one row, step after step
-        assert own == [int(cells.first[i]) + t * deal.rows for t in range(length)]
+        assert own == [found["first"][i] + t * deal.rows for t in range(length)]
         if length:
-            assert own[-1] == cells.last[i]
+            assert own[-1] == found["last"][i]
         if length and borders is not None:
-            assert np.asarray(borders.begins)[own].tolist() == [True] + [False] * (length - 1)
-            assert np.asarray(borders.ends)[own].tolist() == [False] * (length - 1) + [True]
-            assert (np.asarray(borders.slots)[own] == i).all()
+            begins, ends, slots = borders
+            assert begins[own].tolist() == [True] + [False] * (length - 1)
+            assert ends[own].tolist() == [False] * (length - 1) + [True]
+            assert (slots[own] == i).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
