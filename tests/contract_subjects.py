@@ -22,9 +22,10 @@ from own_cell import LeakyRNN
 import jaxpack
 import jaxpack.linen
 import jaxpack.nnx
-from jaxpack import GRU, LSTM, RNN, BucketPlan
+from jaxpack import GRU, LSTM, MGU, RNN, BucketPlan, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 B, T = 3, 6
+TORCHS = ("tanh", "relu", "lstm", "gru")  # the equations that PyTorch has
 
 
 class Call(NamedTuple):
@@ -106,7 +107,7 @@ def _layer_subject(kind, layer, params, apply, plain=lambda params: params):
     state = jax.tree.map(lambda size: np.zeros((count, size)), layer.cell.state_sizes)
     reads_backward = np.arange(count)[:, None] % 2 == layer.num_directions - 1
     backward = jax.tree.map(lambda _: reads_backward & layer.bidirectional, layer.cell.state_sizes)
-    return Subject(params, run, state, one, None if kind == "leaky" else layer, plain, backward=backward)
+    return Subject(params, run, state, one, layer if kind in TORCHS else None, plain, backward=backward)
 
 
 def of_layer(kind, layer):
@@ -226,6 +227,12 @@ LAYERS: dict[str, Callable[[], Subject]] = {
     "LSTM projected": lambda: of_layer("lstm", LSTM(F, H, proj_size=2)),
     "GRU": lambda: of_layer("gru", GRU(F, H)),
     "LeakyRNN": lambda: of_layer("leaky", LeakyRNN(F, H)),
+    "GRU, reset before": lambda: of_layer("gru before", GRU(F, H, reset_after=False)),
+    "MGU": lambda: of_layer("mgu", MGU(F, H)),
+    "IndRNN": lambda: of_layer("ind_rnn", IndRNN(F, H)),
+    "PeepholeLSTM": lambda: of_layer("peephole", PeepholeLSTM(F, H)),
+    "LayerNormLSTM": lambda: of_layer("layer_norm_lstm", LayerNormLSTM(F, H)),
+    "LayerNormGRU": lambda: of_layer("layer_norm_gru", LayerNormGRU(F, H)),
 }
 FLAX: dict[str, Callable[[], Subject]] = {
     "nnx.GRU": lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H)),

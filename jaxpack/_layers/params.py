@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpack._cells.cell import Cell
 from jaxpack._types import PyTree
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -21,6 +22,11 @@ ROLES = {
     "weight_hh": "recurrent_kernel",
     "bias_ih": "bias",
     "bias_hh": "bias",
+    "weight_ch": "peephole",
+    "scale_ih": "scale",
+    "scale_hh": "scale",
+    "scale_c": "scale",
+    "bias_c": "scale",
     "h_0": "initial_state",
     "c_0": "initial_state",
 }
@@ -29,12 +35,12 @@ ROLES = {
 def draw(
     key: jax.Array,
     shapes: Shapes,
-    gates: tuple[str, ...],
+    cell: Cell,
     bound: float,
     dtype: Any,
     initializers: Mapping[str, InitializerByGate],
 ) -> dict[str, dict[str, Any]]:
-    """Draws parameters: uniform within `bound` of 0, or gate by gate with an initialiser for each role.
+    """Draws parameters: gate by gate with an initialiser for each role, or as the cell does, or uniform in +-`bound`.
 
     Raises:
       TypeError: if key is not a random key, dtype is not floating, or an initialiser is not a function.
@@ -42,7 +48,7 @@ def draw(
     """
     dtype = floating(float if dtype is None else dtype)
     for role, initializer in initializers.items():
-        _check_initializer(initializer, f"{role}_init", gates)
+        _check_initializer(initializer, f"{role}_init", cell.gates)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_shape)
     try:
         keys = jax.random.split(key, len(leaves))
@@ -50,9 +56,14 @@ def draw(
         raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error
     drawn = []
     for leaf_key, ((*_, entry), shape) in zip(keys, leaves, strict=True):
-        default = jax.random.uniform(leaf_key, shape, dtype, -bound, bound)
-        initializer = initializers[ROLES[entry.key]]
-        drawn.append(default if initializer is None else _by_gate(entry.key, leaf_key, default, gates, initializer))
+        if entry.key in cell.initializers:
+            default = cell.initializers[entry.key](leaf_key, shape, dtype)
+        else:
+            default = jax.random.uniform(leaf_key, shape, dtype, -bound, bound)
+        initializer = initializers.get(ROLES[entry.key])
+        if initializer is not None:
+            default = _by_gate(entry.key, leaf_key, default, cell.gates, initializer)
+        drawn.append(default)
     return jax.tree.unflatten(structure, drawn)
 
 

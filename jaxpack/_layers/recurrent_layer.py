@@ -154,7 +154,7 @@ class RecurrentLayer(abc.ABC):
         """
         initializers = {"kernel": kernel_init, "recurrent_kernel": recurrent_kernel_init, "bias": bias_init}
         bound = 1 / math.sqrt(self.hidden_size)
-        return self._with_initial_state(draw(key, self._weight_shapes, self.cell.gates, bound, dtype, initializers))
+        return self._with_initial_state(draw(key, self._weight_shapes, self.cell, bound, dtype, initializers))
 
     def apply(
         self,

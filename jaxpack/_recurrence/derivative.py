@@ -117,7 +117,8 @@ class Recurrence(NamedTuple):
     def empty_kept(self, like: Operands) -> Kept:
         """Returns arrays for what the forward pass keeps, the same on every platform.
 
-        The activations are kept while they are at most `KEPT_BYTES`, and else computed again.
+        The activations are kept while they are at most `KEPT_BYTES`, and else computed again. Those that depend on the
+        memory are always kept: the memory is computed again from them.
 
         Args:
           like: the operands of one direction.
@@ -128,11 +129,12 @@ class Recurrence(NamedTuple):
             stairs = [(deal.stair(0),) for schedule in self.schedules for deal in self.deals(schedule)]
         cells = max(each[-1].end for each in stairs)
         x, sizes = like.x, jax.tree.leaves(self.cell.state_sizes)
-        projected, h = (
-            jax.ShapeDtypeStruct((cells, width), x.dtype) for width in (like.weights.w_x.shape[1], sizes[0])
+        projected, *carry = (
+            jax.ShapeDtypeStruct((cells, width), x.dtype) for width in (like.weights.w_x.shape[1], *sizes)
         )
-        activations = jax.eval_shape(self.cell.activate, like.weights, projected, h)
-        if not self.cell.reads_activations or _bytes(activations) > KEPT_BYTES:
+        activations = jax.eval_shape(self.cell.activate_from, like.weights, projected, tuple(carry))
+        few = self.cell.gates_read_memory or _bytes(activations) <= KEPT_BYTES
+        if not (self.cell.reads_activations and few):
             activations = ()
         rows = max(map(checkpoint_rows, stairs))
         checkpoints: Any = tuple(jax.ShapeDtypeStruct((rows, size), x.dtype) for size in sizes[1:])

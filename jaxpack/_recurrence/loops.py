@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
+from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, transpose
 from jaxpack._recurrence.buffers import Outputs, StepLoop, buffer, loop, read, run_steps, write
 from jaxpack._recurrence.slots import Entry, RealCells
 from jaxpack._recurrence.windows import Stair, Window
@@ -191,7 +191,7 @@ class _Forward(NamedTuple):
             before = entry.step(cells, carry)
             if self.loops.steps.stacked:  # one kernel before each product: XLA would compute c again from earlier steps
                 before = lax.optimization_barrier(before)
-            activations = cell.activate(self.weights, projected, before[0])
+            activations = cell.activate_from(self.weights, projected, before)
             h, *memory = cell.advance(self.weights, activations, before)
             # A row of its own keeps its memory in slack, so that its last one is final.
             kept = memory if collects else [jnp.where(live, *c) for c in zip(memory, before[1:], strict=True)]
@@ -334,13 +334,36 @@ class _Backward(NamedTuple):
             jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
         )
         rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
-        dx = window.write(dx, da[:, : self.weights.w_x.shape[1]] @ self.transposed.w_x)
-        h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
-        out = self._linearize(point).out if self.weights.w_out is not None else None
-        out = None if out is None else jnp.where(own, out, 0)
+        dprojected = cell.pull_back_projected(self.weights, x, da)
+        dx = window.write(dx, dprojected @ self.transposed.w_x)
+        dweights = jax.tree.map(jnp.add, dweights, self._gradients(point, x, dprojected, da, d))
         if history:
             dinitial = tuple(window.collect(real.first, *each) for each in zip(history, dinitial, strict=True))
-        return _BackwardState(rows, dinitial, dx, _add_gradients(dweights, x, h, out, da, d))
+        return _BackwardState(rows, dinitial, dx, dweights)
+
+    def _gradients(self, point: _Point, x: jax.Array, dprojected: jax.Array, da: jax.Array, d: jax.Array) -> Fused:
+        """Returns a chunk's share of the cotangents of the weights: operands times cotangents of their products.
+
+        Args:
+          point: the cells of the chunk.
+          x: their inputs.
+          dprojected, da, d: the cotangents of x @ w_x, of the pre-activations and of h.
+        """
+        weights, cell = self.weights, self.loops.cell
+
+        def owned(tree: PyTree) -> PyTree:  # the initial state of an empty sequence may be NaN
+            return jax.tree.map(lambda leaf: jnp.where(point.own, leaf, 0), tree)
+
+        w_h = w_out = None
+        if weights.w_h is not None:
+            w_h = transpose(owned(point.before[0])) @ da[:, -weights.w_h.shape[1] :]
+        if weights.w_out is not None:
+            w_out = transpose(owned(self._linearize(point).out)) @ d
+        more: PyTree = ()
+        if jax.tree.leaves(weights.more):
+            activations, before, after = owned((point.activations, point.before, point.after))
+            more = cell.more_gradients(weights, x, activations, before, after, da)
+        return Fused(transpose(x) @ dprojected, w_h, da.sum(0), w_out, more)
 
     def _linearize(self, point: _Point) -> Linearization:
         """Returns the derivatives of steps, which cotangents pass unchanged in slack."""
@@ -348,7 +371,8 @@ class _Backward(NamedTuple):
         slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
         given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
         passed = {name: jnp.where(point.live, given[name], at) for name, at in slack.items() if name in given}
-        return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0))
+        more = jax.tree.map(lambda leaf: jnp.where(point.live, leaf, 0), linear.more)
+        return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0), more=more)
 
     def _recall(
         self, window: Window, entry: Entry, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
@@ -381,7 +405,7 @@ class _Backward(NamedTuple):
           computed from; and the cotangent of the initial carry if a slot begins at a cell, where it is collected.
         """
         cell, transposed, real, (d, *dmemory) = self.loops.cell, self.transposed, self.loops.real, douts
-        width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
+        projects = transposed.w_out is not None
         entry = real.at_ends(window, self.cotangents.carry)
         collects = self.wide and real.borders is not None
 
@@ -392,9 +416,8 @@ class _Backward(NamedTuple):
             dh, *dc = rows.carry
             dc = list(map(jnp.add, dc, dmemory)) if dmemory else dc
             total = dh + (old_d if projects else d)
-            da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
-            dh = da[:, -width_h:] @ transposed.w_h + at.dh_dh * total
-            rows = rows._replace(carry=(dh,) if earlier_dc is None else (dh, earlier_dc)).leave(reset)
+            da, dcarry = cell.step_back(transposed, at, total, dc[0] if dc else None)
+            rows = rows._replace(carry=dcarry).leave(reset)
             return rows, (), (da, total if projects else (), rows.initial if collects else ())
 
         # On GPUs, in the steps: fused into the kernel of a step, the derivatives need no memory. Other platforms are
@@ -430,24 +453,6 @@ class _Point(NamedTuple):
     live: jax.Array
 
 
-def _add_gradients(
-    dweights: Fused, x: jax.Array, h: jax.Array, out: jax.Array | None, da: jax.Array, d: jax.Array
-) -> Fused:
-    """Adds a chunk's share to the cotangents of the weights: each weight's operand times the cotangent of its product.
-
-    Args:
-      dweights: the sums so far.
-      x, h, out: what w_x, w_h and w_out multiply.
-      da, d: the cotangents of the pre-activations and of h.
-    """
-    return Fused(
-        dweights.w_x + _transpose(x) @ da[:, : dweights.w_x.shape[1]],
-        dweights.w_h + _transpose(h) @ da[:, -dweights.w_h.shape[1] :],
-        dweights.bias + da.sum(0),
-        None if out is None or dweights.w_out is None else dweights.w_out + _transpose(out) @ d,
-    )
-
-
 def _recall_in_parallel(
     window: Window, entry: Entry, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
 ) -> jax.Array:
@@ -465,8 +470,3 @@ def _recall_in_parallel(
     after = (products * start[None] + sums).reshape(decay.shape)
     (before,) = entry.window((jnp.concatenate([start, after[: -len(start)]]),))
     return before
-
-
-def _transpose(matrix: jax.Array) -> jax.Array:
-    """Returns a transposed copy, since a product that transposes on the fly is slower."""
-    return lax.optimization_barrier(matrix.T)

@@ -48,7 +48,7 @@ class _Stack(nn.Module):
     bias_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
     deterministic: bool | None = dataclasses.field(default=None, kw_only=True)
 
-    layer_class: ClassVar[type[layers.RNN | layers.LSTM | layers.GRU]]
+    layer_class: ClassVar[Any]
 
     def __post_init__(self) -> None:
         for name in _INITIALIZERS:  # a module is hashable, a dict is not
@@ -212,8 +212,8 @@ class LSTM(_Stack):
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after and learned_initial_state are
+    those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -231,3 +231,4 @@ class GRU(_Stack):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    reset_after: bool = dataclasses.field(default=True, kw_only=True)

@@ -231,8 +231,8 @@ class LSTM(_Stack):
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after and
+    learned_initial_state are those of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -255,12 +255,14 @@ class GRU(_Stack):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reset_after: bool = True,
         learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        super().__init__(layers.GRU(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
+        layer = layers.GRU(*sizes, learned_initial_state=learned_initial_state, reset_after=reset_after)
+        super().__init__(layer, rngs, **options)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])
