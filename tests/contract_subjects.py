@@ -244,7 +244,7 @@ FLAX: dict[str, Callable[[], Subject]] = {
     "linen.RNN(MGUCell)": lambda: of_dropin("linen", "MGUCell"),
     "nnx.RNN(OwnCell)": lambda: of_dropin("nnx", "OwnCell"),
     "nnx.Bidirectional(SimpleCell, SimpleCell)": lambda: of_dropin("nnx", "SimpleCell", "SimpleCell"),
-    "linen.Bidirectional(GRUCell, MGUCell)": lambda: of_dropin("linen", "GRUCell", "MGUCell"),
+    "linen.Bidirectional(GRUCell, OwnCell)": lambda: of_dropin("linen", "GRUCell", "OwnCell"),
 }
 STEPS: dict[str, Callable[[], Subject]] = {
     "lstm_cell": lambda: of_step(

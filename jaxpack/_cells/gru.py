@@ -67,6 +67,7 @@ class GRUCell(TanhCell):
     """
 
     gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("z", 1)
 
     def fuse(self, params: Params) -> Fused:
         """Returns gate columns n, r, z, hn: the input reaches the first three, h the last three; r, z at half scale."""
@@ -139,6 +140,7 @@ class ResetBeforeGRUCell(TanhCell):
     """
 
     gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("z", 1)
 
     def fuse(self, params: Params) -> Fused:
         """Returns gate columns n, r, z: h reaches the last two, r * h the first by `more`; r and z at half scale."""

@@ -42,6 +42,7 @@ class LSTMCell(Cell):
     proj_size: int = 0
 
     gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
 
     @property
     def output_size(self) -> int:

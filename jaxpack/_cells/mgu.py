@@ -55,6 +55,7 @@ class MGUCell(TanhCell):
     """
 
     gates: ClassVar[tuple[str, ...]] = ("f", "n")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("f", -1)
 
     def fuse(self, params: Params) -> Fused:
         """Returns gate columns n, f: h reaches the last, f * h the first by `more`; f at half scale."""
@@ -111,6 +112,7 @@ class FlaxMGUCell(TanhCell):
     reset_gate: bool = True
 
     gates: ClassVar[tuple[str, ...]] = ("f", "n")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
 
     def fuse(self, params: Params) -> Fused:
         """Returns gate columns n, f, hn: the input reaches the first two, h the last two; f at half scale."""

@@ -41,6 +41,7 @@ class PeepholeLSTMCell(Cell):
     """
 
     gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
     gates_read_memory: ClassVar[bool] = True
 
     @property

@@ -99,10 +99,11 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
 def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarray], ...]:
     """Returns a layer's parameters for Keras: for each layer of the stack the list that `set_weights` takes.
 
-    The Keras layers are LSTM, GRU with the layer's reset_after, and SimpleRNN with activation=nonlinearity, or an RNN of
-    such a cell; with use_bias=False if the layer has no biases. A bidirectional layer's list is for a Bidirectional: its first half for
-    the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of all layers, one
-    after the other. All but a GRU with reset_after=True hold the sum of the two biases, which computes the same.
+    The Keras layers are LSTM, GRU with the layer's reset_after, and SimpleRNN with activation=nonlinearity, or an RNN
+    of such a cell; with use_bias=False if the layer has no biases. A bidirectional layer's list is for a Bidirectional:
+    its first half for the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of
+    all layers, one after the other. All but a GRU with reset_after=True hold the sum of the two biases, which computes
+    the same.
 
     Examples:
       >>> gru = jaxpack.GRU(2, 4)

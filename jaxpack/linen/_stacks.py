@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import InitializerByGate
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.schemes import ForgetBias
 from jaxpack._packed.inputs import as_batch, padded_plan
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -46,6 +47,8 @@ class _Stack(nn.Module):
     kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
     recurrent_kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
     bias_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
+    scheme: str = dataclasses.field(default="pytorch", kw_only=True)
+    forget_bias: ForgetBias = dataclasses.field(default=None, kw_only=True)
     deterministic: bool | None = dataclasses.field(default=None, kw_only=True)
 
     layer_class: ClassVar[Any]
@@ -132,8 +135,8 @@ class _Stack(nn.Module):
 
         def draw(key: jax.Array, group: str) -> Any:
             if not drawn:
-                initializers = {name: getattr(self, name) for name in _INITIALIZERS}
-                drawn.update(layer.init(key, self.param_dtype, **initializers))
+                options = {name: getattr(self, name) for name in (*_INITIALIZERS, "scheme", "forget_bias")}
+                drawn.update(layer.init(key, self.param_dtype, **options))
             return drawn[group]
 
         if not self.has_variable("params", "l0"):
@@ -169,6 +172,8 @@ class SimpleRNN(_Stack):
       kernel_init: initialises kernels (see jaxpack.RNN.init). nn.with_partitioning may wrap it. Default: PyTorch's.
       recurrent_kernel_init: likewise for recurrent kernels.
       bias_init: likewise for biases.
+      scheme: the library whose defaults apply to what these leave open: "pytorch", "keras", "flax" or "haiku".
+      forget_bias: the bias of the gate that keeps the state, a number or a jaxpack.Chrono (not for SimpleRNN).
       deterministic: True to leave out dropout between layers. Default: as the call says.
     """
 

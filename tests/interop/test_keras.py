@@ -126,7 +126,7 @@ def test_dtypes_are_kept():
 REFUSED = {
     "reset_after": (
         GRU(F, H),
-        r"reset_after=False, but GRU.* needs reset_after=True. .*give both the same reset_after",
+        r"reset_after=False, but GRU.* needs reset_after=True. .*give both the same",
     ),
     "activation": (LSTM(F, H), r"activation='relu', but LSTM.* needs activation='tanh'. .*rebuild"),
     "recurrent_activation": (LSTM(F, H), r"recurrent_activation='hard_sigmoid', .* needs .*'sigmoid'. .*rebuild"),
