@@ -37,6 +37,13 @@ class Operands(NamedTuple):
     resets: Any = None
 
 
+class States(NamedTuple):
+    """The states with which sequences and episodes begin, in place of the initial state, where a subject takes both."""
+
+    initial: Any
+    fresh: Any
+
+
 class Results(NamedTuple):
     """Outputs [B, T, ...] and final state of a subject; gradients of its parameters, inputs and initial state."""
 
@@ -73,18 +80,23 @@ def forward(name: str, call: Call, **options: Any) -> Callable[..., Any]:
     """
     run = subject_of(name).run
 
+    def entering(state):
+        return (state.initial, {"fresh_state": state.fresh}) if isinstance(state, States) else (state, {})
+
     def padded(given, params, x, state):
-        resets = {} if given.resets is None else {"resets": given.resets}
-        outputs, final = run(params, x, state, lengths=given.lengths, plan=call.plan, **options, **resets)
+        state, more = entering(state)
+        if given.resets is not None:
+            more["resets"] = given.resets
+        outputs, final = run(params, x, state, lengths=given.lengths, plan=call.plan, **options, **more)
         return outputs, (), final
 
     def packed(given, params, x, state):
         inputs = pack_padded_sequence(x, given.lengths, batch_first=True, plan=call.plan)
         inputs = inputs.replace(data=jnp.where(inputs.mask[:, None], inputs.data, given.poison))
-        resets = {}
+        state, more = entering(state)
         if given.resets is not None:
-            resets["resets"] = pack_padded_sequence(given.resets, given.lengths, batch_first=True, plan=call.plan)
-        outputs, final = run(params, inputs, state, **options, **resets)
+            more["resets"] = pack_padded_sequence(given.resets, given.lengths, batch_first=True, plan=call.plan)
+        outputs, final = run(params, inputs, state, **options, **more)
         slack = jax.tree.map(lambda leaf: jnp.where(expanded(inputs.mask, leaf), 0, leaf), outputs.data)
         return pad_packed_sequence(outputs, batch_first=True, total_length=T)[0], slack, final
 

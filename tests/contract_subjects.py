@@ -67,6 +67,7 @@ class Subject:
       own_derivative: whether forward mode has to be asked for.
       calls: the names of the calls it takes.
       backward: bools that broadcast to the state, True in the states of directions that read from the end.
+      takes_fresh: whether a reset may return to another state than the initial one.
     """
 
     params: Any
@@ -78,6 +79,7 @@ class Subject:
     own_derivative: bool = True
     calls: tuple[str, ...] = tuple(CALLS)
     backward: Any = None
+    takes_fresh: bool = False
 
     @property
     def output(self):
@@ -93,7 +95,9 @@ def _swapped(state):
 
 
 def _layer_subject(kind, layer, params, apply, plain=lambda params: params):
-    def run(params, inputs, state, **options):
+    def run(params, inputs, state, fresh_state=None, **options):
+        if fresh_state is not None:
+            options["fresh_state"] = _swapped(fresh_state)
         outputs, final = apply(params, inputs, _swapped(state), **options)
         return outputs, _swapped(final)
 
@@ -107,7 +111,8 @@ def _layer_subject(kind, layer, params, apply, plain=lambda params: params):
     state = jax.tree.map(lambda size: np.zeros((count, size)), layer.cell.state_sizes)
     reads_backward = np.arange(count)[:, None] % 2 == layer.num_directions - 1
     backward = jax.tree.map(lambda _: reads_backward & layer.bidirectional, layer.cell.state_sizes)
-    return Subject(params, run, state, one, layer if kind in TORCHS else None, plain, backward=backward)
+    torch_layer = layer if kind in TORCHS else None
+    return Subject(params, run, state, one, torch_layer, plain, backward=backward, takes_fresh=True)
 
 
 def of_layer(kind, layer):
@@ -190,7 +195,7 @@ def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step):
         return ys, final
 
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape), layer.state_like(float))
-    return Subject(params, apply, state, one, own_derivative=step is oracles.linear_step)
+    return Subject(params, apply, state, one, own_derivative=step is oracles.linear_step, takes_fresh=True)
 
 
 def of_step(step, params, state):

@@ -1,5 +1,6 @@
 """The contract of resets: with them a batch gives what its episodes give as sequences of their own.
 
+Where a subject takes a fresh state beside the initial one, episodes begin with that; elsewhere with the initial one.
 Each subject runs under one of its plans, in turn, in one program for all tests.
 """
 
@@ -14,6 +15,7 @@ from contract import (
     CALLS,
     Operands,
     Results,
+    States,
     assert_close,
     dot,
     forward,
@@ -45,6 +47,15 @@ def program_with_resets(name):
     return jax.jit(pulled_back(name, CALLS[one_call(name, 0)]))
 
 
+def operands_with_resets(name, lengths, seed=0, poison=0.0, resets=RESETS):
+    """Random operands with resets, and with a fresh state where the subject takes one."""
+    given = operands(name, lengths, seed, poison)
+    if subject_of(name).takes_fresh:
+        fresh = operands(name, lengths, seed + 100).state
+        given = given._replace(state=States(given.state, fresh))
+    return given._replace(resets=resets)
+
+
 def episodes_of(given):
     """The row, the first step and the step after the last of each episode."""
     episodes: list[tuple[int, int, int]] = []
@@ -60,6 +71,7 @@ def by_episodes(name, given):
     rows = np.array([row for row, _, _ in episodes])
     starts, stops = np.array([start for _, start, _ in episodes]), np.array([stop for _, _, stop in episodes])
     is_first, is_last = starts == 0, stops == given.lengths[rows]
+    initial, fresh = given.state if isinstance(given.state, States) else (given.state, given.state)
     backward = jax.tree.map(lambda _: np.bool_(False), subject.state) if subject.backward is None else subject.backward
 
     def cut(leaf):
@@ -72,13 +84,22 @@ def by_episodes(name, given):
         """The cotangents of final states: of the last episode, for a backward direction of the first."""
         return np.where(wide(is_first, leaf) & backward | wide(is_last, leaf) & ~backward, leaf[rows], 0)
 
+    def goes_on(leaf, backward):
+        """Which episodes begin with the initial state: the first without a reset, for a backward direction the last."""
+        return np.where(backward, wide(is_last, leaf), wide(is_first & ~given.resets[rows, 0], leaf))
+
     alone = oracle(
         name,
         Operands(
             given.params,
             cut(given.x),
             stops - starts,
-            jax.tree.map(lambda leaf: leaf[rows], given.state),
+            jax.tree.map(
+                lambda old, new, backward: np.where(goes_on(old, backward), old[rows], new[rows]),
+                initial,
+                fresh,
+                backward,
+            ),
             jax.tree.map(cut, given.doutputs),
             jax.tree.map(of_ends, given.dfinal, backward),
             given.poison,
@@ -96,17 +117,27 @@ def by_episodes(name, given):
         firsts[rows[is_first]], lasts[rows[is_last]] = np.asarray(leaf)[is_first], np.asarray(leaf)[is_last]
         return np.where(backward, firsts, lasts)
 
-    def summed(leaf, dfinal):
+    def summed(leaf, dfinal, mine):
         total = np.where(wide(given.lengths == 0, dfinal), dfinal, 0)
-        np.add.at(total, rows, np.asarray(leaf))
+        np.add.at(total, rows, np.where(mine, leaf, 0))
         return total
+
+    on = jax.tree.map(goes_on, initial, backward)
+    if isinstance(given.state, States):
+        nothing = jax.tree.map(np.zeros_like, given.dfinal)
+        dstate = States(
+            jax.tree.map(summed, alone.state, given.dfinal, on),
+            jax.tree.map(lambda leaf, zeros, on: summed(leaf, zeros, ~on), alone.state, nothing, on),
+        )
+    else:
+        dstate = jax.tree.map(lambda leaf, dfinal: summed(leaf, dfinal, True), alone.state, given.dfinal)
 
     return Results(
         jax.tree.map(joined, alone.outputs),
-        jax.tree.map(final, alone.final, backward, given.state),
+        jax.tree.map(final, alone.final, backward, initial),
         alone.params,
         joined(alone.x),
-        jax.tree.map(summed, alone.state, given.dfinal),
+        dstate,
     )
 
 
@@ -115,7 +146,7 @@ def test_values_and_gradients_are_those_of_the_episodes_alone(subject):
     by_torch = subject_of(subject).layer is not None and oracles.torch is not None
     for seed in range(4 if by_torch else 1):
         lengths, resets = (LENGTHS, RESETS) if seed == 0 else (random_lengths(seed), random_resets(seed))
-        given = operands(subject, lengths, seed, poison=np.nan)._replace(resets=resets)
+        given = operands_with_resets(subject, lengths, seed, np.nan, resets)
         expected = by_episodes(subject, jax.tree.map(np.nan_to_num, given))
         found = program_with_resets(subject)(given)
         assert_close(found._replace(params=subject_of(subject).plain(found.params)), expected)
@@ -127,7 +158,7 @@ def random_resets(seed):
 
 @pytest.mark.parametrize("subject", STEPWISE)
 def test_nothing_of_an_episode_reaches_another_bit_for_bit(subject):
-    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    given = operands_with_resets(subject, LENGTHS)
     expected = program_with_resets(subject)(given)
     for row, start, stop in episodes_of(given):
         inside = np.zeros((B, T), bool)
@@ -149,13 +180,17 @@ def test_resets_at_first_steps_and_past_the_end_change_nothing(subject):
     given = operands(subject, LENGTHS)
     resets = np.arange(T)[None] >= np.reshape(LENGTHS, (B, 1))
     resets[:, 0] = True
-    found = program_with_resets(subject)(given._replace(resets=resets))
+    fresh = subject_of(subject).takes_fresh
+    state = States(given.state, given.state) if fresh else given.state
+    found = program_with_resets(subject)(given._replace(resets=resets, state=state))
+    if fresh:
+        found = found._replace(state=jax.tree.map(np.add, *found.state))
     assert_close(found, program(subject, one_call(subject, 0))(given))
 
 
 @pytest.mark.parametrize("subject", ["LSTM bidirectional", "nnx.RNN(OwnCell)", "log_step"])
 def test_vmap_changes_no_result(subject):
-    each = [operands(subject, random_lengths(seed), seed)._replace(resets=random_resets(seed)) for seed in range(2)]
+    each = [operands_with_resets(subject, random_lengths(i), i, resets=random_resets(i)) for i in range(2)]
     together = jax.jit(jax.vmap(pulled_back(subject, CALLS[one_call(subject, 0)])))(stacked(each))
     for i, given in enumerate(each):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), program_with_resets(subject)(given))
@@ -164,7 +199,7 @@ def test_vmap_changes_no_result(subject):
 @pytest.mark.parametrize("subject", ["LSTM projected", "nnx.RNN(OwnCell)"])
 def test_resets_alone_may_vary_over_devices(subject):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    given, resets = operands(subject, LENGTHS), [random_resets(seed) for seed in range(2)]
+    given, resets = operands_with_resets(subject, LENGTHS), [random_resets(seed) for seed in range(2)]
     call = CALLS[one_call(subject, 0)]
 
     def run(resets):
@@ -179,7 +214,7 @@ def test_resets_alone_may_vary_over_devices(subject):
 
 def test_an_export_for_every_platform_computes_the_same():
     subject = "GRU"
-    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    given = operands_with_resets(subject, LENGTHS)
     leaves, structure = jax.tree.flatten(given)
 
     def flat(*leaves):
@@ -191,7 +226,7 @@ def test_an_export_for_every_platform_computes_the_same():
 
 def test_the_derivative_has_a_derivative():
     subject = "GRU"
-    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    given = operands_with_resets(subject, LENGTHS)
     tangent = tangent_like(given.params)
     gradient = pulled_back(subject, CALLS[one_call(subject, 0)])
 
@@ -206,7 +241,7 @@ def test_the_derivative_has_a_derivative():
 
 @pytest.mark.parametrize("subject", LAYERS)
 def test_forward_mode_equals_reverse_mode(subject):
-    given = operands(subject, LENGTHS)._replace(resets=RESETS)
+    given = operands_with_resets(subject, LENGTHS)
     run = forward(subject, CALLS[one_call(subject, 0)], forward_mode=True)
     primals = given.params, given.x, given.state
     tangents = tangent_like(primals)

@@ -33,6 +33,7 @@ def call(
     seq_lengths: ArrayLike | Sequence[int] | None = None,
     plan: BucketPlan | None = None,
     resets: PackedSequence | ArrayLike | None = None,
+    fresh_state: PyTree = None,
     reverse: bool = False,
     forward_mode: bool = False,
 ) -> tuple[Any, PyTree]:
@@ -43,7 +44,8 @@ def call(
       initial_state: in the layout of the final state. Default: zeros.
       seq_lengths: int [B], for padded inputs. Default: all T.
       plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
-      resets: bool, one a step, laid out as the inputs: True where an episode begins.
+      resets: bool, one a step, laid out as the inputs: True where an episode begins, from the fresh state.
+      fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
       reverse: set True to read each sequence from its end.
       forward_mode: set True to differentiate this call in forward mode.
 
@@ -62,6 +64,7 @@ def call(
         lengths=seq_lengths,
         plan=plan,
         resets=resets,
+        fresh_state=fresh_state,
         reverse=reverse,
         dtype=self.dtype,
         forward_mode=forward_mode,

@@ -22,12 +22,14 @@ class Call(NamedTuple):
       params_dtype: the common dtype of the parameters.
       dtype: the dtype to compute in; None for the result type of data and parameters.
       dropout_key: a random key; None for no dropout.
-      lengths, plan, forward_mode, return_all_states: as in `apply`.
+      initial_state, fresh_state, lengths, plan, forward_mode, return_all_states: as in `apply`.
     """
 
     params_dtype: Any
     dtype: Any
     dropout_key: jax.Array | None
+    initial_state: Any
+    fresh_state: Any
     lengths: ArrayLike | Sequence[int] | None
     plan: BucketPlan | None
     forward_mode: bool

@@ -41,7 +41,7 @@ from jaxpack._layers.states import (
 from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import pad
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
-from jaxpack._packed.resets import Resets, packed_resets, padded_resets
+from jaxpack._packed.resets import Resets, check_fresh, packed_resets, padded_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 
 LayerParams = dict[str, Params]
@@ -178,6 +178,31 @@ class RecurrentLayer(abc.ABC):
         drawing = Drawing(kernel_init, recurrent_kernel_init, bias_init, scheme, forget_bias)
         return self._with_initial_state(draw(key, self._weight_shapes, self.cell, dtype, drawing))
 
+    def initial_state(self, params: LayerParams, batch_size: int) -> Any:
+        """Returns the state with which sequences begin: the learned one, or zeros.
+
+        Examples:
+          >>> lstm = jaxpack.LSTM(2, 4, learned_initial_state=True)
+          >>> h_0, c_0 = lstm.initial_state(lstm.init(jax.random.key(0)), 3)
+          >>> h_0.shape
+          (1, 3, 4)
+
+        Args:
+          params: the parameters, which determine the dtype.
+          batch_size: the number B of sequences.
+
+        Returns:
+          h_0, for LSTM (h_0, c_0), in the layout of the final state, [num_layers*D, B, H].
+
+        Raises:
+          TypeError, ValueError: if the parameters are not this layer's.
+        """
+        dtype = check_params(params, self.shapes, self)
+        if self.learned_initial_state:
+            return self._learned_state(params, batch_size, dtype)
+        lead = (self.num_layers * self.num_directions, batch_size)
+        return jax.tree.map(lambda size: jnp.zeros((*lead, size), dtype), self.cell.state_sizes)
+
     def apply(
         self,
         params: LayerParams,
@@ -188,6 +213,7 @@ class RecurrentLayer(abc.ABC):
         lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
+        fresh_state: Any = None,
         deterministic: bool = False,
         dtype: Any = None,
         forward_mode: bool = False,
@@ -211,8 +237,10 @@ class RecurrentLayer(abc.ABC):
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths, whose loops follow the lengths as it runs (on GPUs: the padded plan).
           resets: one bool a step, laid out as the inputs: packed, [B, T] or [T]. True says that an episode begins at
-            this step, from the initial state of its sequence. A backward direction begins anew at an episode's last
-            step. They may be traced. Default: each sequence is one episode.
+            this step, from the fresh state of its sequence. A backward direction begins anew at an episode's last step.
+            They may be traced. Default: each sequence is one episode.
+          fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
+            the initial state.
           deterministic: set True to leave dropout out, as in evaluation.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast: jnp.bfloat16 with
             float32 parameters is mixed precision. Default: the result type of inputs and parameters.
@@ -233,7 +261,8 @@ class RecurrentLayer(abc.ABC):
 
         Raises:
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, dropout is on
-            and there is no key, resets are not of the same sequences, or a parameter is sharded under an explicit mesh.
+            and there is no key, resets are not of the same sequences, there is a fresh state without resets, or a
+            parameter is sharded under an explicit mesh.
           TypeError: if inputs are packed and lengths or plan are given too, one of inputs and resets is packed and the
             other padded, resets are not bool, parameters have another structure, dtype is not floating, or the call is
             differentiated in forward mode without forward_mode.
@@ -245,13 +274,15 @@ class RecurrentLayer(abc.ABC):
         if dtype is not None:
             dtype = floating(dtype)
             params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        call = Call(params_dtype, dtype, key, lengths, plan, forward_mode, bool(return_all_states))
+        check_fresh(fresh_state, resets)
+        states = initial_state, fresh_state
+        call = Call(params_dtype, dtype, key, *states, lengths, plan, forward_mode, bool(return_all_states))
         name = f"{type(self).__name__}.apply"
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
             packed = check_packed(inputs, name)
-            return self._apply_packed(params, packed, initial_state, call, packed_resets(name, packed, resets))
+            return self._apply_packed(params, packed, call, packed_resets(name, packed, resets))
         batch = as_batch(inputs, "inputs")
         if not isinstance(batch, jax.Array) or batch.ndim not in (2, 3):
             raise ValueError(
@@ -261,7 +292,7 @@ class RecurrentLayer(abc.ABC):
         self._check_features(batch)
         begins = padded_resets(name, resets, batch.shape[:-1])
         if batch.ndim == 2:
-            return self._apply_unbatched(params, batch, initial_state, call, begins)
+            return self._apply_unbatched(params, batch, call, begins)
         batch_size, max_length = batch_shape(batch, "inputs")
         lengths = np.full(batch_size, max_length) if lengths is None else lengths
         sort = call.planned or not batch.size
@@ -269,8 +300,8 @@ class RecurrentLayer(abc.ABC):
             plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
         checked = lengths_and_plan(lengths, plan, batch_size, max_length)
         packed, cells = lay_out_with(batch, begins, *checked, sort)
-        output, state, *states = self._apply_packed(params, packed, initial_state, call, cells)
-        return pad(output, 0, max_length), state, *(pad_states(each, max_length) for each in states)
+        output, final, *after = self._apply_packed(params, packed, call, cells)
+        return pad(output, 0, max_length), final, *(pad_states(each, max_length) for each in after)
 
     def from_torch(self, state_dict: Mapping[str, Any]) -> LayerParams:
         """Returns the parameters in the state dict of the torch.nn module with the same options. Exact.
@@ -346,17 +377,22 @@ class RecurrentLayer(abc.ABC):
         return jnp.concatenate(list(h_n[-self.num_directions :]), axis=-1)
 
     def _apply_packed(
-        self, params: LayerParams, packed: PackedSequence, initial_state: Any, call: Call, resets: Resets | None
+        self, params: LayerParams, packed: PackedSequence, call: Call, resets: Resets | None
     ) -> tuple[Any, ...]:
         data = packed.data
         if len(jax.tree.leaves(data)) != 1 or not hasattr(data, "ndim"):
             raise ValueError(f"inputs must have one array of data [S, {self.input_size}], got a pytree: {packed!r}.")
         self._check_features(data, packed=True)
-        dtype = call.dtype_with(data)
-        if initial_state is None and self.learned_initial_state:
-            ordered_params = {group: params[group] for group in self.shapes}
-            initial_state = learned_state(ordered_params, self.cell.state_sizes, packed.plan.num_sequences, dtype)
-        state = self._initial_state(initial_state, data, packed.plan.num_sequences, dtype)
+        dtype, batch_size = call.dtype_with(data), packed.plan.num_sequences
+        if call.initial_state is not None:
+            state = self._checked_state("initial_state", call.initial_state, batch_size, dtype)
+        elif self.learned_initial_state:
+            state = self._learned_state(params, batch_size, dtype)
+        else:  # of width 1: nothing is differentiated by it
+            lead = (self.num_layers * self.num_directions, batch_size)
+            state = zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, data, dtype)
+        fresh = call.fresh_state
+        fresh = None if fresh is None else self._checked_state("fresh_state", fresh, batch_size, dtype)
         packed = packed.replace(data=data.astype(dtype))
         ordered = [params[group] for group in self.shapes]
         stack = Stack(
@@ -368,11 +404,11 @@ class RecurrentLayer(abc.ABC):
             call.return_all_states,
         )
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
-            outputs, final, *states = run_stack(stack, ordered, packed, state, call.dropout_key, resets)
+            outputs, final, *states = run_stack(stack, ordered, packed, state, call.dropout_key, resets, fresh)
         return packed.replace(data=outputs), final, *(packed.replace(data=each) for each in states)
 
     def _apply_unbatched(
-        self, params: LayerParams, sequence: jax.Array, initial_state: Any, call: Call, resets: jax.Array | None
+        self, params: LayerParams, sequence: jax.Array, call: Call, resets: jax.Array | None
     ) -> tuple[Any, ...]:
         """Runs one sequence [T, F] as a batch of one, under a plan, so that its loops stay static under jax.vmap."""
         lengths, max_length = call.lengths, len(sequence)
@@ -381,15 +417,16 @@ class RecurrentLayer(abc.ABC):
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan= and one "
                 f"number as lengths=. A batch is [B, T, {self.input_size}]."
             )
-        batched = None
-        if initial_state is not None:
-            state = self._initial_state(initial_state, sequence, None, call.dtype_with(sequence))
-            batched = jax.tree.map(lambda leaf: leaf[:, None], state)
+        dtype, batched = call.dtype_with(sequence), {}
+        for name in ("initial_state", "fresh_state"):
+            if getattr(call, name) is not None:
+                state = self._checked_state(name, getattr(call, name), None, dtype)
+                batched[name] = jax.tree.map(lambda leaf: leaf[:, None], state)
         lengths = max_length if lengths is None else lengths
         lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
         packed, cells = lay_out_with(sequence[None], None if resets is None else resets[None], lengths, plan)
-        output, final, *states = self._apply_packed(params, packed, batched, call._replace(plan=plan), cells)
+        output, final, *states = self._apply_packed(params, packed, call._replace(plan=plan, **batched), cells)
         of_one = (jax.tree.map(lambda leaf: leaf[0], pad_states(each, max_length)) for each in states)
         return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final), *of_one
 
@@ -400,12 +437,14 @@ class RecurrentLayer(abc.ABC):
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise TypeError(f"inputs must be real, got dtype {array.dtype}.")
 
-    def _initial_state(self, state: Any, like: jax.Array, batch_size: int | None, dtype: Any) -> Any:
+    def _learned_state(self, params: LayerParams, batch_size: int, dtype: Any) -> Any:
+        ordered = {group: params[group] for group in self.shapes}
+        return learned_state(ordered, self.cell.state_sizes, batch_size, dtype)
+
+    def _checked_state(self, name: str, state: Any, batch_size: int | None, dtype: Any) -> Any:
+        """Returns a given state in a dtype; of one sequence if batch_size is None."""
         rows = () if batch_size is None else (batch_size,)
-        lead = (self.num_layers * self.num_directions, *rows)
-        if state is None:  # of width 1: nothing is differentiated by it
-            return zero_state(jax.tree.map(lambda _: 1, self.cell.state_sizes), lead, like, dtype)
-        return checked_state(state, self.cell.state_sizes, lead, dtype)
+        return checked_state(name, state, self.cell.state_sizes, (self.num_layers * self.num_directions, *rows), dtype)
 
     def _with_initial_state(self, params: LayerParams) -> LayerParams:
         """Returns the parameters with a learned initial state of zeros, if the layer has one."""

@@ -51,6 +51,7 @@ def run_stack(
     state: Any,
     dropout_key: jax.Array | None = None,
     resets: Resets | None = None,
+    fresh: Any = None,
 ) -> tuple[Any, ...]:
     """Runs a stack. Jitted, so each plan is one compilation.
 
@@ -61,6 +62,7 @@ def run_stack(
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros.
       dropout_key: None for no dropout.
       resets: None for none.
+      fresh: the state to which resets return, in the layout of the initial state; None for that.
 
     Returns:
       The outputs of the last layer [S, D*H], and the final states of all layers; with all_states, the states after each
@@ -76,7 +78,9 @@ def run_stack(
     recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed, None if resets is None else resets.agree)
-    state = jax.tree.map(lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), state)
+    state, fresh = jax.tree.map(
+        lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), (state, fresh)
+    )
     data: jax.Array = packed.data
     finals: list[Carry] = []
     states: list[Carry] = []
@@ -85,8 +89,10 @@ def run_stack(
             data = drop(jax.random.fold_in(dropout_key, first), data, stack.dropout)
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
-        carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in range(layer.start, layer.stop)]
-        results = recur(recurrence, params[layer], inputs, carries, cells)
+        each = range(layer.start, layer.stop)
+        carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in each]
+        to_fresh = [] if fresh is None else [tuple(leaf[i] for leaf in jax.tree.leaves(fresh)) for i in each]
+        results = recur(recurrence, params[layer], inputs, carries, cells, to_fresh)
         finals.extend(result.carry for result in results)
         after = [(result.y, *result.memory) for result in results]
         after[1:] = [tuple(rearrange(leaf, reverse, reverse) for leaf in each) for each in after[1:]]

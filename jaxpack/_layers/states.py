@@ -48,10 +48,11 @@ def learned_state(params: Mapping[str, Mapping[str, jax.Array]], sizes: Any, bat
     )
 
 
-def checked_state(state: Any, sizes: Any, lead: tuple[int, ...], dtype: Any) -> Any:
-    """Returns a given initial state in a dtype.
+def checked_state(name: str, state: Any, sizes: Any, lead: tuple[int, ...], dtype: Any) -> Any:
+    """Returns a given state in a dtype.
 
     Args:
+      name: the argument.
       state: the state, as a user passed it.
       sizes, lead, dtype: as in `zero_state`.
 
@@ -64,7 +65,7 @@ def checked_state(state: Any, sizes: Any, lead: tuple[int, ...], dtype: Any) -> 
         names = STATE_NAMES[: len(shapes)]
         expected = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
         raise ValueError(
-            f"initial_state must be {f'({expected})' if len(shapes) > 1 else expected} "
+            f"{name} must be {f'({expected})' if len(shapes) > 1 else expected} "
             f"([num_layers * num_directions, B, size]), got {shapes_of(given)}."
         )
     return jax.tree.map(lambda leaf: leaf.astype(dtype), given)

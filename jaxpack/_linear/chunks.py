@@ -89,7 +89,8 @@ class Operands(NamedTuple):
     Attributes:
       params: the parameters.
       x: [S, F], zero in slack.
-      initial: the initial state of each slot [B, *H], finite for sequences without steps; None for zeros.
+      initial: the initial state of each slot [B, *H], finite for sequences without steps; None for zeros. [2 B, *H] if
+        the states follow to which resets return.
     """
 
     params: PyTree
@@ -231,20 +232,22 @@ class _Cells(NamedTuple):
       x: the inputs.
       real, start: as in Reading.
       number: the number of the cell among all cells, from 1.
-      slot: the slot.
+      entry: the row of `Operands.initial` that enters where the state starts.
     """
 
     x: jax.Array
     real: jax.Array
     start: jax.Array
     number: jax.Array
-    slot: jax.Array
+    entry: jax.Array
 
     @classmethod
-    def of(cls, plan: BucketPlan, x: jax.Array, reading: Reading) -> _Cells:
+    def of(cls, plan: BucketPlan, operands: Operands, reading: Reading) -> _Cells:
         """Returns all cells."""
-        numbers = jnp.arange(plan.size, dtype=jnp.int32) + 1  # 0 is past the end of a block
-        return cls(x, reading.real, reading.start, numbers, by_cell(plan).slots)
+        numbers, entry = jnp.arange(plan.size, dtype=jnp.int32) + 1, by_cell(plan).slots  # 0 is past the end of a block
+        if operands.initial is not None and len(operands.initial) > plan.num_sequences:
+            entry = entry + plan.num_sequences * reading.resets
+        return cls(operands.x, reading.real, reading.start, numbers, entry)
 
 
 def _chunk(
@@ -268,12 +271,12 @@ def _chunk(
     decay, inputs = (leaf.astype(carry.dtype) for leaf in (decay, inputs))
     if initial is not None:
         start = expand(cells.start, inputs)
-        inputs = jnp.where(start, decay * initial.astype(carry.dtype)[cells.slot] + inputs, inputs)
-    fresh = cells.start | ~cells.real
+        inputs = jnp.where(start, decay * initial.astype(carry.dtype)[cells.entry] + inputs, inputs)
+    cut = cells.start | ~cells.real
     inputs = jnp.where(expand(cells.real, inputs), inputs, 0)
     if len(decay) == len(inputs):
-        decay = jnp.where(expand(fresh, decay), 0, decay)
-    h = solve(form, decay, inputs, fresh, carry)
+        decay = jnp.where(expand(cut, decay), 0, decay)
+    h = solve(form, decay, inputs, cut, carry)
     y = equations.readout(params, x, h)
     rows = len(carry)
     after = h[:rows] if form.reverse else h[-rows:]
@@ -289,7 +292,7 @@ def _forward(
     equations, plan, reverse, planned = recurrence
     params, x, initial = operands
     like = _state_like(equations, params, x)
-    cells = _Cells.of(plan, x, reading)
+    cells = _Cells.of(plan, operands, reading)
     outputs: list[Any] = [None] * plan.num_buckets
     carries: list[Any] = [None] * plan.num_buckets
     carry = lax.full_like(x, 0, like.dtype, (0, *like.shape))
@@ -330,8 +333,8 @@ def _backward(
 ) -> Operands:
     """Returns the cotangents of the operands."""
     equations, plan, reverse, planned = recurrence
-    params, x, initial = operands
-    cells = _Cells.of(plan, x, reading)
+    params, _, initial = operands
+    cells = _Cells.of(plan, operands, reading)
     dx: list[Any] = [None] * plan.num_buckets
     dparams, dinitial = jax.tree.map(_wide_zeros, (params, initial))
     dcarry = carries[0][0, :0]

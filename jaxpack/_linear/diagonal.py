@@ -14,6 +14,7 @@ from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import accumulator
 from jaxpack._packed.broadcast import expand
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Entering
 from jaxpack._types import PyTree
 
 
@@ -51,14 +52,18 @@ class DiagonalLayer(LinearLayer):
         return jax.ShapeDtypeStruct((self.hidden_size,), dtype)
 
     def run(
-        self, params: PyTree, packed: PackedSequence, state: PyTree, resets: jax.Array | None, direction: Direction
+        self, params: PyTree, packed: PackedSequence, entering: Entering, resets: jax.Array | None, direction: Direction
     ) -> tuple[jax.Array, PyTree]:
         """Runs the recurrence over a batch, a chunk of steps at a time."""
         order, places = packed.sorted_indices, packed.unsorted_indices
         reading = Reading.of(packed.replace(data=None), resets, direction.reverse)
-        initial = None if state is None else self.enter(state)[order]
-        used = None if initial is None else jnp.where(expand(reading.empty, initial), 0, initial)  # others may be NaN
-        operands = Operands(self.prepare(params), packed.data, used)
+        initial, fresh = (None if state is None else self.enter(state)[order] for state in entering)
+        used = [each for each in (initial, fresh) if each is not None]
+        if initial is None and fresh is not None:
+            used = [jnp.zeros_like(fresh), fresh]
+        used = [jnp.where(expand(reading.empty, each), 0, each) for each in used]  # others may be NaN
+        table = None if not used else used[0] if len(used) == 1 else jnp.concatenate(used)
+        operands = Operands(self.prepare(params), packed.data, table)
         recurrence = Recurrence(self, packed.plan, direction.reverse, direction.planned)
         y, final = run_chunks(recurrence, operands, reading, direction.forward_mode)
         if initial is not None:

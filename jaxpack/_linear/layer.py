@@ -25,7 +25,7 @@ from jaxpack._layers.states import shapes_of
 from jaxpack._linear.inputs import Aligned, Lengths, align, clean
 from jaxpack._packed.inputs import as_batch
 from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._packed.resets import check_resets
+from jaxpack._packed.resets import Entering, check_fresh, check_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
 
@@ -82,15 +82,15 @@ class LinearLayer(abc.ABC):
 
     @abc.abstractmethod
     def run(
-        self, params: PyTree, packed: PackedSequence, state: PyTree, resets: jax.Array | None, direction: Direction
+        self, params: PyTree, packed: PackedSequence, entering: Entering, resets: jax.Array | None, direction: Direction
     ) -> tuple[jax.Array, PyTree]:
         """Runs the recurrence over a batch of at least one sequence.
 
         Args:
           params: the parameters, in the dtype of the computation or a wider one.
           packed: data [S, F], in the dtype of the computation; zero in slack, NaN in sequences that do not fit.
-          state: the initial state, leaves [B, ...] in the caller's order; None for zeros.
-          resets: bool [S], the first steps of episodes, False in slack; None if each sequence is one.
+          entering: the states with which sequences and episodes begin, leaves [B, ...] in the caller's order.
+          resets: bool [S], the first steps of episodes, arbitrary in slack; None if each sequence is one.
           direction: how to read the sequences.
 
         Returns:
@@ -100,6 +100,27 @@ class LinearLayer(abc.ABC):
     @abc.abstractmethod
     def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         """Runs one step of a batch [B, F], checked and in one dtype; state None for sequences that begin."""
+
+    def initial_state(self, params: PyTree, batch_size: int) -> PyTree:
+        """Returns the state with which sequences begin: zeros.
+
+        Examples:
+          >>> layer = jaxpack.MinGRU(2, 4)
+          >>> layer.initial_state(layer.init(jax.random.key(0)), 3).shape
+          (3, 4)
+
+        Args:
+          params: the parameters, which determine dtypes.
+          batch_size: the number B of sequences.
+
+        Returns:
+          In the layout of the final state, leaves [B, ...].
+
+        Raises:
+          TypeError, ValueError: if the parameters are not this layer's.
+        """
+        like = self.state_like(self._checked_dtype(params))
+        return jax.tree.map(lambda leaf: jnp.zeros((batch_size, *leaf.shape), leaf.dtype), like)
 
     def step(self, params: PyTree, state: PyTree, x: ArrayLike) -> tuple[PyTree, jax.Array]:
         """Runs one step, for step-by-step decoding.
@@ -122,7 +143,7 @@ class LinearLayer(abc.ABC):
         x = jnp.asarray(x, dtype)
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
-        state = None if state is None else self._checked_state(state, x.shape[:-1], dtype)
+        state = self._checked_state("state", state, x.shape[:-1], dtype)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         if x.ndim == 2:
             return self.step_batch(params, state, x)
@@ -138,6 +159,7 @@ class LinearLayer(abc.ABC):
         lengths: Lengths = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
+        fresh_state: PyTree = None,
         reverse: bool = False,
         dtype: Any = None,
         forward_mode: bool = False,
@@ -159,8 +181,10 @@ class LinearLayer(abc.ABC):
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths. On CPUs it leaves out most of the padding as it runs, elsewhere it runs the padded batch.
-          resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the initial
+          resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the fresh
             state. Default: each sequence is one episode.
+          fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
+            the initial state.
           reverse: set True to read each sequence, or each of its episodes, from its end.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast. Default: the result
             type of inputs and parameters.
@@ -174,8 +198,8 @@ class LinearLayer(abc.ABC):
           a batch axis. Sequences that do not fit the plan are NaN in both.
 
         Raises:
-          ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, or a parameter
-            is sharded under an explicit mesh.
+          ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, there is a
+            fresh state without resets, or a parameter is sharded under an explicit mesh.
           TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, inputs,
             parameters or states are complex, resets are not bool, or the call is differentiated in forward mode without
             forward_mode.
@@ -192,13 +216,18 @@ class LinearLayer(abc.ABC):
         dtype = jnp.result_type(data, params_dtype) if dtype is None else floating(dtype)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         rows = () if alone else (aligned.packed.plan.num_sequences,)
-        state = None if initial_state is None else self._checked_state(initial_state, rows, dtype)
-        if alone and state is not None:
-            state = jax.tree.map(lambda leaf: leaf[None], state)
+        check_fresh(fresh_state, resets)
+        entering = Entering(
+            self._checked_state("initial_state", initial_state, rows, dtype),
+            self._checked_state("fresh_state", fresh_state, rows, dtype),
+        )
+        if alone:
+            entering = jax.tree.map(lambda leaf: leaf[None], entering)
         planned = alone or plan is not None or isinstance(batch, PackedSequence)
         direction = Direction(bool(reverse), bool(forward_mode), planned)
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
-            outputs, final = _run(self, direction, jnp.dtype(dtype).name, params, aligned._replace(length=None), state)
+            cells = aligned._replace(length=None)
+            outputs, final = _run(self, direction, jnp.dtype(dtype).name, params, cells, entering)
         laid_out: Any = aligned.laid_out(aligned.packed.replace(data=outputs))
         return (laid_out[0], jax.tree.map(lambda leaf: leaf[0], final)) if alone else (laid_out, final)
 
@@ -238,16 +267,18 @@ class LinearLayer(abc.ABC):
         _check_real("inputs", data.dtype)
         check_resets(aligned.others["resets"], ("S",))
 
-    def _checked_state(self, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
-        """Returns a given initial state in the layout and dtypes of the layer."""
+    def _checked_state(self, name: str, state: PyTree, rows: tuple[int, ...], dtype: Any) -> PyTree:
+        """Returns a given state in the layout and dtypes of the layer; None for None."""
+        if state is None:
+            return None
         expected = jax.tree.map(lambda leaf: (*rows, *leaf.shape), self.state_like(dtype))
         given = jax.tree.map(jnp.asarray, state)
         if jax.tree.map(jnp.shape, given) != expected:
             raise ValueError(
-                f"initial_state must have the layout of the final state of {self}, {expected} (B first), got "
+                f"{name} must have the layout of the final state of {self}, {expected} (B first), got "
                 f"{shapes_of(given)}."
             )
-        _check_real("initial_state", jnp.result_type(*jax.tree.leaves(given)))
+        _check_real(name, jnp.result_type(*jax.tree.leaves(given)))
         return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), given, self.state_like(dtype))
 
 
@@ -259,11 +290,11 @@ def _check_real(what: str, dtype: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames=("layer", "direction", "dtype"))
 def _run(
-    layer: LinearLayer, direction: Direction, dtype: str, params: PyTree, aligned: Aligned, state: PyTree
+    layer: LinearLayer, direction: Direction, dtype: str, params: PyTree, aligned: Aligned, entering: Entering
 ) -> tuple[jax.Array, PyTree]:
     """Runs a layer on cells. Jitted, so each plan is one compilation."""
     packed = clean(aligned.packed, aligned.agree, dtype)
     if not packed.plan.size:  # a batch of no sequences
-        state = layer._zeros((0,), packed.data) if state is None else state
+        state = layer._zeros((0,), packed.data) if entering.initial is None else entering.initial
         return lax.full_like(packed.data, 0, shape=(0, layer.output_size)), state
-    return layer.run(params, packed, state, aligned.others["resets"], direction)
+    return layer.run(params, packed, entering, aligned.others["resets"], direction)

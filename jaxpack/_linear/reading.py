@@ -18,14 +18,16 @@ class Reading(NamedTuple):
 
     Attributes:
       real: bool [S], the cells that hold a step.
-      start: bool [S], the real cells at which the state is the initial one: where a sequence or an episode begins, or,
-        read from the end, where it ends.
+      start: bool [S], the real cells at which a state enters: where a sequence or an episode begins, or, read from the
+        end, where it ends.
+      resets: bool [S], the real cells at which an episode begins, in the same sense; None if each sequence is one.
       last: int32 [B], the cell of each slot that is read last.
       empty: bool [B], the slots whose sequence has no step.
     """
 
     real: jax.Array
     start: jax.Array
+    resets: jax.Array | None
     last: jax.Array
     empty: jax.Array
 
@@ -35,7 +37,7 @@ class Reading(NamedTuple):
 
         Args:
           packed: the batch.
-          resets: bool [S], the first steps of episodes; None if each sequence is one.
+          resets: bool [S], the first steps of episodes, arbitrary in slack; None if each sequence is one.
           reverse: whether each episode is read from its end.
         """
         plan, spans = packed.plan, slot_spans(packed)
@@ -44,13 +46,14 @@ class Reading(NamedTuple):
         real = steps < ends
         start = steps == (ends - 1 if reverse else 0)
         if resets is not None:
-            start |= take(resets, _next_cells(plan)) if reverse else resets
+            resets = real & (take(resets, _next_cells(plan)) & (steps < ends - 1) if reverse else resets)
+            start |= resets
         every = lax.iota(jnp.int32, plan.num_sequences)
         last = cells_of(plan, every, jnp.zeros_like(spans) if reverse else jnp.maximum(spans - 1, 0))
-        return cls(real, start & real, last, spans == 0)
+        return cls(real, start & real, resets, last, spans == 0)
 
     @property
-    def fresh(self) -> jax.Array:
+    def cut(self) -> jax.Array:
         """bool [S]: the cells into which no state is passed, starts and slack."""
         return self.start | ~self.real
 

@@ -18,7 +18,7 @@ from jaxpack._linear.solve import Form, blocks_of, solve
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._packed.maps import spread
 from jaxpack._packed.packed_sequence import PackedSequence
-from jaxpack._packed.resets import check_resets
+from jaxpack._packed.resets import Entering, check_fresh, check_resets
 from jaxpack._plans.bucket_plan import BucketPlan
 
 
@@ -30,6 +30,7 @@ def linear_scan(
     lengths: Lengths = None,
     plan: BucketPlan | None = None,
     resets: PackedSequence | ArrayLike | None = None,
+    fresh_state: ArrayLike | None = None,
     reverse: bool = False,
 ) -> tuple[Any, jax.Array]:
     """Runs a linear recurrence over the steps of each sequence.
@@ -61,8 +62,9 @@ def linear_scan(
       initial_state: [B, *F], in the caller's row order. Default: zeros.
       lengths: int [B], for padded inputs. They may be traced. Default: all T.
       plan: for padded inputs, the static shape to run under. Default: the padded batch.
-      resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the initial
-        state. They count beside the borders of the plan. Default: each sequence is one episode.
+      resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the fresh state.
+        They count beside the borders of the plan. Default: each sequence is one episode.
+      fresh_state: [B, *F], beside resets, the state with which episodes begin. Default: the initial state.
       reverse: set True to read each sequence, or each of its episodes, from its end.
 
     Returns:
@@ -73,8 +75,8 @@ def linear_scan(
     Raises:
       TypeError: if inputs are packed and lengths or plan are given too, one of inputs, decay and resets is packed and
         another padded, or resets are not bool.
-      ValueError: if decay or initial_state have another shape, the arrays are not of the same sequences, or a concrete
-        length does not fit.
+      ValueError: if decay or a state have another shape, the arrays are not of the same sequences, there is a fresh
+        state without resets, or a concrete length does not fit.
     Source: Martin & Cundy 2018 (https://arxiv.org/abs/1709.04057), Blelloch 1990.
     """
     per_step = isinstance(decay, PackedSequence)
@@ -88,18 +90,17 @@ def linear_scan(
     features = aligned.packed.data.shape[1:]
     _check_decay(aligned.others["decay"][:0] if per_step else given[None], given, features)
     arrays = [aligned.packed.data, aligned.others["decay"] if per_step else given]
-    if initial_state is not None:
-        initial_state = as_jax(initial_state, "initial_state")
-        expected = (aligned.packed.plan.num_sequences, *features)
-        if initial_state.shape != expected:
-            raise ValueError(
-                f"linear_scan: initial_state must be [B, *F] = {list(expected)}, got {shapes_of(initial_state)}."
-            )
-        arrays.append(initial_state)
+    check_fresh(fresh_state, resets)
+    entering, expected = Entering(initial_state, fresh_state), (aligned.packed.plan.num_sequences, *features)
+    for name, state in zip(("initial_state", "fresh_state"), entering, strict=True):
+        if state is not None:
+            arrays.append(as_jax(state, name))
+            if arrays[-1].shape != expected:
+                raise ValueError(f"linear_scan: {name} must be [B, *F] = {list(expected)}, got {shapes_of(state)}.")
     dtype = jnp.result_type(*arrays)
     dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(dtype, float)
     shared = None if per_step else given.reshape((1,) * (1 + len(features) - given.ndim) + given.shape)
-    states, final = _scan(bool(reverse), jnp.dtype(dtype).name, aligned._replace(length=None), shared, initial_state)
+    states, final = _scan(bool(reverse), jnp.dtype(dtype).name, aligned._replace(length=None), shared, entering)
     return aligned.laid_out(aligned.packed.replace(data=states)), final
 
 
@@ -116,28 +117,32 @@ def _check_decay(decay: jax.Array, given: Any, features: tuple[int, ...]) -> Non
 
 @functools.partial(jax.jit, static_argnames=("reverse", "dtype"))
 def _scan(
-    reverse: bool, dtype: str, aligned: Aligned, shared: jax.Array | None, initial_state: jax.Array | None
+    reverse: bool, dtype: str, aligned: Aligned, shared: jax.Array | None, entering: Entering
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `linear_scan`: the states [S, *F], and the final ones [B, *F]."""
     packed = clean(aligned.packed, aligned.agree, dtype)
     plan, inputs = packed.plan, packed.data
     zeros = lax.full_like(inputs, 0, shape=(plan.num_sequences, *inputs.shape[1:]))
-    initial = zeros if initial_state is None else initial_state.astype(dtype)
+    initial, fresh = (zeros if state is None else jnp.asarray(state, dtype) for state in entering)
     if not plan.size:  # a batch of no sequences
         return inputs, initial
     reading = Reading.of(packed.replace(data=None), aligned.others["resets"], reverse)
-    fresh, start = (expand(cells, inputs) for cells in (reading.fresh, reading.start))
+    cut, start = (expand(cells, inputs) for cells in (reading.cut, reading.start))
     decay = aligned.others["decay"] if shared is None else shared
     decay = decay.astype(dtype).reshape((len(decay),) + (1,) * (inputs.ndim - decay.ndim) + decay.shape[1:])
     initial = initial[packed.sorted_indices]
-    if initial_state is not None:
-        used = spread(plan, jnp.where(expand(reading.empty, initial), 0, initial))
+    if entering != (None, None):
+        empty = expand(reading.empty, initial)  # which may hold NaN
+        used = spread(plan, jnp.where(empty, 0, initial))
+        if entering.fresh is not None and reading.resets is not None:
+            fresh = spread(plan, jnp.where(empty, 0, fresh[packed.sorted_indices]))
+            used = jnp.where(expand(reading.resets, inputs), fresh, used)
         inputs = jnp.where(start, jnp.where(start, decay, 0) * used + inputs, inputs)
     if shared is None:
-        decay = jnp.where(fresh, 0, decay)
+        decay = jnp.where(cut, 0, decay)
     inputs = vary_like(inputs, decay)
     decay = vary_like(decay, inputs)
-    h = solve(Form(blocks_of(plan), reverse), decay, inputs, reading.fresh, zeros[:0])
+    h = solve(Form(blocks_of(plan), reverse), decay, inputs, reading.cut, zeros[:0])
     final = jnp.where(expand(reading.empty, initial), initial, h[reading.last])
     # h is 0 in slack already. The selection drops the cotangents there.
     return jnp.where(expand(reading.real, h), h, 0), final[packed.unsorted_indices]

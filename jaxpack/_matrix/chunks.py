@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jaxpack._packed.broadcast import expand, vary_like
 from jaxpack._packed.gather import Indexed, real_cells, rearrange, slot_spans
 from jaxpack._packed.maps import by_cell, cells_of, room_of_slots
+from jaxpack._packed.resets import Entering
 from jaxpack._packed.rows import end_to_end
-from jaxpack._packed.scan import scan_of, scan_slots
+from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._packed.slack import in_caller_order
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -44,12 +45,12 @@ class Chunk(NamedTuple):
     episodes: jax.Array | None
 
 
-# rule(state, initial, chunk) -> (state, outputs [R, C, ...]): leaves of the states are [R, ...].
+# rule(state, fresh, chunk) -> (state, outputs [R, C, ...]): leaves of the states are [R, ...].
 Rule = Callable[[PyTree, PyTree, Chunk], tuple[PyTree, jax.Array]]
 
 
 def scan_chunks(
-    rule: Rule, packed: Indexed, arrays: dict[str, jax.Array], initial: PyTree, starts: jax.Array | None, size: int
+    rule: Rule, packed: Indexed, arrays: dict[str, jax.Array], entering: Entering, starts: jax.Array | None, size: int
 ) -> tuple[jax.Array, PyTree]:
     """Runs a rule over the chunks of each sequence.
 
@@ -57,8 +58,8 @@ def scan_chunks(
       rule: computes a chunk.
       packed: the batch, of at least one sequence.
       arrays: what the rule reads, leaves [S, ...]; slack may hold anything.
-      initial: the initial state, leaves [B, ...] in the caller's order.
-      starts: bool [S], the cells that begin an episode, which starts from the initial state; None for none.
+      entering: the states with which sequences and episodes begin, leaves [B, ...] in the caller's order.
+      starts: bool [S], the cells at which an episode begins; None for none.
       size: the number of steps of a chunk.
 
     Returns:
@@ -68,8 +69,8 @@ def scan_chunks(
     chunks, cells, places = _layout(plan, size)
     real = real_cells(packed)
     empty = (slot_spans(packed) == 0)[packed.unsorted_indices]
-    used = jax.tree.map(lambda leaf: jnp.where(expand(empty, leaf), 0, leaf), initial)  # others may be NaN
-    by_slot = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], vary_like(used, arrays))
+    used = jax.tree.map(lambda leaf: jnp.where(expand(empty, leaf), 0, leaf), entering)  # others may be NaN
+    by_slot, fresh = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], vary_like(used, arrays))
 
     def gathered(leaf: jax.Array) -> jax.Array:
         leaf = jnp.where(expand(real, leaf), leaf, jnp.zeros_like(leaf))
@@ -85,12 +86,12 @@ def scan_chunks(
         state, outputs = rule(state, state if chunk.episodes is None else start, chunk)
         return (state, start), outputs
 
-    carry = by_slot, by_slot if starts is not None else None
+    carry = by_slot, None if starts is None else by_slot if fresh is None else fresh
     everywhere = vary_like(jnp.ones(chunks.size, bool), inputs.real)
-    (final, _), outputs = scan_slots(scan_of(step), carry, carry, inputs, everywhere, chunks)
+    (final, _), outputs = scan_slots(scan_of(step), Starts(carry, carry, carry), inputs, everywhere, chunks)
     outputs = outputs.reshape(chunks.size * size, *outputs.shape[2:])
     final = jax.tree.map(
-        lambda leaf, old: jnp.where(expand(empty, leaf), old, leaf), in_caller_order(packed, final), initial
+        lambda leaf, old: jnp.where(expand(empty, leaf), old, leaf), in_caller_order(packed, final), entering.initial
     )
     return rearrange(outputs, places, cells), final
 

@@ -17,6 +17,7 @@ from jaxpack._matrix.layer import Heads
 from jaxpack._matrix.rules import delta_rule
 from jaxpack._matrix.rules import linear_attention as linear_rule
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Entering
 from jaxpack._packed.slack import zero_slack
 from jaxpack._plans.bucket_plan import BucketPlan
 
@@ -182,5 +183,5 @@ def _run(rule: Rule, heads: Heads, aligned: Aligned, initial: jax.Array | None) 
     if "beta" in given:
         given["beta"] = given["beta"].reshape(cells)
     size = chunk_size(packed.plan, heads.key_size, heads.value_size, per_key=decay.ndim == 3)
-    output, final = scan_chunks(rule, bare, given, initial.reshape(rows, *heads), None, size)
+    output, final = scan_chunks(rule, bare, given, Entering(initial.reshape(rows, *heads)), None, size)
     return zero_slack(bare, output.reshape(value.shape), aligned.agree), final.reshape(state)

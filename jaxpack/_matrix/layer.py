@@ -21,6 +21,7 @@ from jaxpack._matrix.parts import wide
 from jaxpack._packed.conv import convolve
 from jaxpack._packed.gather import rearrange, reversed_cells
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.resets import Entering
 from jaxpack._packed.slack import zero_slack
 from jaxpack._types import PyTree
 
@@ -98,22 +99,23 @@ class MatrixLayer(LinearLayer):
         return jax.ShapeDtypeStruct((self.kernel_size - 1, self.conv_size), dtype), self.matrices_like(dtype)
 
     def run(
-        self, params: PyTree, packed: PackedSequence, state: PyTree, resets: jax.Array | None, direction: Direction
+        self, params: PyTree, packed: PackedSequence, entering: Entering, resets: jax.Array | None, direction: Direction
     ) -> tuple[jax.Array, PyTree]:
         """Runs the recurrence over a batch, a chunk of steps at a time."""
         bare = packed.replace(data=None)
         x, cells = packed.data, reversed_cells(bare) if direction.reverse else None
-        starts = None if resets is None else Reading.of(bare, resets, direction.reverse).start
+        starts = Reading.of(bare, resets, direction.reverse).resets
         if cells is not None:
             x, starts = rearrange(x, cells, cells), None if starts is None else rearrange(starts, cells, cells)
-        carry = None if state is None else state[0]  # a convolution of slices, not of gathers
-        matrices = jax.tree.map(wide, (self._zeros((packed.plan.num_sequences,), x) if state is None else state)[1])
-        entering, kept = self.project(params, x)
+        carries = Entering(*(None if state is None else state[0] for state in entering))  # None: slices, not gathers
+        initial = self._zeros((packed.plan.num_sequences,), x) if entering.initial is None else entering.initial
+        matrices = Entering(self._entered(initial), self._entered(entering.fresh))
+        convolving, kept = self.project(params, x)
         kernel, bias = self.kernel(params)
-        convolved, carry = convolve(packed.replace(data=entering), kernel, carry, starts=starts)
+        convolved, carry = convolve(packed.replace(data=convolving), kernel, carries, starts=starts)
         operands, kept = self.operands(params, convolved if bias is None else convolved + bias[None], kept)
         size = chunk_size(packed.plan, self.heads.key_size, self.heads.value_size)
-        y, final = scan_chunks(self.rule, bare, operands, self.enter(matrices), starts, size)
+        y, final = scan_chunks(self.rule, bare, operands, matrices, starts, size)
         outputs = self.readout(params, y, kept).astype(x.dtype)
         if cells is not None:
             outputs = rearrange(outputs, cells, cells)
@@ -133,6 +135,10 @@ class MatrixLayer(LinearLayer):
         after, y = self.rule(before, before, chunk)
         state = window[:, 1:], self._narrowed(after, x.dtype)
         return state, self.readout(params, y[:, 0], kept).astype(x.dtype)
+
+    def _entered(self, state: PyTree) -> PyTree:
+        """Returns the rule's state, in float32 or wider, from one as users have it; None for None."""
+        return None if state is None else self.enter(jax.tree.map(wide, state[1]))
 
     def _narrowed(self, state: PyTree, dtype: Any) -> PyTree:
         """Returns the rule's state, which is in float32 or wider, as users have it."""

@@ -20,6 +20,7 @@ from jaxpack._packed.inputs import as_batch, batch_shape, lengths_and_plan, padd
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
+from jaxpack._packed.resets import Entering
 from jaxpack._packed.slack import in_caller_order, zero_slack
 from jaxpack._packed.statistics import as_inexact
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -110,27 +111,30 @@ def _packed_conv(
 def _convolve(
     packed: PackedSequence, kernel: jax.Array, carry: jax.Array | None, dilation: int
 ) -> tuple[jax.Array, jax.Array]:
-    return convolve(packed, kernel, carry, dilation)
+    return convolve(packed, kernel, Entering(carry), dilation)
 
 
 def convolve(
     packed: PackedSequence,
     kernel: jax.Array,
-    carry: jax.Array | None = None,
+    entering: Entering,
     dilation: int = 1,
     starts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the data and the carry of `causal_conv`.
 
     Args:
-      packed, kernel, carry, dilation: as there, checked.
-      starts: bool [S], the cells that begin an episode, before which the inputs are the carry; None for none.
+      packed, kernel, dilation: as there, checked.
+      entering: the inputs before sequences and before episodes, [B, (K-1) * dilation, F] each.
+      starts: bool [S], the cells at which an episode begins; None for none.
     """
-    data = packed.data if carry is None else packed.data.astype(jnp.result_type(packed.data, carry))
+    data = packed.data.astype(jnp.result_type(packed.data, *jax.tree.leaves(entering)))
     kept = real_cells(packed) & spread(packed.plan, slot_fits(packed))
     data = jnp.where(expand(kept, data), data, 0)
-    before = None if carry is None else carry.astype(data.dtype)[packed.sorted_indices]
-    used = None if before is None else jnp.where((slot_spans(packed) == 0)[:, None, None], 0, before)  # may be NaN
+    by_slot = jax.tree.map(lambda leaf: leaf.astype(data.dtype)[packed.sorted_indices], entering)
+    empty = (slot_spans(packed) == 0)[:, None, None]
+    used, fresh = jax.tree.map(lambda leaf: jnp.where(empty, 0, leaf), by_slot)  # the others may be NaN
+    fresh = used if entering.fresh is None else fresh
     reach = (len(kernel) - 1) * dilation
     since = None if starts is None or not reach else _steps_since(packed.plan, starts, reach)
     total: jax.Array | None = None
@@ -138,11 +142,11 @@ def convolve(
     for j, (entry, shifted) in enumerate(zip(kernel, shifts, strict=True)):
         back = reach - j * dilation
         if since is not None and back:
-            shifted = jnp.where((since >= back)[:, None], shifted, _entry(used, packed.plan, j * dilation + since))
+            shifted = jnp.where((since >= back)[:, None], shifted, _entry(fresh, packed.plan, j * dilation + since))
         term = shifted * entry[None] if entry.ndim == 1 else shifted @ entry
         total = term if total is None else total + term
     assert total is not None
-    last = _last_inputs(packed, data, before, since, reach)
+    last = _last_inputs(packed, data, by_slot, since, reach)
     return zero_slack(packed, as_inexact(total)), in_caller_order(packed, last)
 
 
@@ -208,7 +212,7 @@ def _moves_back(plan: BucketPlan, back: int, reach: int) -> tuple[jax.Array, jax
 
 
 def _last_inputs(
-    packed: PackedSequence, data: jax.Array, before: jax.Array | None, since: jax.Array | None, reach: int
+    packed: PackedSequence, data: jax.Array, entering: Entering, since: jax.Array | None, reach: int
 ) -> jax.Array:
     """Returns the last inputs of each slot, or of its last episode, oldest first: [B, reach, F]."""
     plan = packed.plan
@@ -217,10 +221,13 @@ def _last_inputs(
     slots = jnp.arange(plan.num_sequences)[:, None]
     lengths = jnp.where(slot_fits(packed), slot_lengths(packed), 0)[:, None]
     steps = lengths - reach + jnp.arange(reach, dtype=jnp.int32)[None]
-    taken = lengths
+    taken, (before, fresh) = lengths, entering
     if since is not None:
         last = since[cells_of(plan, slots, jnp.maximum(lengths - 1, 0))]
-        taken = jnp.where((last < reach) & (lengths > 0), last + 1, lengths)
+        began = (last < reach) & (lengths > 0)
+        taken = jnp.where(began, last + 1, lengths)
+        if fresh is not None:
+            before = jnp.where(began[..., None], fresh, 0 if before is None else before)
     index = taken + jnp.arange(reach, dtype=jnp.int32)[None]  # into the earlier inputs, followed by the steps taken
     inside = index >= reach
     last = data[cells_of(plan, slots, jnp.where(inside, steps, 0))]

@@ -20,6 +20,18 @@ NOT_DONES = (
 )
 
 
+class Entering(NamedTuple):
+    """The states with which sequences and episodes begin, each an array or a pytree of arrays [B, ...].
+
+    Attributes:
+      initial: with which sequences begin; None for zeros.
+      fresh: to which resets return; None for the initial one.
+    """
+
+    initial: Any = None
+    fresh: Any = None
+
+
 class Resets(NamedTuple):
     """The resets of a packed batch.
 
@@ -52,6 +64,12 @@ def check_resets(resets: Any, lead: tuple[Any, ...]) -> None:
             f"resets must be one bool a step, laid out as the inputs [{', '.join(map(str, lead))}], got {found}. "
             f"{NOT_DONES}"
         )
+
+
+def check_fresh(fresh_state: Any, resets: Any) -> None:
+    """Raises ValueError if there is a state to which resets return, but no resets."""
+    if fresh_state is not None and resets is None:
+        raise ValueError("fresh_state is the state with which resets begin an episode. Pass resets= too, or neither.")
 
 
 def packed_resets(function: str, packed: PackedSequence, resets: Any) -> Resets | None:

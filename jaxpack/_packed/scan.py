@@ -121,7 +121,8 @@ def scan_packed(
     cells, agree = (None, None) if resets is None else resets
     carry, first, inputs, mask = _to_slots(vary_like(carry, cells), packed)
     begins = None if cells is None else cells & mask
-    carry, outputs = scan_slots(scan, carry, first, (inputs, mask) if pass_mask else inputs, mask, packed.plan, begins)
+    starts = Starts(carry, first, carry)
+    carry, outputs = scan_slots(scan, starts, (inputs, mask) if pass_mask else inputs, mask, packed.plan, begins)
     carry, outputs = _to_caller(carry, outputs, packed.replace(data=None), agree)
     return carry, packed.replace(data=outputs)
 
@@ -157,10 +158,23 @@ def scan_of(step: Step) -> Scan:
     return lambda body, carry, xs: lax.scan(functools.partial(body, step), carry, xs)
 
 
+class Starts(NamedTuple):
+    """The carries that enter a recurrence on slots, each a pytree of arrays [B, ...].
+
+    Attributes:
+      initial: of each slot.
+      stand_in: those that the step is given in slack, so that no gradient meets a final carry there.
+      fresh: those to which resets return.
+    """
+
+    initial: PyTree
+    stand_in: PyTree
+    fresh: PyTree
+
+
 def scan_slots(
     scan: Scan,
-    carry: PyTree,
-    stand_in: PyTree,
+    starts: Starts,
     inputs: PyTree,
     mask: jax.Array,
     plan: BucketPlan,
@@ -170,20 +184,19 @@ def scan_slots(
 
     Args:
       scan: runs the steps of a bucket.
-      carry: [B, ...] per slot.
-      stand_in: [B, ...], the carry that the step is given in slack, so that no gradient meets a final carry there.
+      starts: the carries.
       inputs: [S, ...] per cell; slack may hold any values that the step can take beside the stand-in.
       mask: bool [S], True at real cells.
       plan: the static shape.
-      resets: bool [S], the real cells at which the carry is the slot's own again, or a tree of such arrays for parts of
+      resets: bool [S], the real cells at which the carry is the slot's fresh one, or a tree of such arrays for parts of
         the carry; None for none.
 
     Returns:
       The carry after each slot's last real step [B, ...], and the outputs [S, ...], arbitrary in slack.
     """
-    chex.assert_tree_shape_prefix((carry, stand_in), (plan.num_sequences,))
+    chex.assert_tree_shape_prefix(starts, (plan.num_sequences,))
     chex.assert_tree_shape_prefix((inputs, mask), (plan.size,))
-    initial, borders = carry, _slot_borders(plan)
+    carry, borders = starts.initial, _slot_borders(plan)
 
     def masked(step: Step, state: tuple[PyTree, PyTree], cell: tuple[PyTree, jax.Array, Any, Any]) -> tuple[Any, Any]:
         carry, finals = state
@@ -193,10 +206,10 @@ def scan_slots(
             return jax.tree.map(lambda leaf: leaf[: len(real)] if here is None else leaf[here.slot], slots)
 
         if here is not None:
-            carry = tree_where(here.begins, of_rows(initial), carry)
+            carry = tree_where(here.begins, of_rows(starts.initial), carry)
         if reset is not None:
-            carry = jax.tree.map(tree_where, reset, of_rows(initial), carry)
-        safe = of_rows(stand_in)
+            carry = jax.tree.map(tree_where, reset, of_rows(starts.fresh), carry)
+        safe = of_rows(starts.stand_in)
         stepped, y = step(tree_where(real, carry, safe), x)
         carry = tree_where(real, stepped, carry)
         if here is not None:

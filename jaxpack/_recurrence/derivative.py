@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
 from jaxpack._packed.broadcast import vary_like
-from jaxpack._packed.scan import scan_of, scan_slots
+from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._recurrence.buffers import StepLoop, buffer
 from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
@@ -173,6 +173,7 @@ def recur(
     inputs: Sequence[jax.Array],
     carries: Sequence[Carry],
     cells: Cells,
+    fresh: Sequence[Carry] = (),
 ) -> tuple[Results, ...]:
     """Runs a cell in each direction.
 
@@ -182,15 +183,18 @@ def recur(
       inputs: the inputs of each direction, [S, F]; slack may hold anything.
       carries: the initial carry of each direction, leaves [B, ...] per slot; [B, 1] if it is not differentiated.
       cells: the cells.
+      fresh: the carry of each direction to which resets return, leaves [B, ...]; () for the initial one.
 
     Returns:
       The results of each direction.
     """
     # Under shard_map all take on what any of them varies over, outside the derivative: autodiff sums it up again.
-    inputs = vary_like(tuple(inputs), (params, carries, cells.resets))
-    carries = vary_like(tuple(carries), inputs)
+    inputs = vary_like(tuple(inputs), (params, carries, cells.resets, fresh))
+    if fresh:
+        carries = [widened(recurrence.cell, carry) for carry in carries]
+    carries, fresh = vary_like((tuple(carries), tuple(fresh)), inputs)
     weights = (vary_like(recurrence.cell.fuse(p), inputs) for p in params)
-    directions = tuple(map(Operands, weights, inputs, carries))
+    directions = tuple(map(Operands, weights, inputs, carries, fresh or [()] * len(carries)))
     return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, cells)
 
 
@@ -198,7 +202,7 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
     """Runs the masked scan, all directions in one, with JAX's derivatives: the reference of the fast one."""
     cell, real_mask, resets = recurrence.cell, cells.real.mask, cells.resets or None
     mask = real_mask[:, None]
-    weights, inputs, carries = zip(*directions, strict=True)
+    weights, inputs, carries, fresh = zip(*directions, strict=True)
 
     def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         stepped = tuple(cell.step(*each) for each in zip(weights, carries, projected, strict=True))
@@ -206,15 +210,15 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
 
     projected = tuple(cell.project(w, jnp.where(mask, x, 0)) for w, x in zip(weights, inputs, strict=True))
     carries = tuple(widened(cell, carry) for carry in carries)
-    zeros = jax.tree.map(jnp.zeros_like, carries)
+    starts = Starts(carries, jax.tree.map(jnp.zeros_like, carries), fresh if any(fresh) else carries)
     if isinstance(recurrence.plan, BucketPlan):
-        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, recurrence.plan, resets)
+        carries, outputs = scan_slots(scan_of(step), starts, projected, real_mask, recurrence.plan, resets)
     else:
         number, length = recurrence.plan
         cellwise = projected, real_mask, resets
         projected, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), cellwise)
         plan = BucketPlan((length,), (number,))
-        carries, outputs = scan_slots(scan_of(step), carries, zeros, projected, real_mask, plan, resets)
+        carries, outputs = scan_slots(scan_of(step), starts, projected, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     states = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
     return tuple(Results(y, carry, tuple(memory)) for (y, *memory), carry in zip(states, carries, strict=True))

@@ -31,11 +31,13 @@ class Operands(NamedTuple):
       weights: the fused weights.
       x: [S, F], the inputs; slack may hold anything.
       carry: the initial carry of each slot, leaves [B, ...]; [B, 1] for one by which nothing is differentiated.
+      fresh: the carry of each slot to which a reset returns, leaves [B, ...]; () for the initial one.
     """
 
     weights: Fused
     x: jax.Array
     carry: Carry
+    fresh: Carry = ()
 
 
 class Results(NamedTuple):
@@ -133,8 +135,8 @@ def forward(loops: Loops, kept: Kept, operands: Operands) -> tuple[Results, Kept
       kept: arrays to write to what is kept.
       operands: of one direction.
     """
-    weights, x, initial = operands
-    run = _Forward(loops, lax.optimization_barrier(weights), x, initial)
+    weights, x, initial, fresh = operands
+    run = _Forward(loops, lax.optimization_barrier(weights), x, loops.real.entering(initial, fresh))
     wide = widened(loops.cell, initial)
     y = buffer(x, (loops.size, loops.sizes[0]), 0)
     states = tuple(buffer(x, (loops.size, size), 8) for size in loops.sizes[1:]) if loops.all_states else ()
@@ -167,12 +169,12 @@ class _ForwardState(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    """What the chunks of the forward pass read: arguments of `forward`."""
+    """What the chunks of the forward pass read: arguments of `forward`, and the carries that enter."""
 
     loops: Loops
     weights: Fused
     x: jax.Array
-    initial: Carry
+    entering: Carry
 
     def chunk(self, stair: Stair, index: Any, state: _ForwardState) -> _ForwardState:
         """Runs one chunk."""
@@ -184,7 +186,7 @@ class _Forward(NamedTuple):
         live = window.read(real.mask)[:, None]
         projected = cell.project(self.weights, jnp.where(live, real.read(window, self.x), 0))
         keeps, collects = bool(jax.tree.leaves(activations)), real.borders is not None
-        entry = real.at_begins(window, self.initial)
+        entry = real.at_begins(window, self.entering)
 
         def step(carry: Carry, xs: Any, _: Any) -> Any:
             projected, live, cells = xs
@@ -217,15 +219,16 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
       residuals: from the forward pass.
       cotangents: of the results; slack may hold anything.
     """
-    weights, x, initial = residuals.operands
+    weights, x, initial, fresh = residuals.operands
     dfinal = cotangents.carry
     weights = lax.optimization_barrier(weights)
     transposed = lax.optimization_barrier(jax.tree.map(lambda w: w.T, weights))  # once: the loops would copy it
     wide = initial[0].shape[1] == loops.sizes[0]
-    run = _Backward(loops, weights, transposed, residuals, cotangents, wide)
-    dcarry, dinitial = loops.start(dfinal), dfinal if wide else ()
+    run = _Backward(loops, weights, transposed, residuals, cotangents, loops.real.entering(initial, fresh), wide)
+    dcarry, nothing = loops.start(dfinal), jax.tree.map(jnp.zeros_like, dfinal)
     left = jax.tree.map(jnp.zeros_like, dcarry) if wide and loops.real.resets is not None else ()
     rows = _RowCotangents(dcarry, left)
+    dbegun = (*dfinal, *(nothing if fresh else ())) if wide else ()
     dx, dweights = buffer(x, (loops.size, x.shape[1]), 0), jax.tree.map(lambda w: buffer(x, w.shape, 0), weights)
     first, *_ = loops.start(widened(loops.cell, initial))
     for k in reversed(range(len(loops.stairs))):
@@ -234,15 +237,19 @@ def backward(loops: Loops, residuals: Residuals, cotangents: Results) -> Operand
         # A count that the compiler cannot see: it would inline a single chunk, and keep all buckets' arrays at once.
         count = stair.number if loops.wide else lax.optimization_barrier(jnp.int32(stair.number))
         alive = jax.tree.map(lambda leaf, stair=stair: leaf[: stair.rows], rows)
-        state = _BackwardState(alive, dinitial, dx, dweights)
+        state = _BackwardState(alive, dbegun, dx, dweights)
         state = loop(0, count, functools.partial(run.chunk, stair, before[: stair.rows]), state)
-        alive, dinitial, dx, dweights = state
+        alive, dbegun, dx, dweights = state
         rows = jax.tree.map(lambda leaf, row: write(leaf, row, 0), rows, alive)
     dx = loops.real.restore(dx)
     if not wide:
         return Operands(dweights, dx, jax.tree.map(jnp.zeros_like, initial))
-    dinitial = rows.initial if loops.real.borders is None else loops.where_real(dinitial, dfinal)
-    return Operands(dweights, dx, dinitial)
+    dbegun = rows.begun(bool(fresh)) if loops.real.borders is None else dbegun
+    dinitial, dfresh = dbegun[: len(initial)], dbegun[len(initial) :]
+    if loops.real.borders is not None:
+        dinitial = loops.where_real(dinitial, dfinal)
+        dfresh = loops.where_real(dfresh, nothing) if fresh else ()
+    return Operands(dweights, dx, dinitial, dfresh)
 
 
 class _RowCotangents(NamedTuple):
@@ -250,16 +257,17 @@ class _RowCotangents(NamedTuple):
 
     Attributes:
       carry: of the carry.
-      left: of the initial carry of the slot, from the resets in it so far; () if there are none, or nothing is
+      left: of the carry to which resets return, from those in the slot so far; () if there are none, or nothing is
         differentiated by it.
     """
 
     carry: Carry
     left: Carry = ()
 
-    @property
-    def initial(self) -> Carry:
-        """The cotangent of the initial carry, where a slot begins."""
+    def begun(self, has_fresh: bool) -> Carry:
+        """Returns the cotangent of the initial carry, where a slot begins, and behind it that of a fresh one."""
+        if has_fresh:
+            return (*self.carry, *self.left)
         return tuple(map(jnp.add, self.carry, self.left)) if self.left else self.carry
 
     def enter(self, entry: Entry, cells: Any) -> _RowCotangents:
@@ -281,13 +289,14 @@ class _BackwardState(NamedTuple):
 
     Attributes:
       rows: the cotangents of the stair's rows.
-      dinitial: the cotangent of each slot's initial carry, where the slot is done and slots share rows.
+      dbegun: the cotangent of each slot's initial carry, and behind it that of its fresh one, where the slot is done
+        and slots share rows.
       dx: the cotangents of the inputs.
       dweights: the cotangents of the weights, as far as they are summed up.
     """
 
     rows: _RowCotangents
-    dinitial: Carry
+    dbegun: Carry
     dx: jax.Array
     dweights: Fused
 
@@ -298,7 +307,8 @@ class _Backward(NamedTuple):
     Attributes:
       loops, residuals, cotangents: as in `backward`.
       weights, transposed: the weights, and their transposes.
-      wide: whether to differentiate by the initial carry.
+      entering: the carries that enter.
+      wide: whether to differentiate by them.
     """
 
     loops: Loops
@@ -306,11 +316,12 @@ class _Backward(NamedTuple):
     transposed: Fused
     residuals: Residuals
     cotangents: Results
+    entering: Carry
     wide: bool
 
     def chunk(self, stair: Stair, first: jax.Array, index: Any, state: _BackwardState) -> _BackwardState:
         """Runs one chunk, counted from the last; `first` is h before the stair."""
-        rows, dinitial, dx, dweights = state
+        rows, dbegun, dx, dweights = state
         index = stair.number - 1 - index
         window, cell, real = stair.window(index), self.loops.cell, self.loops.real
         # Tied to the loop's state, or the compiler would do all chunks' work, and keep it, before the loop.
@@ -318,7 +329,7 @@ class _Backward(NamedTuple):
         live = window.read(real.mask)[:, None]
         own = live & window.own
         x = jnp.where(live, real.read(window, self.residuals.operands.x), 0)
-        entry = real.at_begins(window, self.residuals.operands.carry)
+        entry = real.at_begins(window, self.entering)
         before: Carry = entry.window((real.before(window, y, first),))
         activations = jax.tree.map(window.read, kept.activations)
         if not jax.tree.leaves(activations):
@@ -338,8 +349,8 @@ class _Backward(NamedTuple):
         dx = window.write(dx, dprojected @ self.transposed.w_x)
         dweights = jax.tree.map(jnp.add, dweights, self._gradients(point, x, dprojected, da, d))
         if history:
-            dinitial = tuple(window.collect(real.first, *each) for each in zip(history, dinitial, strict=True))
-        return _BackwardState(rows, dinitial, dx, dweights)
+            dbegun = tuple(window.collect(real.first, *each) for each in zip(history, dbegun, strict=True))
+        return _BackwardState(rows, dbegun, dx, dweights)
 
     def _gradients(self, point: _Point, x: jax.Array, dprojected: jax.Array, da: jax.Array, d: jax.Array) -> Fused:
         """Returns a chunk's share of the cotangents of the weights: operands times cotangents of their products.
@@ -402,12 +413,12 @@ class _Backward(NamedTuple):
 
         Returns:
           The rows' cotangents before the chunk; da [M, G] and d [M, P] of its cells, written over what they are
-          computed from; and the cotangent of the initial carry if a slot begins at a cell, where it is collected.
+          computed from; and `_RowCotangents.begun` if a slot begins at a cell, where it is collected.
         """
         cell, transposed, real, (d, *dmemory) = self.loops.cell, self.transposed, self.loops.real, douts
         projects = transposed.w_out is not None
         entry = real.at_ends(window, self.cotangents.carry)
-        collects = self.wide and real.borders is not None
+        collects, has_fresh = self.wide and real.borders is not None, bool(self.residuals.operands.fresh)
 
         def step(rows: _RowCotangents, xs: Any, old: Any) -> Any:
             (at, d, dmemory, ends, reset), (da_gates, old_d, _) = xs, old
@@ -418,7 +429,7 @@ class _Backward(NamedTuple):
             total = dh + (old_d if projects else d)
             da, dcarry = cell.step_back(transposed, at, total, dc[0] if dc else None)
             rows = rows._replace(carry=dcarry).leave(reset)
-            return rows, (), (da, total if projects else (), rows.initial if collects else ())
+            return rows, (), (da, total if projects else (), rows.begun(has_fresh) if collects else ())
 
         # On GPUs, in the steps: fused into the kernel of a step, the derivatives need no memory. Other platforms are
         # faster with few operations in a step.
@@ -429,7 +440,8 @@ class _Backward(NamedTuple):
         else:
             linear, d = lax.optimization_barrier((self._linearize(point)._replace(out=None), d))
             at, da_gates = linear._replace(da_gates=None), linear.da_gates
-        history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in rows.carry) if collects else ()
+        begun = rows.begun(has_fresh) if collects else ()
+        history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in begun)
         outputs = Outputs((), (da_gates, d if projects else (), history))
         xs = at, None if projects else d, dmemory, entry.cells, real.resets_of(window)
         rows, outputs = run_steps(window, step, rows, xs, outputs, self.loops.steps, reverse=True)

@@ -4,8 +4,8 @@ In a staircase a row is a slot: a sequence's carry is there from the start, and 
 several slots share a row, the carry is replaced at the first cell of each. In the backward pass the roles are
 exchanged: the cotangents of final carries enter at a slot's end, and those of initial carries leave at its beginning.
 
-A reset is a border within a slot: the carry is replaced by the slot's initial one. In the backward pass its cotangent
-leaves, and none goes on to the step before.
+A reset is a border within a slot: the carry is replaced by the slot's initial one, or by another, fresh one. In the
+backward pass its cotangent leaves, and none goes on to the step before.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class RealCells(NamedTuple):
       first, last: int32 [B], the first cell of each slot, and its last real one; of an empty slot, any cell.
       borders: None where each row is one slot.
       places: where the cells of dealt rows are in the batch; None where both are the same.
-      resets: bool [S], the real cells at which the carry is the slot's initial one again; None for none.
+      resets: bool [S], the real cells at which the carry is the slot's initial one again, or its fresh one; None for
+        none.
     """
 
     mask: jax.Array
@@ -144,26 +145,37 @@ class RealCells(NamedTuple):
         """Returns the cells of the batch [S, ...] from those of the recurrence."""
         return leaf if self.places is None else _get(leaf, self.places.targets)
 
-    def at_begins(self, window: Window, carry: Carry) -> Entry:
-        """Returns the entry of the initial carry where a slot begins in a window, or a reset is."""
-        if self.borders is not None:
-            return self._at(window, self.borders.begins, carry)
-        if self.resets is None:
-            return Entry()
-        return Entry(self.resets_of(window), tuple(leaf[: window.stair.rows] for leaf in carry), by_cell=False)
+    def entering(self, initial: Carry, fresh: Carry) -> Carry:
+        """Returns the carries that enter while the loops run, as `at_begins` takes them.
+
+        Args:
+          initial: of each slot, leaves [B, ...].
+          fresh: of each slot, to which a reset returns; () for the initial one.
+        """
+        if not fresh or self.borders is None:
+            return fresh or initial
+        return tuple(jnp.concatenate(each) for each in zip(initial, fresh, strict=True))
+
+    def at_begins(self, window: Window, entering: Carry) -> Entry:
+        """Returns the entry of a carry where a slot begins in a window, or a reset is."""
+        if self.borders is None:
+            if self.resets is None:
+                return Entry()
+            return Entry(self.resets_of(window), tuple(leaf[: window.stair.rows] for leaf in entering), by_cell=False)
+        slots = window.read(self.borders.slots)
+        if self.resets is not None and len(entering[0]) > len(self.spans):  # the second half is fresh
+            slots = slots + len(self.spans) * window.read(self.resets)
+        return _gathered(window.read(self.borders.begins), slots, entering)
 
     def at_ends(self, window: Window, dcarry: Carry) -> Entry:
         """Returns the entry of the cotangent of the final carry where a slot ends in a window."""
-        return Entry() if self.borders is None else self._at(window, self.borders.ends, dcarry)
+        if self.borders is None:
+            return Entry()
+        return _gathered(window.read(self.borders.ends), window.read(self.borders.slots), dcarry)
 
     def resets_of(self, window: Window) -> jax.Array | None:
         """Returns at which cells of a window a reset is: bool [M, 1]; None if there are none."""
         return None if self.resets is None else window.read(self.resets)[:, None]
-
-    def _at(self, window: Window, borders: jax.Array, values: Carry) -> Entry:
-        assert self.borders is not None
-        slots = window.read(self.borders.slots)
-        return Entry(window.read(borders)[:, None], tuple(v.at[slots].get(mode="promise_in_bounds") for v in values))
 
 
 class BatchCells(NamedTuple):
@@ -199,6 +211,11 @@ def _where(here: jax.Array | None, values: Carry, carry: Carry) -> Carry:
     if here is None:
         return carry
     return tuple(jnp.where(here, value, leaf) for value, leaf in zip(values, carry, strict=False))
+
+
+def _gathered(here: jax.Array, rows: jax.Array, values: Carry) -> Entry:
+    """Returns an entry of rows of values at some cells of a window: bool [M], int32 [M]."""
+    return Entry(here[:, None], tuple(leaf.at[rows].get(mode="promise_in_bounds") for leaf in values))
 
 
 def _get(leaf: jax.Array, indices: jax.Array) -> jax.Array:

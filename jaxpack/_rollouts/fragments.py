@@ -311,10 +311,15 @@ def rows_of_resets(resets: npt.ArrayLike, axis: int) -> np.ndarray:
         raise TypeError(f"resets must be bool, got dtype {array.dtype}. Of zeros and ones write resets.astype(bool).")
     if array.ndim != 2 or not array.size:
         raise ValueError(f"resets must be [T, N] or [N, T], at least one step and one row, got {list(array.shape)}.")
+    return array.T if checked_axis(axis) == 0 else array
+
+
+def checked_axis(axis: int) -> int:
+    """Returns the time axis of a rollout. Raises ValueError unless it is 0 or 1, TypeError unless it is an int."""
     axis = as_int("axis", axis)
     if axis not in (0, 1):
-        raise ValueError(f"axis must be 0 for resets [T, N], or 1 for [N, T], got {axis}.")
-    return array.T if axis == 0 else array
+        raise ValueError(f"axis must be 0 for a rollout [T, N], or 1 for [N, T], got {axis}.")
+    return axis
 
 
 @jax.jit

@@ -69,7 +69,7 @@ def started(spans: Spans, continued: PyTree, fresh: PyTree, axis: int) -> PyTree
     else:
         fresh = checked_fresh(fresh, continued, "the state", axis, spans.shape[1 - spans.axis], 1)
         begun = picked(fresh, spans.rows, axis)
-    return where_rows(spans.begins, begun, continued, axis)
+    return _where_rows(spans.begins, begun, continued, axis)
 
 
 def checked_fresh(fresh: PyTree, like: PyTree, name: str, axis: int, *counts: int) -> PyTree:
@@ -81,7 +81,7 @@ def checked_fresh(fresh: PyTree, like: PyTree, name: str, axis: int, *counts: in
     return checked_rows(fresh, "fresh", axis, *counts)
 
 
-def where_rows(flags: jax.Array, new: PyTree, old: PyTree, axis: int) -> PyTree:
+def _where_rows(flags: jax.Array, new: PyTree, old: PyTree, axis: int) -> PyTree:
     """Returns the old state, and the new one in the rows [N] with a flag."""
 
     def choose(new: jax.Array, old: jax.Array) -> jax.Array:

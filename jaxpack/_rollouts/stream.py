@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ class Stream:
       (True, False)
 
     Args:
-      layer: an RNN, LSTM, GRU or any other layer of jaxpack with an `apply` that takes and returns a state.
+      layer: an RNN, LSTM, GRU or any other layer of jaxpack, one with `apply` and `initial_state`.
 
     Raises:
       TypeError: if it is not such a layer.
@@ -48,7 +47,7 @@ class Stream:
     layer: Any
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, type) or not (hasattr(self.layer, "apply") and hasattr(self.layer, "input_size")):
+        if isinstance(self.layer, type) or not (hasattr(self.layer, "apply") and hasattr(self.layer, "initial_state")):
             raise TypeError(f"layer must be a layer of jaxpack, such as jaxpack.LSTM(12, 32), got {self.layer!r}.")
         if getattr(self.layer, "bidirectional", False):
             raise ValueError(
@@ -57,7 +56,7 @@ class Stream:
             )
 
     def init(self, params: PyTree, batch_size: int | None = None) -> PyTree:
-        """Returns the state before the first step: zeros, [B, ...], or without B the state of one user.
+        """Returns the state before the first step: zeros, or the layer's learned initial state.
 
         Examples:
           >>> lstm = jaxpack.LSTM(2, 4, num_layers=3)
@@ -67,15 +66,14 @@ class Stream:
 
         Args:
           params: the layer's parameters, which determine dtypes.
-          batch_size: the number of rows. Default: one user without a batch axis.
+          batch_size: the number B of rows. Default: one user without a batch axis.
+
+        Returns:
+          The state, with the rows in front: leaves [B, ...].
         """
-        lead = () if batch_size is None else (batch_size,)
-        states, axes = self._one_state(params), self._batch_axes(params)
-
-        def zeros(leaf: Any, axis: int) -> jax.Array:
-            return jnp.zeros((*lead, *leaf.shape[:axis], *leaf.shape[axis + 1 :]), leaf.dtype)
-
-        return jax.tree.map(zeros, states, axes)
+        state = self.layer.initial_state(params, 1 if batch_size is None else batch_size)
+        state = jax.tree.map(lambda axis, leaf: jnp.moveaxis(leaf, axis, 0), self._batch_axes(params), state)
+        return jax.tree.map(lambda leaf: leaf[0], state) if batch_size is None else state
 
     def chunk(
         self,
@@ -106,7 +104,7 @@ class Stream:
           state: as `init` or the last call returned it.
           lengths: int [B], for padded inputs: the steps of each row, 0 for rows that wait. Default: all C.
           begins: bool [B], the rows in which a new user begins with these steps. Default: none.
-          fresh: the state from which users begin, [B, ...] or, for all, [1, ...]. Default: zeros.
+          fresh: the state from which users begin, [B, ...] or, for all, [1, ...]. Default: as `init` returns it.
 
         Returns:
           The outputs in the layout of the inputs, with zeros past each length, and the state after the last step.
@@ -117,7 +115,7 @@ class Stream:
         """
         axes = self._batch_axes(params)
         if begins is not None:
-            state = self._begun(state, begins, fresh)
+            state = self._begun(state, begins, self.init(params, 1) if fresh is None else fresh)
         inner = jax.tree.map(lambda axis, leaf: jnp.moveaxis(leaf, 0, axis), axes, self._checked(state, axes))
         options: dict[str, Any] = {"deterministic": True} if getattr(self.layer, "has_dropout", False) else {}
         if not isinstance(inputs, PackedSequence):
@@ -171,8 +169,7 @@ class Stream:
         """Returns the state with that of new users where they begin."""
         leaves = jax.tree.leaves(state)
         flags = _flags(begins, "begins", len(leaves[0]) if leaves else 0)
-        new = jax.tree.map(jnp.zeros_like, state) if fresh is None else jax.tree.map(jnp.asarray, fresh)
-        return tree_where(flags, new, jax.tree.map(jnp.asarray, state))
+        return tree_where(flags, jax.tree.map(jnp.asarray, fresh), jax.tree.map(jnp.asarray, state))
 
     def _checked(self, state: PyTree, axes: PyTree) -> PyTree:
         """Returns a state as arrays; raises ValueError unless it is structured as the layer's, rows in front."""
@@ -191,17 +188,10 @@ class Stream:
         def grown(one: Any, two: Any) -> int:
             return next(axis for axis, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b)
 
-        return jax.tree.map(grown, self._one_state(params), self._one_state(params, 2))
-
-    def _one_state(self, params: PyTree, batch_size: int = 1) -> PyTree:
-        """Returns the shapes and dtypes of the layer's state for a batch."""
-        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-        shape = (batch_size, 1, self.layer.input_size)
-        options = {"deterministic": True} if getattr(self.layer, "has_dropout", False) else {}
-        inputs = jax.ShapeDtypeStruct(shape, jnp.result_type(*dtypes))
-        run = functools.partial(self.layer.apply, **options)
-        _, state = jax.eval_shape(run, params, inputs)
-        return state
+        one, two = (
+            jax.eval_shape(lambda params, rows=rows: self.layer.initial_state(params, rows), params) for rows in (1, 2)
+        )
+        return jax.tree.map(grown, one, two)
 
 
 def _flags(flags: ArrayLike, name: str, count: int) -> jax.Array:

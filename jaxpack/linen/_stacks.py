@@ -75,6 +75,7 @@ class _Stack(nn.Module):
         seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
+        fresh_state: Any = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
@@ -86,7 +87,8 @@ class _Stack(nn.Module):
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: the learned one, or zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
-          resets: one bool a step, laid out as the inputs: True where an episode begins, from the initial state.
+          resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
+          fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
           deterministic: True to leave out dropout between layers. The attribute or the call must say it if there
             is such dropout, whose key comes from the rng "dropout".
           forward_mode: Set True to differentiate this call in forward mode.
@@ -112,6 +114,7 @@ class _Stack(nn.Module):
             lengths=seq_lengths,
             plan=plan,
             resets=resets,
+            fresh_state=fresh_state,
             deterministic=not active,
             dtype=self.dtype,
             forward_mode=forward_mode,

@@ -85,6 +85,7 @@ class _Stack(nnx.Module):
         seq_lengths: ArrayLike | Sequence[int] | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
+        fresh_state: Any = None,
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
@@ -97,7 +98,8 @@ class _Stack(nnx.Module):
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: the learned one, or zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
-          resets: one bool a step, laid out as the inputs: True where an episode begins, from the initial state.
+          resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
+          fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
           deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
@@ -121,6 +123,7 @@ class _Stack(nnx.Module):
             lengths=seq_lengths,
             plan=plan,
             resets=resets,
+            fresh_state=fresh_state,
             deterministic=deterministic,
             dtype=self.dtype,
             forward_mode=forward_mode,

@@ -11,6 +11,7 @@ import pytest
 import jaxpack
 from jaxpack._matrix.chunks import chunk_size, scan_chunks
 from jaxpack._matrix.rules import delta_rule, linear_attention, mlstm
+from jaxpack._packed.resets import Entering
 
 G, P, K, V = 2, 2, 3, 4
 LENGTHS = (9, 1, 5, 0, 6)
@@ -87,7 +88,7 @@ def in_chunks(kind, size, packed, initial):
 
     def loss(data, initial):
         arrays = {name: data[name] for name in packed.data if name not in ("starts", "weights")}
-        y, final = scan_chunks(RULES[kind], packed, arrays, initial, data["starts"], size)
+        y, final = scan_chunks(RULES[kind], packed, arrays, Entering(initial), data["starts"], size)
         return total(jnp.where(packed.mask[:, None, None, None], y, 0), final, data["weights"])
 
     return jax.value_and_grad(loss, (0, 1), allow_int=True)(packed.data, initial)
@@ -139,7 +140,7 @@ def test_half_and_single_precision_stay_near_the_double_with_gates_at_50(kind, d
     gates = {name: packed.data[name] for name in packed.data if name.startswith("log")}
     arrays = narrow.data | {name: jnp.asarray(gate, jnp.float32) for name, gate in gates.items()}
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), initial)
-    run = jax.jit(lambda arrays: scan_chunks(RULES[kind], packed, arrays, state, None, 16))
+    run = jax.jit(lambda arrays: scan_chunks(RULES[kind], packed, arrays, Entering(state), None, 16))
     y, final = run(arrays)
     assert y.dtype == dtype
     with jax.enable_x64(True):

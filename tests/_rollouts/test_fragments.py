@@ -252,7 +252,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "axis": (
         lambda: cut_rollout(RESETS, axis=2),
         ValueError,
-        "axis must be 0 for resets [T, N], or 1 for [N, T], got 2",
+        "axis must be 0 for a rollout [T, N], or 1 for [N, T], got 2",
     ),
     "plan": (
         lambda: cut_rollout(RESETS, axis=0, plan=NO_PLAN),

@@ -27,7 +27,7 @@ def draws(seed, chance):
 @jax.jit
 def gradients(decay, x, resets, carried, fresh, weights):
     def loss(decay, x, carried, fresh):
-        outputs, final = run_rollout(jaxpack.linear_scan, decay, x, resets, carried, fresh, batch_axis=0)
+        outputs, final = run_rollout(jaxpack.linear_scan, decay, x, resets, carried, fresh, axis=1, batch_axis=0)
         return jnp.sum(outputs * weights[0]) + jnp.sum(final * weights[1]), (outputs, final)
 
     return jax.grad(loss, (0, 1, 2, 3), has_aux=True)(decay, x, carried, fresh)
@@ -73,24 +73,27 @@ def test_a_layer_gives_what_it_gives_in_fragments_through_rollouts(name):
     zeros = layer.apply(params, np.zeros((N, 1, F)))[1]
     carried = kept = fresh = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) + 0.5, zeros)
     run = jax.jit(
-        lambda x, resets, state: run_rollout(layer.apply, params, x, resets, state, fresh, batch_axis=batch_axis)
+        lambda x, resets, state: run_rollout(
+            layer.apply, params, x, resets, state, fresh, axis=0, batch_axis=batch_axis
+        )
     )
     for seed in range(3):
         resets, x, *_ = draws(seed, 0.3)
-        output, carried = run(x, resets, carried)
+        output, carried = run(np.swapaxes(x, 0, 1), resets.T, carried)
         fragments = cut_rollout(resets, axis=1, plan=jaxpack.plan_padded(N * T, T))
         state = fragments.initial_state(kept, fresh, batch_axis=batch_axis)
         pieces, final = layer.apply(params, fragments.pack(x), state)
         kept = fragments.final_state(final, batch_axis=batch_axis)
-        np.testing.assert_allclose(output, fragments.restore(pieces), atol=1e-12)
+        np.testing.assert_allclose(np.swapaxes(output, 0, 1), fragments.restore(pieces), atol=1e-12)
         for ours, theirs in zip(jax.tree.leaves(carried), jax.tree.leaves(kept), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-12)
 
 
-def call(x=None, resets=None, carried=None, fresh=None, apply=jaxpack.linear_scan):
+def call(x=None, resets=None, carried=None, fresh=None, apply=jaxpack.linear_scan, axis=1):
     x = np.ones((N, T, F)) if x is None else x
     resets = np.zeros((N, T), bool) if resets is None else resets
-    return run_rollout(apply, 0.5, x, resets, np.ones((N, F)) if carried is None else carried, fresh, batch_axis=0)
+    carried = np.ones((N, F)) if carried is None else carried
+    return run_rollout(apply, 0.5, x, resets, carried, fresh, axis=axis, batch_axis=0)
 
 
 WRONG: dict[str, Any] = {
@@ -100,10 +103,11 @@ WRONG: dict[str, Any] = {
         ValueError,
         "resets must be [N, T] = [3, 6], as the inputs",
     ),
+    "an axis of features": ({"axis": 2}, ValueError, "axis must be 0 for a rollout [T, N], or 1 for [N, T], got 2"),
     "another batch": ({"carried": np.ones((N + 1, F))}, ValueError, "carried must have 3 rows at axis 0"),
     "fresh rows": ({"fresh": np.ones((2, F))}, ValueError, "fresh must have 3 or 1 rows at axis 0"),
     "structure": ({"fresh": (np.ones((1, F)),)}, ValueError, "fresh must have the structure of carried"),
-    "packed": ({"x": jaxpack.pack_sequence([[1.0]])}, TypeError, "run_rollout takes a rollout [N, T, ...]"),
+    "packed": ({"x": jaxpack.pack_sequence([[1.0]])}, TypeError, "run_rollout takes the arrays of a rollout"),
     "both directions": (
         {"apply": jaxpack.GRU(F, 3, bidirectional=True).apply},
         ValueError,

@@ -140,6 +140,16 @@ def test_users_may_begin_from_another_state_than_zeros():
     np.testing.assert_array_equal(begun[:, 0, 0], [0.5, 0])
 
 
+def test_users_begin_from_a_learned_initial_state():
+    layer = jaxpack.LSTM(F, H, learned_initial_state=True)
+    params, stream = layer.init(jax.random.key(0), float), Stream(layer)
+    params["l0"] |= {"h_0": jnp.arange(H, dtype=float), "c_0": jnp.ones(H)}
+    h, c = stream.init(params, 2)
+    np.testing.assert_array_equal(h[:, 0], [np.arange(H)] * 2)
+    _, (h, c) = stream.chunk(params, np.zeros((2, 0, F)), (5 * h, 5 * c), begins=np.array([True, False]))
+    np.testing.assert_array_equal(c[:, 0], [[1] * H, [5] * H])
+
+
 GRU_PARAMS = functools.cache(lambda: subject("gru")[1])
 ZEROS = functools.cache(lambda: Stream(LAYERS["gru"]).init(GRU_PARAMS(), B))
 WRONG: dict[str, Any] = {

@@ -44,7 +44,7 @@ class Rollout(Workload):
 
     def cut(self, **options: Any) -> Fragments:
         """Cuts the rollout into fragments on the host."""
-        return cut_rollout(self.resets, axis=1, **options)
+        return cut_rollout(self.resets.T, axis=0, **options)
 
 
 @dataclasses.dataclass(frozen=True)

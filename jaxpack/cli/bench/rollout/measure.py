@@ -9,8 +9,8 @@ The result is a dict, which `--json` writes:
                       the numbers of resets and fragments, longest_fragment and mean_fragment
       plan            boundaries, rows and starts of the plan of the fragments
       cut_seconds     the host's time to cut the rollout into fragments under that plan: {median, low, high}
-      peers           as there, and steps (one after the other; null if not counted), and difference, the largest of all
-                      outputs from those of the first way that is compared; null if they are not compared
+      peers           as there, steps (one after the other), and difference, the largest of all outputs from those of
+                      the first way that is compared; null if they are not compared
 """
 
 from __future__ import annotations

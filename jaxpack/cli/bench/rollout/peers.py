@@ -1,7 +1,7 @@
 """The ways to run a layer over a rollout in `jaxpack bench rollout`: a function for each, from a case to calls.
 
-All get the same weights, inputs and resets, laid out beforehand in their own layout, and begin from zeros. Their loss
-is the sum of the outputs times a fixed cotangent.
+All get the same weights, inputs and resets, laid out beforehand in their own layout, and begin from zeros. What runs a
+rollout as it is has it time first, [T, N], as it is acted. The loss is the sum of the outputs times a fixed cotangent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from flax import linen
 
 import jaxpack
-from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack.cli.bench.calls import Calls, jax_calls, of_cell
 from jaxpack.cli.bench.rollout.cases import Rollout
 from jaxpack.cli.bench.torch_peers import import_torch, module_calls, tensor
@@ -25,21 +24,21 @@ from jaxpack.rollouts import Fragments, run_rollout
 
 
 def _jaxpack(case: Rollout) -> Calls:
-    """Runs the layer with `resets=` on the rollout [N, T]."""
+    """Runs the layer with `resets=` on the rollout."""
 
-    def apply(params: Any, inputs: jax.Array, resets: jax.Array) -> jax.Array:
-        return case.layer.apply(params, inputs, resets=resets)[0]
+    def apply(params: Any, data: jax.Array, rest: Any) -> jax.Array:
+        return case.layer.apply(params, rest.replace(data=data), resets=rest)[0].data
 
-    return _of_rows(case, apply, case.resets)
+    return _of_packed(case, apply, _packed(case, case.resets))
 
 
 def _no_resets(case: Rollout) -> Calls:
     """Runs the layer without resets, and so computes something else."""
 
-    def apply(params: Any, inputs: jax.Array, rest: None) -> jax.Array:
-        return case.layer.apply(params, inputs)[0]
+    def apply(params: Any, data: jax.Array, rest: Any) -> jax.Array:
+        return case.layer.apply(params, rest.replace(data=data))[0].data
 
-    return _of_rows(case, apply, None)._replace(same_weights=False, in_place=None)
+    return _of_packed(case, apply, _packed(case, case.resets))._replace(same_weights=False, in_place=None)
 
 
 def _carried(case: Rollout) -> Calls:
@@ -49,18 +48,33 @@ def _carried(case: Rollout) -> Calls:
 
     def apply(params: Any, inputs: jax.Array, rest: Any) -> jax.Array:
         resets, carried = rest
-        return run_rollout(case.layer.apply, params, inputs, resets, carried, batch_axis=1)[0]
+        return run_rollout(case.layer.apply, params, inputs, resets, carried, axis=0, batch_axis=1)[0]
 
-    first = np.where(case.resets.any(1), case.resets.argmax(1), case.longest)
-    cells = unplanned_cells(np.concatenate([first, case.longest - first]), case.longest)
-    return _of_rows(case, apply, (case.resets, carried))._replace(cells=cells, steps=None)
+    return _of_rollout(case, apply, (_swapped(case.resets), carried))
 
 
-def _of_rows(case: Rollout, apply: Callable[[Any, Any, Any], jax.Array], rest: Any) -> Calls:
-    """Makes the calls of a function from a rollout [N, T, F] to outputs [N, T, H]."""
-    cells = case.padded_plan.size
-    calls = jax_calls(apply, case.params, case.inputs, rest, case.cotangent, cells, same_weights=True)
-    return calls._replace(steps=case.longest, in_place=np.asarray)
+def _of_rollout(case: Rollout, apply: Callable[[Any, Any, Any], jax.Array], rest: Any) -> Calls:
+    """Makes the calls of a function from a rollout [T, N, F] to outputs [T, N, H]."""
+    inputs, cotangent, cells = _swapped(case.inputs), _swapped(case.cotangent), case.padded_plan.size
+    calls = jax_calls(apply, case.params, inputs, rest, cotangent, cells, same_weights=True)
+    return calls._replace(steps=case.longest, in_place=_swapped)
+
+
+def _of_packed(case: Rollout, apply: Callable[[Any, Any, Any], jax.Array], rest: Any) -> Calls:
+    """Makes the calls of a function from the data of a rollout [T * N, F] to outputs [T * N, H]."""
+    data, cotangent = (_packed(case, array).data for array in (case.inputs, case.cotangent))
+    calls = jax_calls(apply, case.params, data, rest, cotangent, case.padded_plan.size, same_weights=True)
+
+    def in_place(outputs: Any) -> np.ndarray:
+        return _swapped(np.asarray(outputs).reshape(case.longest, case.batch_size, -1))
+
+    return calls._replace(steps=case.longest, in_place=in_place)
+
+
+def _packed(case: Rollout, array: np.ndarray) -> jaxpack.PackedSequence:
+    """Packs an array [N, T, ...] of the rollout under the padded plan, whose cells are [T, N] as it is in memory."""
+    lengths = np.full(case.batch_size, case.longest)
+    return jaxpack.pack_padded_sequence(array, lengths, batch_first=True, plan=case.padded_plan)
 
 
 def _fragments(case: Rollout) -> Calls:
@@ -70,12 +84,13 @@ def _fragments(case: Rollout) -> Calls:
     def apply(params: Any, data: jax.Array, packed: jaxpack.PackedSequence) -> jax.Array:
         return case.layer.apply(params, packed.replace(data=data))[0].data
 
-    packed, cotangent = fragments.pack(case.inputs), fragments.pack(case.cotangent).data
+    packed, cotangent = (fragments.pack(_swapped(array)) for array in (case.inputs, case.cotangent))
     rest = packed.replace(data=None)
-    calls = jax_calls(apply, case.params, packed.data, rest, cotangent, fragments.plan.size, same_weights=True)
+    size = fragments.plan.size
+    calls = jax_calls(apply, case.params, packed.data, rest, cotangent.data, size, same_weights=True)
 
     def in_place(data: jax.Array) -> np.ndarray:
-        return np.asarray(fragments.restore(packed.replace(data=data)))
+        return _swapped(fragments.restore(packed.replace(data=data)))
 
     return calls._replace(steps=fragments.plan.num_steps, in_place=in_place)
 
@@ -87,7 +102,7 @@ def _in_out(case: Rollout) -> Calls:
         return fragments.restore(case.layer.apply(params, fragments.pack(inputs))[0])
 
     plan = case.fragments.plan
-    return _of_rows(case, apply, case.fragments)._replace(cells=plan.size, steps=plan.num_steps)
+    return _of_rollout(case, apply, case.fragments)._replace(cells=plan.size, steps=plan.num_steps)
 
 
 class _Resetting(linen.Module):
@@ -125,41 +140,47 @@ def _swapped(array: Any) -> np.ndarray:
 
 def _torch_fragments(case: Rollout) -> Calls:
     """Runs torch's module on a PackedSequence of fragments, from packed data to packed outputs."""
-    torch = import_torch()
-    packed, cotangent = (_torch_packed(case, tensor(case, array)) for array in (case.inputs, case.cotangent))
-
-    def layout(data: Any) -> Any:
-        return torch.nn.utils.rnn.PackedSequence(data, *packed[1:])
+    order, layout = _torch_layout(case)
+    data, cotangent = (tensor(case, array).flatten(0, 1)[order] for array in (case.inputs, case.cotangent))
 
     def in_place(data: Any) -> np.ndarray:
-        fragments = torch.nn.utils.rnn.unpack_sequence(layout(data.detach().cpu()))
-        return torch.cat(fragments).reshape(case.batch_size, case.longest, -1).numpy()
+        return data.detach().cpu()[order.argsort()].unflatten(0, case.inputs.shape[:2]).numpy()
 
-    calls = module_calls(case, packed.data, layout, lambda output: output.data, cotangent.data, case.tokens)
-    return calls._replace(steps=len(packed.batch_sizes), in_place=in_place)
+    calls = module_calls(case, data, layout, lambda output: output.data, cotangent, case.tokens)
+    return calls._replace(steps=int(case.fragment_lengths.max()), in_place=in_place)
 
 
 def _torch_in_out(case: Rollout) -> Calls:
-    """Splits the rollout, pads and packs the fragments, runs torch's module and puts its outputs back in place."""
-    torch = import_torch()
-    lengths = case.fragment_lengths
-    real = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None])
+    """Packs the fragments, runs torch's module and puts its outputs back in place.
+
+    By index_select, whose derivative is one operation: those of pad_sequence and pad_packed_sequence copy the whole
+    batch for each fragment and each step.
+    """
+    order, layout = _torch_layout(case)
+    back = order.argsort()
+
+    def packed(rollout: Any) -> Any:
+        return layout(rollout.flatten(0, 1).index_select(0, order.to(rollout.device)))
 
     def in_rows(output: Any) -> Any:
-        padded, _ = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
-        return padded[real.to(padded.device)].reshape(case.batch_size, case.longest, -1)
+        return output.data.index_select(0, back.to(output.data.device)).unflatten(0, case.inputs.shape[:2])
 
-    arrays = tensor(case, case.inputs), lambda rollout: _torch_packed(case, rollout), in_rows
+    arrays = tensor(case, case.inputs), packed, in_rows
     calls = module_calls(case, *arrays, tensor(case, case.cotangent), case.tokens)
-    return calls._replace(steps=int(lengths.max()), in_place=lambda array: array.detach().cpu().numpy())
+    return calls._replace(steps=int(case.fragment_lengths.max()), in_place=lambda array: array.detach().cpu().numpy())
 
 
-def _torch_packed(case: Rollout, rollout: Any) -> Any:
-    """Splits a tensor [N, T, F] into fragments, which are contiguous in it, pads and packs them."""
+def _torch_layout(case: Rollout) -> tuple[Any, Callable[[Any], Any]]:
+    """Returns which step of the rollout [N * T] each packed one is, and what makes a PackedSequence of packed data."""
     torch = import_torch()
-    lengths = torch.from_numpy(case.fragment_lengths.astype(np.int64))
-    padded = torch.nn.utils.rnn.pad_sequence(rollout.flatten(0, 1).split(lengths.tolist()), batch_first=True)
-    return torch.nn.utils.rnn.pack_padded_sequence(padded, lengths, batch_first=True, enforce_sorted=False)
+    fragments = torch.arange(case.tokens).split(case.fragment_lengths.tolist())
+    packed = torch.nn.utils.rnn.pack_sequence(fragments, enforce_sorted=False)
+
+    def layout(data: Any) -> Any:
+        indices = (index.to(data.device) for index in (packed.sorted_indices, packed.unsorted_indices))
+        return torch.nn.utils.rnn.PackedSequence(data, packed.batch_sizes, *indices)
+
+    return packed.data, layout
 
 
 PEERS: Mapping[str, Callable[[Rollout], Calls]] = MappingProxyType(

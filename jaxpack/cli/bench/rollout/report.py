@@ -56,7 +56,7 @@ def _table(case: Result) -> Table:
         table.add_row(
             peer["name"],
             *(entry for key in PASSES for entry in times(peer[key])),
-            "-" if peer["steps"] is None else f"{peer['steps']:,}",
+            f"{peer['steps']:,}",
             f"{peer['cells']:,}",
             digits(temporary["training"] / _MIB) if temporary else "-",
             f"{compiled['training']:.2f}" if compiled else "-",
@@ -71,7 +71,7 @@ def _legend(result: Result) -> str:
     return (
         f"Median of {turns(result)}, all rows of a case in one process and in each turn; x: times jaxpack, turn by "
         f"turn. Training: the loss, a weighted sum of the outputs, and its gradients with respect to weights and "
-        f"inputs. Steps: one after the other (-: its loops follow the lengths). MiB, compile: temporaries and seconds "
+        f"inputs. Steps: one after the other. MiB, compile: temporaries and seconds "
         f"to compile, in training. "
         f"jaxpack: resets= of the layer; no-resets: the same layer without, so other outputs; carried: run_rollout; "
         f"fragments: from packed data to packed outputs; in-out: packs fragments, and puts outputs back in place; "
