@@ -194,9 +194,10 @@ class Cell:
           da, and the cotangent of the earlier carry.
         """
         da, earlier_dc = self.pull_back(transposed, at, d, dc)
-        dh = at.dh_dh * d
-        if transposed.w_h is not None:
-            dh = da[..., -transposed.w_h.shape[0] :] @ transposed.w_h + dh
+        if transposed.w_h is None:
+            dh = at.dh_dh * d
+        else:
+            dh = da[..., -transposed.w_h.shape[0] :] @ transposed.w_h + at.dh_dh * d
         return da, (dh,) if earlier_dc is None else (dh, earlier_dc)
 
     def pull_back_projected(self, fused: Fused, x: jax.Array, da: jax.Array) -> jax.Array:

@@ -347,34 +347,29 @@ class _Backward(NamedTuple):
         rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
         dprojected = cell.pull_back_projected(self.weights, x, da)
         dx = window.write(dx, dprojected @ self.transposed.w_x)
-        dweights = jax.tree.map(jnp.add, dweights, self._gradients(point, x, dprojected, da, d))
+        h, out = self._multiplied(point)
         if history:
             dbegun = tuple(window.collect(real.first, *each) for each in zip(history, dbegun, strict=True))
+        dweights = Fused(
+            dweights.w_x + transpose(x) @ dprojected,
+            None if h is None else dweights.w_h + transpose(h) @ da[:, -dweights.w_h.shape[1] :],
+            dweights.bias + da.sum(0),
+            None if out is None or dweights.w_out is None else dweights.w_out + transpose(out) @ d,
+            jax.tree.map(jnp.add, dweights.more, self._more_gradients(point, x, da)),
+        )
         return _BackwardState(rows, dbegun, dx, dweights)
 
-    def _gradients(self, point: _Point, x: jax.Array, dprojected: jax.Array, da: jax.Array, d: jax.Array) -> Fused:
-        """Returns a chunk's share of the cotangents of the weights: operands times cotangents of their products.
+    def _multiplied(self, point: _Point) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns what a chunk multiplies with w_h and w_out; None for weights that the cell does not have."""
+        h = None if self.weights.w_h is None else point.owned(point.before[0])
+        return h, None if self.weights.w_out is None else point.owned(self._linearize(point).out)
 
-        Args:
-          point: the cells of the chunk.
-          x: their inputs.
-          dprojected, da, d: the cotangents of x @ w_x, of the pre-activations and of h.
-        """
-        weights, cell = self.weights, self.loops.cell
-
-        def owned(tree: PyTree) -> PyTree:  # the initial state of an empty sequence may be NaN
-            return jax.tree.map(lambda leaf: jnp.where(point.own, leaf, 0), tree)
-
-        w_h = w_out = None
-        if weights.w_h is not None:
-            w_h = transpose(owned(point.before[0])) @ da[:, -weights.w_h.shape[1] :]
-        if weights.w_out is not None:
-            w_out = transpose(owned(self._linearize(point).out)) @ d
-        more: PyTree = ()
-        if jax.tree.leaves(weights.more):
-            activations, before, after = owned((point.activations, point.before, point.after))
-            more = cell.more_gradients(weights, x, activations, before, after, da)
-        return Fused(transpose(x) @ dprojected, w_h, da.sum(0), w_out, more)
+    def _more_gradients(self, point: _Point, x: jax.Array, da: jax.Array) -> PyTree:
+        """Returns a chunk's share of the cotangents of the cell's further weights."""
+        if not jax.tree.leaves(self.weights.more):
+            return ()
+        activations, before, after = point.owned((point.activations, point.before, point.after))
+        return self.loops.cell.more_gradients(self.weights, x, activations, before, after, da)
 
     def _linearize(self, point: _Point) -> Linearization:
         """Returns the derivatives of steps, which cotangents pass unchanged in slack."""
@@ -463,6 +458,10 @@ class _Point(NamedTuple):
     after: Carry
     own: jax.Array
     live: jax.Array
+
+    def owned(self, tree: Any) -> Any:
+        """Returns arrays [M, ...] with zeros in the other cells. The initial state of an empty sequence may be NaN."""
+        return jax.tree.map(lambda leaf: jnp.where(self.own, leaf, 0), tree)
 
 
 def _recall_in_parallel(
