@@ -44,6 +44,7 @@ contents = {
         [
             "plans",
             "packed",
+            "cells",
             "linear",
             "hybrids",
             "state",

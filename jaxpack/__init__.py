@@ -1,9 +1,16 @@
 """jaxpack: packed sequences and recurrent layers for JAX, for batches whose sequences have different lengths."""
 
 from jaxpack._cells.gru import gru_cell
+from jaxpack._cells.ind_rnn import ind_rnn_cell
+from jaxpack._cells.layer_norm_gru import layer_norm_gru_cell
+from jaxpack._cells.layer_norm_lstm import layer_norm_lstm_cell
 from jaxpack._cells.lstm import lstm_cell
+from jaxpack._cells.mgu import mgu_cell
+from jaxpack._cells.peephole import peephole_lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._layers.schemes import Chrono
+from jaxpack._layers.variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 from jaxpack._linear.lru import LRU
 from jaxpack._linear.minimal import MinGRU, MinLSTM
 from jaxpack._linear.rglru import RGLRU
@@ -54,16 +61,22 @@ __all__ = [
     "GRU",
     "LRU",
     "LSTM",
+    "MGU",
     "MLSTM",
     "RGLRU",
     "RNN",
     "BucketPlan",
+    "Chrono",
     "CostModel",
     "GatedDeltaNet",
+    "IndRNN",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "Mamba2",
     "MinGRU",
     "MinLSTM",
     "PackedSequence",
+    "PeepholeLSTM",
     "Rows",
     "attention",
     "broadcast_to_steps",
@@ -73,16 +86,21 @@ __all__ = [
     "from_rows",
     "gated_delta_rule",
     "gru_cell",
+    "ind_rnn_cell",
     "last",
+    "layer_norm_gru_cell",
+    "layer_norm_lstm_cell",
     "linear_attention",
     "linear_scan",
     "lstm_cell",
     "mean",
+    "mgu_cell",
     "pack_padded_sequence",
     "pack_sequence",
     "packed_scan",
     "pad_packed_sequence",
     "pad_sequence",
+    "peephole_lstm_cell",
     "plan_best",
     "plan_buckets",
     "plan_exact",

@@ -23,9 +23,10 @@ from own_cell import LeakyRNN
 import jaxpack
 import jaxpack.linen
 import jaxpack.nnx
-from jaxpack import GRU, LSTM, RNN, BucketPlan
+from jaxpack import GRU, LSTM, MGU, RNN, BucketPlan, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 B, T = 3, 6
+TORCHS = ("tanh", "relu", "lstm", "gru")  # the equations that PyTorch has
 
 
 class Call(NamedTuple):
@@ -111,7 +112,7 @@ def _layer_subject(kind, layer, params, apply, plain=lambda params: params):
     state = jax.tree.map(lambda size: np.zeros((count, size)), layer.cell.state_sizes)
     reads_backward = np.arange(count)[:, None] % 2 == layer.num_directions - 1
     backward = jax.tree.map(lambda _: reads_backward & layer.bidirectional, layer.cell.state_sizes)
-    torch_layer = None if kind == "leaky" else layer
+    torch_layer = layer if kind in TORCHS else None
     return Subject(params, run, state, one, torch_layer, plain, backward=backward, takes_fresh=True)
 
 
@@ -231,6 +232,12 @@ LAYERS: dict[str, Callable[[], Subject]] = {
     "LSTM projected": lambda: of_layer("lstm", LSTM(F, H, proj_size=2)),
     "GRU": lambda: of_layer("gru", GRU(F, H)),
     "LeakyRNN": lambda: of_layer("leaky", LeakyRNN(F, H)),
+    "GRU, reset before": lambda: of_layer("gru before", GRU(F, H, reset_after=False)),
+    "MGU": lambda: of_layer("mgu", MGU(F, H)),
+    "IndRNN": lambda: of_layer("ind_rnn", IndRNN(F, H)),
+    "PeepholeLSTM": lambda: of_layer("peephole", PeepholeLSTM(F, H)),
+    "LayerNormLSTM": lambda: of_layer("layer_norm_lstm", LayerNormLSTM(F, H)),
+    "LayerNormGRU": lambda: of_layer("layer_norm_gru", LayerNormGRU(F, H)),
 }
 FLAX: dict[str, Callable[[], Subject]] = {
     "linen.RNN(LSTMCell)": lambda: of_dropin("linen", "LSTMCell"),
@@ -238,7 +245,7 @@ FLAX: dict[str, Callable[[], Subject]] = {
     "linen.RNN(MGUCell)": lambda: of_dropin("linen", "MGUCell"),
     "nnx.RNN(OwnCell)": lambda: of_dropin("nnx", "OwnCell"),
     "nnx.Bidirectional(SimpleCell, SimpleCell)": lambda: of_dropin("nnx", "SimpleCell", "SimpleCell"),
-    "linen.Bidirectional(GRUCell, MGUCell)": lambda: of_dropin("linen", "GRUCell", "MGUCell"),
+    "linen.Bidirectional(GRUCell, OwnCell)": lambda: of_dropin("linen", "GRUCell", "OwnCell"),
 }
 STEPS: dict[str, Callable[[], Subject]] = {
     "lstm_cell": lambda: of_step(

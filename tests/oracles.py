@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from variant_oracles import VARIANTS, variant_step
 
-NOT_TORCHS = ("input_size", "hidden_size", "learned_initial_state")  # fields of a layer, no keywords of torch.nn's
+# Fields of a layer that are no keywords of torch.nn's.
+NOT_TORCHS = ("input_size", "hidden_size", "learned_initial_state", "reset_after")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that programs are exported for
 
 torch: Any = None
@@ -63,6 +65,8 @@ def cell_step(kind, params, state, x, xp=np):
     Args:
       xp: NumPy, in whose float64 it computes, or jax.numpy.
     """
+    if kind in VARIANTS:
+        return variant_step(kind, params, state, x, xp)
     get = {name: xp.asarray(value, np.float64) for name, value in params.items()}
     hidden = get["weight_hh"].shape[1]
 

@@ -197,7 +197,7 @@ def test_vmap_changes_no_result(subject):
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), program_with_resets(subject)(given))
 
 
-@pytest.mark.parametrize("subject", ["LSTM projected", "linen.RNN(MGUCell)"])
+@pytest.mark.parametrize("subject", ["LSTM projected", "nnx.RNN(OwnCell)"])
 def test_resets_alone_may_vary_over_devices(subject):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     given, resets = operands_with_resets(subject, LENGTHS), [random_resets(seed) for seed in range(2)]

@@ -17,15 +17,21 @@ product. With d = dh + dy, the cotangent of h' from later steps and from the out
     da  = da_gates * (d or dc, gate by gate)  the cotangent of the gates' pre-activations
     dh  = da_h w_h^T + dh_dh * d              the cotangent of h, one step earlier
     dc  = dc_dc * dc                          the cotangent of c, one step earlier
+
+A cell that needs more than one product in a step, or weights that are no matrices, keeps them in `Fused.more`, and
+overrides `step_back` and `more_gradients`; `ResetBeforeGRUCell` is an example.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpack._types import PyTree
 
@@ -45,15 +51,17 @@ class Fused(NamedTuple):
 
     Attributes:
       w_x: [F, X], from the input to the first X gate columns.
-      w_h: [P, Y], from h to the last Y gate columns.
+      w_h: [P, Y], from h to the last Y gate columns, or None if h reaches them through `more` alone.
       bias: [G].
       w_out: [H, P], from the cell's output to h, or None if h is the cell's output.
+      more: any further weights, which the cell alone uses: vectors, and matrices of a second product.
     """
 
     w_x: jax.Array
-    w_h: jax.Array
+    w_h: Any
     bias: jax.Array
     w_out: jax.Array | None = None
+    more: PyTree = ()
 
 
 class Linearization(NamedTuple):
@@ -70,6 +78,7 @@ class Linearization(NamedTuple):
       dh_dc: [M, H], of h' (before w_out) with respect to c'; None without a memory c.
       dc_dc: [M, H], of c' with respect to c, past the gates; None without a memory c.
       out: [M, H], the cell's output before w_out; None without w_out.
+      more: any further arrays [M, ...] that the cell's own `step_back` reads. They are zero in slack.
     """
 
     da_gates: jax.Array
@@ -77,6 +86,7 @@ class Linearization(NamedTuple):
     dh_dc: jax.Array | None = None
     dc_dc: jax.Array | None = None
     out: jax.Array | None = None
+    more: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,11 @@ class Cell:
 
     gates: ClassVar[tuple[str, ...]]  # in the order in which the parameters hold them
     reads_activations: ClassVar[bool] = True  # whether linearize does; otherwise none are kept for it
+    gates_read_memory: ClassVar[bool] = False  # whether activate_from does; the activations are always kept then
+    # The gate that keeps the state: its name, and 1, or -1 if it is the share of the new state. None without one.
+    forget_gate: ClassVar[tuple[str, int] | None] = None
+    # How parameters are drawn by default, functions of (key, shape, dtype); the others as PyTorch draws them.
+    initializers: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
 
     @property
     def output_size(self) -> int:
@@ -129,6 +144,10 @@ class Cell:
         """Returns the gates after their nonlinearities, arrays [..., A], from projected [..., X] and h [..., P]."""
         raise NotImplementedError
 
+    def activate_from(self, fused: Fused, projected: jax.Array, carry: Carry) -> PyTree:
+        """Returns what `activate` does. A cell whose gates read the memory overrides it."""
+        return self.activate(fused, projected, carry[0])
+
     def advance(self, fused: Fused, activations: PyTree, carry: Carry) -> Carry:
         """Returns the next carry."""
         raise NotImplementedError
@@ -138,8 +157,8 @@ class Cell:
         raise NotImplementedError
 
     def step(self, fused: Fused, carry: Carry, projected: jax.Array) -> Carry:
-        """Runs a whole step: `activate`, then `advance`."""
-        return self.advance(fused, self.activate(fused, projected, carry[0]), carry)
+        """Runs a whole step: `activate_from`, then `advance`."""
+        return self.advance(fused, self.activate_from(fused, projected, carry), carry)
 
     def linearize(self, fused: Fused, activations: PyTree, before: Carry, after: Carry) -> Linearization:
         """Returns the derivatives of M steps.
@@ -162,6 +181,41 @@ class Cell:
           d, dc: the cotangents of h' and c'.
         """
         raise NotImplementedError
+
+    def step_back(
+        self, transposed: Fused, at: Linearization, d: jax.Array, dc: jax.Array | None
+    ) -> tuple[jax.Array, Carry]:
+        """Runs one step of the backward recurrence: `pull_back`, then the product with the recurrent weights.
+
+        Args:
+          transposed, at, d, dc: as in `pull_back`.
+
+        Returns:
+          da, and the cotangent of the earlier carry.
+        """
+        da, earlier_dc = self.pull_back(transposed, at, d, dc)
+        if transposed.w_h is None:
+            dh = at.dh_dh * d
+        else:
+            dh = times(da[..., -transposed.w_h.shape[0] :], transposed.w_h) + at.dh_dh * d
+        return da, (dh,) if earlier_dc is None else (dh, earlier_dc)
+
+    def pull_back_projected(self, fused: Fused, x: jax.Array, da: jax.Array) -> jax.Array:
+        """Returns the cotangent of x @ w_x [M, X] from da, for a cell that `project`s by more than this product."""
+        return da[:, : fused.w_x.shape[1]]
+
+    def more_gradients(
+        self, fused: Fused, x: jax.Array, activations: PyTree, before: Carry, after: Carry, da: jax.Array
+    ) -> PyTree:
+        """Returns the share of M steps in the cotangent of `fused.more`, for a cell that has any.
+
+        Args:
+          fused: the weights.
+          x: the inputs [M, F].
+          activations, before, after: as in `linearize`, zero where da is.
+          da: from `step_back`, [M, G]; zero in slack.
+        """
+        return ()
 
 
 def step_from_input(cell: Cell, params: Params, state: Any, x: jax.Array) -> tuple[Any, jax.Array]:
@@ -200,6 +254,16 @@ def total_bias(params: Params) -> jax.Array:
     if "bias_ih" in params:
         return params["bias_ih"] + params["bias_hh"]
     return jnp.zeros_like(params["weight_ih"][0])
+
+
+def times(factor: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns a product in the dtype of the weights, which in mixed precision is narrower than the factor's."""
+    return factor.astype(weights.dtype) @ weights
+
+
+def transpose(matrix: jax.Array) -> jax.Array:
+    """Returns a transposed copy, since a product that transposes on the fly is slower."""
+    return lax.optimization_barrier(matrix.T)
 
 
 def expand_leading(vector: jax.Array, like: jax.Array) -> jax.Array:

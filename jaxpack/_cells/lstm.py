@@ -42,6 +42,7 @@ class LSTMCell(Cell):
     proj_size: int = 0
 
     gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
+    forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
 
     @property
     def output_size(self) -> int:
@@ -72,17 +73,17 @@ class LSTMCell(Cell):
         """Computes c' and h' as at the top of this file."""
         decay, inject = self.update(activations)
         c = decay * carry[1] + inject
-        out = _gates(activations)[3] * jnp.tanh(c)
+        out = lstm_gates(activations)[3] * jnp.tanh(c)
         return out if fused.w_out is None else out @ fused.w_out, c
 
     def update(self, activations: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns f and i * g."""
-        i, f, g, _ = _gates(activations)
+        i, f, g, _ = lstm_gates(activations)
         return f, i * g
 
     def linearize(self, fused: Fused, activations: jax.Array, before: Carry, after: Carry) -> Linearization:
         """Differentiates the equations at the top of this file."""
-        i, f, g, o = _gates(activations)
+        i, f, g, o = lstm_gates(activations)
         tanh_c = jnp.tanh(after[1])
         return Linearization(
             da_gates=jnp.concatenate([g / 2, before[1] / 2, i, tanh_c / 2], axis=-1) * (1 - activations * activations),
@@ -96,15 +97,19 @@ class LSTMCell(Cell):
         self, transposed: Fused, at: Linearization, d: jax.Array, dc: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """The gates i, f and g act on c', o on h'."""
-        assert dc is not None
-        assert at.dh_dc is not None
-        assert at.dc_dc is not None
-        d = d if transposed.w_out is None else d @ transposed.w_out
-        dc = dc + at.dh_dc * d
-        return at.da_gates * jnp.concatenate([dc, dc, dc, d], axis=-1), at.dc_dc * dc
+        return pull_back_lstm(at, d if transposed.w_out is None else d @ transposed.w_out, dc)
 
 
-def _gates(t: jax.Array) -> tuple[jax.Array, ...]:
+def pull_back_lstm(at: Linearization, d: jax.Array, dc: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns da and the earlier dc from d, the cotangent of the cell's output, and dc, that of c'."""
+    assert dc is not None
+    assert at.dh_dc is not None
+    assert at.dc_dc is not None
+    dc = dc + at.dh_dc * d
+    return at.da_gates * jnp.concatenate([dc, dc, dc, d], axis=-1), at.dc_dc * dc
+
+
+def lstm_gates(t: jax.Array) -> tuple[jax.Array, ...]:
     """Returns i, f, g, o from the tanh of their pre-activations, those of the sigmoid gates at half scale."""
     i, f, g, o = jnp.split(t, 4, axis=-1)
     return i / 2 + 0.5, f / 2 + 0.5, g, o / 2 + 0.5

@@ -2,6 +2,7 @@
 
     LSTM     h's gates have the bias: ii, if, ig, io without one, hi, hf, hg, ho with one. (nnx writes if_.)
     GRU      linen: ir, iz, in with a bias, hr, hz without, hn with one. nnx: no bias on h's side (google/flax#5594).
+    MGU      linen: if, in with a bias, hf without one, hn with one if there is a reset gate.
     Simple   linen: i with a bias, h without one.
 
 nnx's OptimizedLSTMCell, GRUCell and SimpleCell hold their gates side by side, in dense_i and dense_h. Flax's carry of
@@ -23,6 +24,7 @@ from flax import linen, nnx
 from jaxpack._cells.cell import Cell, Params
 from jaxpack._cells.gru import GRUCell
 from jaxpack._cells.lstm import LSTMCell
+from jaxpack._cells.mgu import FlaxMGUCell
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._types import PyTree
 
@@ -34,6 +36,7 @@ LINEN_CELLS: Mapping[type, type[Cell]] = MappingProxyType(
         linen.LSTMCell: LSTMCell,
         linen.OptimizedLSTMCell: LSTMCell,
         linen.GRUCell: GRUCell,
+        linen.MGUCell: FlaxMGUCell,
         linen.SimpleCell: RNNCell,
     }
 )
@@ -114,7 +117,7 @@ def recognise(cell: Any, hidden_size: int, tree: Tree, dtype: Any, carry: PyTree
             return None
         known = RNNCell(hidden_size, nonlinearity)
     elif cell.gate_fn in _SIGMOIDS and cell.activation_fn in _TANHS:
-        known = kind(hidden_size)
+        known = FlaxMGUCell(hidden_size, reset_gate=cell.reset_gate) if kind is FlaxMGUCell else kind(hidden_size)
     else:
         return None
     dtype = jnp.result_type(dtype, *jax.tree.leaves(tree)) if cell.dtype is None else jnp.dtype(cell.dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxpack._cells.gru import GRUCell
+from jaxpack._cells.cell import Cell
+from jaxpack._cells.gru import GRUCell, ResetBeforeGRUCell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell, check_nonlinearity
 from jaxpack._checks import as_int
@@ -134,11 +135,14 @@ class GRU(RecurrentLayer):
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
+      reset_after: whether the gate r multiplies the recurrent product, as in PyTorch, or h before it, as in the paper
+        (Cho et al. 2014), Haiku, and Keras with reset_after=False. That takes a second product in each step. The
+        parameters have the same shapes, and no parameters make the two equal: torch.nn.GRU has only the first.
 
     Raises:
       TypeError: if an argument has another type.
       ValueError: if an argument is out of range.
-    Source: torch.nn.GRU (reset after the recurrent product; Keras calls it reset_after=True).
+    Source: torch.nn.GRU, and keras.layers.GRU for reset_after.
     """
 
     input_size: int
@@ -148,8 +152,14 @@ class GRU(RecurrentLayer):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    reset_after: bool = dataclasses.field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.reset_after, bool):
+            raise TypeError(f"reset_after must be a bool, got {self.reset_after!r}.")
 
     @property
-    def cell(self) -> GRUCell:
+    def cell(self) -> Cell:
         """The cell that every layer and direction runs."""
-        return GRUCell(self.hidden_size)
+        return (GRUCell if self.reset_after else ResetBeforeGRUCell)(self.hidden_size)

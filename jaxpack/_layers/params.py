@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxpack._cells.cell import Cell
+from jaxpack._layers.schemes import (
+    ForgetBias,
+    Initializer,
+    Scheme,
+    check_forget_bias,
+    keep_memory,
+    scheme_of,
+)
 from jaxpack._types import PyTree
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
-Initializer = Callable[[jax.Array, tuple[int, ...], Any], Any]  # (key, shape, dtype), as in Flax and jax.nn
 InitializerByGate = Initializer | Mapping[str, Initializer] | None  # None, and a gate not named: PyTorch's draw
 
 # The initialiser, and in Flax the metadata, that each parameter takes.
@@ -21,39 +31,87 @@ ROLES = {
     "weight_hh": "recurrent_kernel",
     "bias_ih": "bias",
     "bias_hh": "bias",
+    "weight_ch": "peephole",
+    "scale_ih": "scale",
+    "scale_hh": "scale",
+    "scale_c": "scale",
+    "bias_c": "scale",
     "h_0": "initial_state",
     "c_0": "initial_state",
 }
 
 
-def draw(
-    key: jax.Array,
-    shapes: Shapes,
-    gates: tuple[str, ...],
-    bound: float,
-    dtype: Any,
-    initializers: Mapping[str, InitializerByGate],
-) -> dict[str, dict[str, Any]]:
-    """Draws parameters: uniform within `bound` of 0, or gate by gate with an initialiser for each role.
+class Drawing(NamedTuple):
+    """How to draw parameters: the options of `init`.
+
+    Attributes:
+      kernel, recurrent_kernel, bias: an initialiser, or some by gate, for each role.
+      scheme: the name of the library whose defaults are those of what these leave open.
+      forget_bias: the bias of the gate that keeps the state; None for what the others give.
+    """
+
+    kernel: InitializerByGate = None
+    recurrent_kernel: InitializerByGate = None
+    bias: InitializerByGate = None
+    scheme: str = "pytorch"
+    forget_bias: ForgetBias = None
+
+    def of_role(self, role: str) -> InitializerByGate:
+        """Returns the initialiser of a role, if it has one."""
+        return getattr(self, role, None)
+
+    def forget_bias_of(self, scheme: Scheme | None) -> ForgetBias:
+        """Returns the forget bias that applies: that of the scheme only where no initialiser draws the gate's bias."""
+        if self.forget_bias is None and scheme is not None and self.bias is None:
+            return scheme.forget_bias
+        return self.forget_bias
+
+
+def draw(key: jax.Array, shapes: Shapes, cell: Cell, dtype: Any, drawing: Drawing) -> dict[str, dict[str, Any]]:
+    """Draws parameters: by initialisers, else as the cell does, else as the scheme does.
 
     Raises:
       TypeError: if key is not a random key, dtype is not floating, or an initialiser is not a function.
-      ValueError: if a mapping names another gate, a result has another shape, or the metadata of gates disagree.
+      ValueError: if a mapping names another gate, a result has another shape, the metadata of gates disagree, or the
+        scheme or the forget bias is not one.
     """
     dtype = floating(float if dtype is None else dtype)
-    for role, initializer in initializers.items():
-        _check_initializer(initializer, f"{role}_init", gates)
+    for role in ("kernel", "recurrent_kernel", "bias"):
+        _check_initializer(drawing.of_role(role), f"{role}_init", cell.gates)
+    has_bias = any("bias_ih" in entries for entries in shapes.values())
+    check_forget_bias(drawing.forget_bias, cell, has_bias, drawing.bias)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_shape)
     try:
         keys = jax.random.split(key, len(leaves))
     except TypeError as error:
         raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {key!r}.") from error
     drawn = []
-    for leaf_key, ((*_, entry), shape) in zip(keys, leaves, strict=True):
-        default = jax.random.uniform(leaf_key, shape, dtype, -bound, bound)
-        initializer = initializers[ROLES[entry.key]]
-        drawn.append(default if initializer is None else _by_gate(entry.key, leaf_key, default, gates, initializer))
+    for leaf_key, ((group, entry), shape) in zip(keys, leaves, strict=True):
+        scheme = scheme_of(drawing.scheme, cell, shapes[group.key]["weight_ih"][0])
+        value: Any = _default(entry.key, leaf_key, jax.ShapeDtypeStruct(shape, dtype), cell, scheme)
+        initializer = drawing.of_role(ROLES[entry.key])
+        if initializer is not None:
+            value = _by_gate(entry.key, leaf_key, value, cell.gates, initializer)
+        forget_bias = drawing.forget_bias_of(scheme)
+        if forget_bias is not None and entry.key in ("bias_ih", "bias_hh"):
+            kept = functools.partial(keep_memory, entry.key, leaf_key, forget_bias=forget_bias, cell=cell)
+            value = jax.tree.map(kept, value)
+        drawn.append(value)
     return jax.tree.unflatten(structure, drawn)
+
+
+def _default(name: str, key: jax.Array, like: jax.ShapeDtypeStruct, cell: Cell, scheme: Scheme | None) -> jax.Array:
+    """Returns a parameter that no initialiser is given for: of the cell, of the scheme, or uniform, as in PyTorch."""
+    shape, dtype = like.shape, like.dtype
+    if name in cell.initializers:
+        return cell.initializers[name](key, shape, dtype)
+    role = ROLES[name]
+    if scheme is not None and role == "bias":
+        return jnp.zeros(shape, dtype)
+    if scheme is not None and role in ("kernel", "recurrent_kernel"):
+        return getattr(scheme, role)(key, shape, dtype)
+    bound = 1 / math.sqrt(cell.hidden_size)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def floating(dtype: Any) -> Any:

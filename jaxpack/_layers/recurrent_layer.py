@@ -12,7 +12,6 @@ the outputs back.
 from __future__ import annotations
 
 import abc
-import math
 import numbers
 import sys
 import warnings
@@ -28,7 +27,8 @@ from jaxpack._cells.cell import Cell, Params
 from jaxpack._checks import at_least_one
 from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.call import Call, lay_out_with, pad_states
-from jaxpack._layers.params import InitializerByGate, check_params, check_sharding, draw, floating
+from jaxpack._layers.params import Drawing, InitializerByGate, check_params, check_sharding, draw, floating
+from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._layers.states import (
     checked_state,
@@ -124,6 +124,8 @@ class RecurrentLayer(abc.ABC):
         kernel_init: InitializerByGate = None,
         recurrent_kernel_init: InitializerByGate = None,
         bias_init: InitializerByGate = None,
+        scheme: str = "pytorch",
+        forget_bias: ForgetBias = None,
     ) -> LayerParams:
         """Draws parameters, by default as PyTorch does: uniform within 1/sqrt(hidden_size) of 0.
 
@@ -134,12 +136,28 @@ class RecurrentLayer(abc.ABC):
         gates and leaves the others at the default. The gates are i, f, g, o (LSTM) and r, z, n (GRU); the one gate of
         RNN has no name.
 
+        A scheme names the library whose defaults apply to what no initialiser is given for:
+
+        ========= ================================== ============================ ======================
+        scheme    weight_ih                          weight_hh                    biases
+        ========= ================================== ============================ ======================
+        pytorch   uniform within 1/sqrt(H)           the same                     the same
+        keras     Glorot uniform                     orthogonal, all gates as one 0; 1 for f of an LSTM
+        flax      LeCun normal                       orthogonal, gate by gate     0; 1 for f of Flax's MGU
+        haiku     LSTM: truncated normal, deviation  the same; GRU and RNN: of    0; 1 for f of an LSTM
+                  1/sqrt(F + H); GRU: LeCun normal;  H in place of F
+                  RNN: truncated, 1/sqrt(F)
+        ========= ================================== ============================ ======================
+
         Examples:
           >>> from jax.nn.initializers import ones, orthogonal
           >>> lstm = jaxpack.LSTM(2, 4)
           >>> params = lstm.init(jax.random.key(0), recurrent_kernel_init=orthogonal(), bias_init={"f": ones})
           >>> params["l0"]["bias_ih"][4:8].tolist()  # the second of the gates i, f, g, o
           [1.0, 1.0, 1.0, 1.0]
+          >>> bias = lstm.init(jax.random.key(0), scheme="keras", forget_bias=2.0)["l0"]["bias_ih"]
+          >>> bias[:8].tolist()
+          [0.0, 0.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0]
 
         Args:
           key: a JAX random key.
@@ -147,14 +165,18 @@ class RecurrentLayer(abc.ABC):
           kernel_init: for weight_ih, each gate [F, H]; a function is also used for the projection weight_hr [H, P].
           recurrent_kernel_init: for weight_hh, each gate [P, H].
           bias_init: for the sum of both biases, each gate [H]: bias_ih is drawn with it, bias_hh starts at 0.
+          scheme: "pytorch", "keras", "flax" or "haiku".
+          forget_bias: the bias of the gate that keeps the state, in all layers and directions: f of an LSTM, z of a
+            GRU, f of an MGU (negative where f is the share of the new state). A number, or a jaxpack.Chrono. Default:
+            as bias_init and the scheme say.
 
         Raises:
           TypeError: if key is not a random key, dtype is not floating, or an initialiser is not a function.
-          ValueError: if a mapping names a gate that the cell does not have, or a result has another shape.
+          ValueError: if a mapping names a gate that the cell does not have, a result has another shape, the scheme is
+            not known, or forget_bias is given to a layer without biases or without such a gate.
         """
-        initializers = {"kernel": kernel_init, "recurrent_kernel": recurrent_kernel_init, "bias": bias_init}
-        bound = 1 / math.sqrt(self.hidden_size)
-        return self._with_initial_state(draw(key, self._weight_shapes, self.cell.gates, bound, dtype, initializers))
+        drawing = Drawing(kernel_init, recurrent_kernel_init, bias_init, scheme, forget_bias)
+        return self._with_initial_state(draw(key, self._weight_shapes, self.cell, dtype, drawing))
 
     def initial_state(self, params: LayerParams, batch_size: int) -> Any:
         """Returns the state with which sequences begin: the learned one, or zeros.

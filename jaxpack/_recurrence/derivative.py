@@ -117,7 +117,8 @@ class Recurrence(NamedTuple):
     def empty_kept(self, like: Operands) -> Kept:
         """Returns arrays for what the forward pass keeps, the same on every platform.
 
-        The activations are kept while they are at most `KEPT_BYTES`, and else computed again.
+        The activations are kept while they are at most `KEPT_BYTES`, and else computed again. Those that depend on the
+        memory are always kept: the memory is computed again from them.
 
         Args:
           like: the operands of one direction.
@@ -129,9 +130,11 @@ class Recurrence(NamedTuple):
         cells = max(each[-1].end for each in stairs)
         x, sizes, dtype = like.x, jax.tree.leaves(self.cell.state_sizes), like.carry[0].dtype
         projected = jax.ShapeDtypeStruct((cells, like.weights.w_x.shape[1]), dtype)
-        h = jax.ShapeDtypeStruct((cells, sizes[0]), x.dtype)
-        activations = jax.eval_shape(self.cell.activate, factors(like.weights, x.dtype), projected, h)
-        if not self.cell.reads_activations or _bytes(activations) > KEPT_BYTES:
+        h, *memory = (jax.ShapeDtypeStruct((cells, size), dtype) for size in sizes)
+        carry = h.update(dtype=x.dtype), *memory
+        activations = jax.eval_shape(self.cell.activate_from, factors(like.weights, x.dtype), projected, carry)
+        few = self.cell.gates_read_memory or _bytes(activations) <= KEPT_BYTES
+        if not (self.cell.reads_activations and few):
             activations = ()
         rows = max(map(checkpoint_rows, stairs))
         checkpoints: Any = tuple(jax.ShapeDtypeStruct((rows, size), dtype) for size in sizes[1:])

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpack._cells.cell import Carry, Cell, Fused, Linearization
+from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, transpose
 from jaxpack._recurrence.buffers import Outputs, StepLoop, buffer, loop, read, run_steps, write
 from jaxpack._recurrence.slots import Entry, RealCells
 from jaxpack._recurrence.windows import Stair, Window
@@ -202,7 +202,8 @@ class _Forward(NamedTuple):
             before = entry.step(cells, carry)
             if self.loops.steps.stacked:  # one kernel before each product: XLA would compute c again from earlier steps
                 before = lax.optimization_barrier(before)
-            activations = cell.activate(self.weights, projected, before[0].astype(self.x.dtype))
+            seen = before[0].astype(self.x.dtype), *before[1:]
+            activations = cell.activate_from(self.weights, projected, seen)
             h, *memory = cell.advance(self.weights, activations, before)
             # A row of its own keeps its memory in slack, so that its last one is final.
             kept = memory if collects else [jnp.where(live, *c) for c in zip(memory, before[1:], strict=True)]
@@ -356,13 +357,32 @@ class _Backward(NamedTuple):
             jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
         )
         rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
-        dx = window.write(dx, da[:, : self.weights.w_x.shape[1]].astype(x.dtype) @ self.transposed.w_x)
-        h = jnp.where(own, before[0], 0)  # the initial h of an empty sequence may be NaN
-        out = self._linearize(point).out if self.weights.w_out is not None else None
-        out = None if out is None else jnp.where(own, out, 0)
+        dprojected = cell.pull_back_projected(self.weights, x, da)
+        dx = window.write(dx, dprojected.astype(x.dtype) @ self.transposed.w_x)
+        h, out = self._multiplied(point)
         if history:
             dbegun = tuple(window.collect(real.first, *each) for each in zip(history, dbegun, strict=True))
-        return _BackwardState(rows, dbegun, dx, _add_gradients(dweights, x, h, out, da, d))
+        product = functools.partial(_weight_gradient, x.dtype)
+        dweights = Fused(
+            dweights.w_x + product(x, dprojected),
+            None if h is None else dweights.w_h + product(h, da[:, -dweights.w_h.shape[1] :]),
+            dweights.bias + da.sum(0),
+            None if out is None or dweights.w_out is None else dweights.w_out + product(out, d),
+            jax.tree.map(jnp.add, dweights.more, self._more_gradients(point, x, da)),
+        )
+        return _BackwardState(rows, dbegun, dx, dweights)
+
+    def _multiplied(self, point: _Point) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns what a chunk multiplies with w_h and w_out; None for weights that the cell does not have."""
+        h = None if self.weights.w_h is None else point.owned(point.before[0])
+        return h, None if self.weights.w_out is None else point.owned(self._linearize(point).out)
+
+    def _more_gradients(self, point: _Point, x: jax.Array, da: jax.Array) -> PyTree:
+        """Returns a chunk's share of the cotangents of the cell's further weights."""
+        if not jax.tree.leaves(self.weights.more):
+            return ()
+        activations, before, after = point.owned((point.activations, point.before, point.after))
+        return self.loops.cell.more_gradients(self.weights, x, activations, before, after, da)
 
     def _linearize(self, point: _Point) -> Linearization:
         """Returns the derivatives of steps, which cotangents pass unchanged in slack."""
@@ -370,7 +390,8 @@ class _Backward(NamedTuple):
         slack = {"dh_dh": 1, "dh_dc": 0, "dc_dc": 1}
         given = {name: leaf for name, leaf in linear._asdict().items() if leaf is not None}
         passed = {name: jnp.where(point.live, given[name], at) for name, at in slack.items() if name in given}
-        return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0))
+        more = jax.tree.map(lambda leaf: jnp.where(point.live, leaf, 0), linear.more)
+        return linear._replace(**passed, da_gates=jnp.where(point.own, linear.da_gates, 0), more=more)
 
     def _recall(
         self, window: Window, entry: Entry, update: tuple[jax.Array, jax.Array], own: jax.Array, start: jax.Array
@@ -403,7 +424,7 @@ class _Backward(NamedTuple):
           computed from; and `_RowCotangents.begun` if a slot begins at a cell, where it is collected.
         """
         cell, transposed, real, (d, *dmemory) = self.loops.cell, self.transposed, self.loops.real, douts
-        width_h, projects = transposed.w_h.shape[0], transposed.w_out is not None
+        projects = transposed.w_out is not None
         entry = real.at_ends(window, self.cotangents.carry)
         collects, has_fresh = self.wide and real.borders is not None, bool(self.residuals.operands.fresh)
 
@@ -414,9 +435,8 @@ class _Backward(NamedTuple):
             dh, *dc = rows.carry
             dc = list(map(jnp.add, dc, dmemory)) if dmemory else dc
             total = dh + (old_d if projects else d)
-            da, earlier_dc = cell.pull_back(transposed, at, total, dc[0] if dc else None)
-            dh = da[:, -width_h:].astype(transposed.w_h.dtype) @ transposed.w_h + at.dh_dh * total
-            rows = rows._replace(carry=(dh,) if earlier_dc is None else (dh, earlier_dc)).leave(reset)
+            da, dcarry = cell.step_back(transposed, at, total, dc[0] if dc else None)
+            rows = rows._replace(carry=dcarry).leave(reset)
             return rows, (), (da, total if projects else (), rows.begun(has_fresh) if collects else ())
 
         # On GPUs, in the steps: fused into the kernel of a step, the derivatives need no memory. Other platforms are
@@ -452,30 +472,21 @@ class _Point(NamedTuple):
     own: jax.Array
     live: jax.Array
 
+    def owned(self, tree: Any) -> Any:
+        """Returns arrays [M, ...] with zeros in the other cells. The initial state of an empty sequence may be NaN."""
+        return jax.tree.map(lambda leaf: jnp.where(self.own, leaf, 0), tree)
 
-def _add_gradients(
-    dweights: Fused, x: jax.Array, h: jax.Array, out: jax.Array | None, da: jax.Array, d: jax.Array
-) -> Fused:
-    """Adds a chunk's share to the cotangents of the weights: each weight's operand times the cotangent of its product.
+
+def _weight_gradient(dtype: Any, operand: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """Returns a chunk's share of the cotangent of a weight, a product of factors in a dtype.
 
     Args:
-      dweights: the sums so far.
-      x, h, out: what w_x, w_h and w_out multiply.
-      da, d: the cotangents of the pre-activations and of h.
+      dtype: the dtype.
+      operand: what the weight multiplies.
+      cotangent: of the product.
     """
-
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=b.dtype)
-
-    def transpose(a: jax.Array) -> jax.Array:
-        return _transpose(a.astype(x.dtype))
-
-    return Fused(
-        dweights.w_x + product(transpose(x), da[:, : dweights.w_x.shape[1]]),
-        dweights.w_h + product(transpose(h), da[:, -dweights.w_h.shape[1] :]),
-        dweights.bias + da.sum(0),
-        None if out is None or dweights.w_out is None else dweights.w_out + product(transpose(out), d),
-    )
+    factor = transpose(operand.astype(dtype))
+    return jnp.matmul(factor, cotangent.astype(dtype), preferred_element_type=cotangent.dtype)
 
 
 def _recall_in_parallel(
@@ -495,8 +506,3 @@ def _recall_in_parallel(
     after = (products * start[None] + sums).reshape(decay.shape)
     (before,) = entry.window((jnp.concatenate([start, after[: -len(start)]]),))
     return before
-
-
-def _transpose(matrix: jax.Array) -> jax.Array:
-    """Returns a transposed copy, since a product that transposes on the fly is slower."""
-    return lax.optimization_barrier(matrix.T)

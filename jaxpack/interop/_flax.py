@@ -15,10 +15,9 @@ from flax import nnx
 from flax.core import meta
 
 from jaxpack._cells.cell import Cell
-from jaxpack._cells.gru import GRUCell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell
-from jaxpack._flax.known import NNX_CELLS, Tree, from_cell
+from jaxpack._flax.known import LINEN_CELLS, NNX_CELLS, Tree, from_cell
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
 from jaxpack.interop._weights import (
     Weights,
@@ -31,6 +30,7 @@ from jaxpack.interop._weights import (
     name_layer_entries,
     params_from_weights,
     reversed_error,
+    scales_recurrent_bias,
     to_exact_numpy,
     weights_from_params,
 )
@@ -39,10 +39,11 @@ _DIRECTIONS = ("forward_rnn", "backward_rnn")
 
 
 def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree | Sequence[Tree]]) -> LayerParams:
-    """Returns a layer's parameters from those of linen's LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell. Exact.
+    """Returns a layer's parameters from those of linen's LSTMCells, GRUCell, MGUCell or SimpleCell. Exact.
 
     A tree does not hold its cell's attributes, so they are not checked. gate_fn and activation_fn must be Flax's
-    defaults, except that a SimpleCell's activation_fn must be the layer's nonlinearity; residual must be False.
+    defaults, except that a SimpleCell's activation_fn must be the layer's nonlinearity; residual must be False. An
+    MGUCell's reset_gate must be True for a jaxpack.MGU with reset="after", and False for one with reset=None.
 
     Examples:
       >>> from flax import linen as nn
@@ -52,7 +53,7 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree | Sequence[Tre
       (2, 12)
 
     Args:
-      layer: a jaxpack.RNN, LSTM or GRU.
+      layer: a jaxpack.RNN, LSTM, GRU or MGU.
       trees: a tree for each layer of the stack, from the input up; a single layer's tree needs no list. A tree holds
         the parameters of a cell, an nn.RNN or an nn.Bidirectional, inside {"params": ...} or not, boxed for
         partitioning or not. For a bidirectional layer it may be a pair (forward, backward) of trees, as a compact
@@ -60,11 +61,11 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree | Sequence[Tre
 
     Raises:
       KeyError: naming a gate that is missing.
-      ValueError: if there are not as many trees as layers or directions, a shape is not the layer's, a layer without
-        biases is given some, or JAX would round a weight.
+      ValueError: if no Flax cell has the layer's equations; there are not as many trees as layers or directions; a
+        shape is not the layer's; a layer without biases is given some; or JAX would round a weight.
       TypeError: if an entry is not a tree of parameters, or is traced.
     """
-    check_convertible(layer, "Flax")
+    check_convertible(layer, "Flax", set(LINEN_CELLS.values()))
     return _from_trees(layer, name_layer_entries(layer, trees, "trees"))
 
 
@@ -72,7 +73,8 @@ def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any]
     """Returns a layer's parameters for linen: a tree for the nn.RNN or nn.Bidirectional of each layer of the stack.
 
     A tree holds the sum of the layer's two biases, which computes the same, and zeros if the layer has no biases. The
-    cells are LSTMCell or OptimizedLSTMCell, GRUCell, and SimpleCell with activation_fn=nn.relu for nonlinearity="relu".
+    cells are LSTMCell or OptimizedLSTMCell, GRUCell, MGUCell, and SimpleCell with activation_fn=nn.relu for
+    nonlinearity="relu".
 
     Examples:
       >>> gru = jaxpack.GRU(2, 4)
@@ -84,10 +86,10 @@ def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any]
       NumPy arrays in nested dicts.
 
     Raises:
-      ValueError: if the layer has a projection, which no Flax cell has.
+      ValueError: if no Flax cell has the layer's equations, or the layer has a projection, which none has.
       TypeError: if params are not the layer's, or are traced.
     """
-    check_convertible(layer, "Flax")
+    check_convertible(layer, "Flax", set(LINEN_CELLS.values()))
     return _to_trees(layer, params, _by_gate)
 
 
@@ -118,7 +120,7 @@ def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
         reverse (except the first module's) changes what the next layer reads; otherwise as `from_linen`.
       TypeError: if a module is of another class, or is traced.
     """
-    check_convertible(layer, "Flax")
+    check_convertible(layer, "flax.nnx", set(NNX_CELLS.values()))
     entries = name_layer_entries(layer, modules, "modules")
     _check_order(layer, entries)
     return _from_trees(layer, [(where, _params_of(layer, entry, where)) for where, entry in entries])
@@ -151,7 +153,7 @@ def to_nnx(layer: RecurrentLayer, params: LayerParams, *, optimized: bool = True
       ValueError: if a GRU has a bias b_hn, which nnx.GRUCell lacks, or the layer has a projection.
       TypeError: if params are not the layer's, or are traced.
     """
-    check_convertible(layer, "Flax")
+    check_convertible(layer, "flax.nnx", set(NNX_CELLS.values()))
     if isinstance(layer.cell, LSTMCell) and not optimized:
         return _to_trees(layer, params, _by_gate_in_nnx)
     return _to_trees(layer, params, _side_by_side)
@@ -303,8 +305,8 @@ def _by_gate(cell: Cell, weights: Weights, group: str) -> dict[str, Any]:
     }
     for gate, bias in zip(cell.gates, np.split(weights["bias_ih"], count), strict=True):
         tree[_bias_side(cell) + gate]["bias"] = np.array(bias)
-    if isinstance(cell, GRUCell):
-        tree["hn"]["bias"] = np.array(weights["bias_hh"][2 * cell.hidden_size :])
+    if scales_recurrent_bias(cell):
+        tree["hn"]["bias"] = np.array(weights["bias_hh"][-cell.hidden_size :])
     return tree
 
 

@@ -3,7 +3,7 @@
     LSTM        kernel, recurrent_kernel, bias with the gates i, f, c, o (PyTorch's g is Keras's c). unit_forget_bias
                 only says how the bias is drawn.
     GRU         kernel, recurrent_kernel, bias [2, 3H] with the gates z, r, h. reset_after=True is PyTorch's equation.
-                With reset_after=False r multiplies h before the product, which no weights can undo.
+                With reset_after=False, jaxpack.GRU(..., reset_after=False), there is one bias, [3H].
     SimpleRNN   kernel, recurrent_kernel, bias.
 
 A Bidirectional holds the forward layer's arrays, then the backward layer's. A StackedRNNCells holds those of one cell
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxpack._cells.cell import Cell
-from jaxpack._cells.gru import GRUCell
+from jaxpack._cells.gru import GRUCell, ResetBeforeGRUCell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
@@ -40,14 +40,19 @@ from jaxpack.interop._weights import (
     weights_from_params,
 )
 
-_KINDS: dict[type[Cell], str] = {LSTMCell: "LSTM", GRUCell: "GRU", RNNCell: "SimpleRNN"}
-_GATES: dict[type[Cell], tuple[str, ...]] = {GRUCell: ("z", "r", "n")}  # where they differ from the cell's order
+_KINDS: dict[type[Cell], str] = {
+    LSTMCell: "LSTM",
+    GRUCell: "GRU",
+    ResetBeforeGRUCell: "GRU",
+    RNNCell: "SimpleRNN",
+}
+# The order of gates where it differs from the cell's.
+_GATES: dict[type[Cell], tuple[str, ...]] = {GRUCell: ("z", "r", "n"), ResetBeforeGRUCell: ("z", "r", "n")}
 _WAYS_OUT = {
     "units": "hidden_size must be Keras's units.",
     "activation": "Weights cannot make up for another function: rebuild the Keras layer, and train it again.",
     "recurrent_activation": "Weights cannot make up for another function: rebuild the Keras layer, and train it again.",
-    "reset_after": "In it r multiplies h before the product, which no weights undo. Rebuild the Keras layer with "
-    "reset_after=True (its default) and train it again, or run it as your own step in jaxpack.packed_scan.",
+    "reset_after": "No weights make the two equal: give both the same reset_after.",
 }
 
 
@@ -81,7 +86,7 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
         is not the layer's, a layer without biases is given some, or JAX would round a weight.
       TypeError: if a Keras layer is of another class.
     """
-    check_convertible(layer, "Keras")
+    check_convertible(layer, "Keras", _KINDS)
     entries = name_entries(keras_layers, "keras_layers", one_pair=layer.bidirectional and layer.num_layers == 1)
     found = [cell for where, entry in entries for cell in _cells(layer, entry, where)]
     check_count(len(found) // layer.num_directions, layer.num_layers, "keras_layers", "layer")
@@ -94,10 +99,11 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
 def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarray], ...]:
     """Returns a layer's parameters for Keras: for each layer of the stack the list that `set_weights` takes.
 
-    The Keras layers are LSTM, GRU, and SimpleRNN with activation=nonlinearity, or an RNN of such a cell; with
-    use_bias=False if the layer has no biases. A bidirectional layer's list is for a Bidirectional: its first half for
-    the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of all layers, one
-    after the other. LSTM and SimpleRNN hold the sum of the two biases, which computes the same.
+    The Keras layers are LSTM, GRU with the layer's reset_after, and SimpleRNN with activation=nonlinearity, or an RNN
+    of such a cell; with use_bias=False if the layer has no biases. A bidirectional layer's list is for a Bidirectional:
+    its first half for the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of
+    all layers, one after the other. All but a GRU with reset_after=True hold the sum of the two biases, which computes
+    the same.
 
     Examples:
       >>> gru = jaxpack.GRU(2, 4)
@@ -106,10 +112,10 @@ def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarra
       [(2, 12), (4, 12), (2, 12)]
 
     Raises:
-      ValueError: if the layer has a projection, which no Keras layer has.
+      ValueError: if no Keras layer has the layer's equations, or the layer has a projection, which none has.
       TypeError: if params are not the layer's, or are traced.
     """
-    check_convertible(layer, "Keras")
+    check_convertible(layer, "Keras", _KINDS)
     weights = weights_from_params(layer, params, _gates(layer.cell))
     arrays = [_arrays(layer, each) for each in weights.values()]
     return tuple([array for part in parts for array in part] for parts in group_directions(layer, arrays))
@@ -188,7 +194,7 @@ def _check_cell(layer: RecurrentLayer, each: Any, where: str) -> None:
         "units": layer.hidden_size,
         "activation": activation,
         "recurrent_activation": "sigmoid",
-        "reset_after": True,
+        "reset_after": isinstance(layer.cell, GRUCell),
     }
     config = each.get_config()
     for option, value in needed.items():

@@ -10,7 +10,7 @@ has none:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpack._cells.cell import Cell
-from jaxpack._cells.gru import GRUCell
+from jaxpack._cells.gru import GRUCell, ResetBeforeGRUCell
+from jaxpack._cells.mgu import FlaxMGUCell, MGUCell
 from jaxpack._checks import is_traced
 from jaxpack._layers.params import check_params
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
@@ -28,20 +29,43 @@ Weights = dict[str, np.ndarray]
 T = TypeVar("T")
 
 
+# What to do about a cell whose variant another library has.
+_OTHER_VARIANTS: dict[type[Cell], tuple[type[Cell], str]] = {
+    GRUCell: (ResetBeforeGRUCell, "multiplies r with h before the product. Use reset_after=False"),
+    ResetBeforeGRUCell: (GRUCell, "multiplies r with the recurrent product. Use reset_after=True"),
+    MGUCell: (FlaxMGUCell, 'multiplies f with the recurrent product, or with nothing. Use reset="after" or None'),
+}
+
+
 def check_layer(layer: object) -> None:
     """Raises TypeError unless it is a layer spec."""
     if not isinstance(layer, RecurrentLayer):
         raise TypeError(f"layer must be a jaxpack.RNN, LSTM or GRU, got {type(layer).__name__}.")
 
 
-def check_convertible(layer: RecurrentLayer, library: str) -> None:
+def check_convertible(layer: RecurrentLayer, library: str, cells: Collection[type[Cell]]) -> None:
     """Validates a layer whose weights go to or come from a library's cells.
+
+    Args:
+      layer: as given.
+      library: the library's name in errors.
+      cells: those of the library, by their equations.
 
     Raises:
       TypeError: if it is not a layer spec.
-      ValueError: if it projects h, which no cell of the library does.
+      ValueError: if the library has no cell with its equations, or it projects h, which none of them does.
     """
     check_layer(layer)
+    kind = type(layer.cell)
+    if kind not in cells:
+        variant, way_out = _OTHER_VARIANTS.get(kind, (None, ""))
+        if variant in cells:
+            name = kind.__name__.removeprefix("ResetBefore")
+            raise ValueError(f"{layer} is not convertible: {library}'s {name} {way_out}, and train it again.")
+        raise ValueError(
+            f"{library} has no cell that computes what {layer} does. Carry its weights under PyTorch's names "
+            f"(to_torch, from_torch, save_safetensors)."
+        )
     if layer.cell.output_size != layer.cell.hidden_size:
         raise ValueError(
             f"{layer} projects h, and no cell of {library} does. Use proj_size=0, or carry the weights under PyTorch's "
@@ -192,13 +216,18 @@ def weights_from_params(
 def merge_biases(cell: Cell, weights: Weights) -> Weights:
     """Returns the weights of the same function with one bias for each gate, in bias_ih.
 
-    A GRU's b_hn stays in bias_hh, since r multiplies it.
+    A GRU's b_hn stays in bias_hh, since r multiplies it, and so does that of Flax's MGU.
     """
     bias, rest = weights["bias_ih"] + weights["bias_hh"], np.zeros_like(weights["bias_hh"])
-    if isinstance(cell, GRUCell):
-        n = slice(2 * cell.hidden_size, None)
+    if scales_recurrent_bias(cell):
+        n = slice(-cell.hidden_size, None)
         bias[n], rest[n] = weights["bias_ih"][n], weights["bias_hh"][n]
     return weights | {"bias_ih": bias, "bias_hh": rest}
+
+
+def scales_recurrent_bias(cell: Cell) -> bool:
+    """Returns True if a gate multiplies b_hn, which is no sum with b_in then."""
+    return isinstance(cell, GRUCell) or (isinstance(cell, FlaxMGUCell) and cell.reset_gate)
 
 
 def group_directions(layer: RecurrentLayer, entries: Sequence[T]) -> list[tuple[T, ...]]:

@@ -5,19 +5,25 @@ from jaxpack.linen._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.linen._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.linen._rnn import RNN, Bidirectional
 from jaxpack.linen._stacks import GRU, LSTM, SimpleRNN
+from jaxpack.linen._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
     "GRU",
     "LRU",
     "LSTM",
+    "MGU",
     "MLSTM",
     "RGLRU",
     "RNN",
     "Bidirectional",
     "GatedDeltaNet",
+    "IndRNN",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "Mamba2",
     "MinGRU",
     "MinLSTM",
+    "PeepholeLSTM",
     "SimpleRNN",
 ]
 

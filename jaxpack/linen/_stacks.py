@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import InitializerByGate
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.schemes import ForgetBias
 from jaxpack._packed.inputs import as_batch, padded_plan
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -46,9 +47,11 @@ class _Stack(nn.Module):
     kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
     recurrent_kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
     bias_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
+    scheme: str = dataclasses.field(default="pytorch", kw_only=True)
+    forget_bias: ForgetBias = dataclasses.field(default=None, kw_only=True)
     deterministic: bool | None = dataclasses.field(default=None, kw_only=True)
 
-    layer_class: ClassVar[type[layers.RNN | layers.LSTM | layers.GRU]]
+    layer_class: ClassVar[Any]
 
     def __post_init__(self) -> None:
         for name in _INITIALIZERS:  # a module is hashable, a dict is not
@@ -135,8 +138,8 @@ class _Stack(nn.Module):
 
         def draw(key: jax.Array, group: str) -> Any:
             if not drawn:
-                initializers = {name: getattr(self, name) for name in _INITIALIZERS}
-                drawn.update(layer.init(key, self.param_dtype, **initializers))
+                options = {name: getattr(self, name) for name in (*_INITIALIZERS, "scheme", "forget_bias")}
+                drawn.update(layer.init(key, self.param_dtype, **options))
             return drawn[group]
 
         if not self.has_variable("params", "l0"):
@@ -172,6 +175,8 @@ class SimpleRNN(_Stack):
       kernel_init: initialises kernels (see jaxpack.RNN.init). nn.with_partitioning may wrap it. Default: PyTorch's.
       recurrent_kernel_init: likewise for recurrent kernels.
       bias_init: likewise for biases.
+      scheme: the library whose defaults apply to what these leave open: "pytorch", "keras", "flax" or "haiku".
+      forget_bias: the bias of the gate that keeps the state, a number or a jaxpack.Chrono (not for SimpleRNN).
       deterministic: True to leave out dropout between layers. Default: as the call says.
     """
 
@@ -215,8 +220,8 @@ class LSTM(_Stack):
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after and learned_initial_state are
+    those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -234,3 +239,4 @@ class GRU(_Stack):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    reset_after: bool = dataclasses.field(default=True, kw_only=True)

@@ -5,19 +5,25 @@ from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
 from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
+from jaxpack.nnx._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
     "GRU",
     "LRU",
     "LSTM",
+    "MGU",
     "MLSTM",
     "RGLRU",
     "RNN",
     "Bidirectional",
     "GatedDeltaNet",
+    "IndRNN",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "Mamba2",
     "MinGRU",
     "MinLSTM",
+    "PeepholeLSTM",
     "SimpleRNN",
 ]
 

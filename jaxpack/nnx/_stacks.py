@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import ROLES, Initializer, InitializerByGate
 from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.schemes import ForgetBias
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 
@@ -40,6 +41,8 @@ class Options(TypedDict, total=False):
     kernel_init: InitializerByGate
     recurrent_kernel_init: InitializerByGate
     bias_init: InitializerByGate
+    scheme: str
+    forget_bias: ForgetBias
     kernel_metadata: Mapping[str, Any]
     recurrent_kernel_metadata: Mapping[str, Any]
     bias_metadata: Mapping[str, Any]
@@ -60,6 +63,8 @@ class _Stack(nnx.Module):
             kernel_init=_boxing(options.get("kernel_init")),
             recurrent_kernel_init=_boxing(options.get("recurrent_kernel_init")),
             bias_init=_boxing(options.get("bias_init")),
+            scheme=options.get("scheme", "pytorch"),
+            forget_bias=options.get("forget_bias"),
         )
         metadata = {
             "kernel": options.get("kernel_metadata"),
@@ -171,6 +176,8 @@ class SimpleRNN(_Stack):
       kernel_init: initialises kernels (see jaxpack.RNN.init). nnx.with_partitioning may wrap it. Default: PyTorch's.
       recurrent_kernel_init: likewise for recurrent kernels.
       bias_init: likewise for biases.
+      scheme: the library whose defaults apply to what these leave open: "pytorch", "keras", "flax" or "haiku".
+      forget_bias: the bias of the gate that keeps the state, a number or a jaxpack.Chrono (not for SimpleRNN).
       kernel_metadata: metadata of the kernels' nnx.Param, such as {"out_sharding": (None, "model")}.
       recurrent_kernel_metadata: likewise for recurrent kernels.
       bias_metadata: likewise for biases.
@@ -234,8 +241,8 @@ class LSTM(_Stack):
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after and
+    learned_initial_state are those of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -258,12 +265,14 @@ class GRU(_Stack):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
+        reset_after: bool = True,
         learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        super().__init__(layers.GRU(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
+        layer = layers.GRU(*sizes, learned_initial_state=learned_initial_state, reset_after=reset_after)
+        super().__init__(layer, rngs, **options)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])

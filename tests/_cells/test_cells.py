@@ -8,7 +8,24 @@ import oracles
 import pytest
 
 import jaxpack
-from jaxpack import GRU, LSTM, RNN, gru_cell, lstm_cell, rnn_cell
+from jaxpack import (
+    GRU,
+    LSTM,
+    MGU,
+    RNN,
+    IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
+    PeepholeLSTM,
+    gru_cell,
+    ind_rnn_cell,
+    layer_norm_gru_cell,
+    layer_norm_lstm_cell,
+    lstm_cell,
+    mgu_cell,
+    peephole_lstm_cell,
+    rnn_cell,
+)
 
 F, H, P, T = 3, 4, 2, 5
 relu_cell = functools.partial(rnn_cell, nonlinearity="relu")
@@ -20,6 +37,17 @@ CELLS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
     "lstm without bias": (lstm_cell, LSTM(F, H, bias=False), (H, H)),
     "gru": (gru_cell, GRU(F, H), (H,)),
     "gru without bias": (gru_cell, GRU(F, H, bias=False), (H,)),
+    "gru before": (functools.partial(gru_cell, reset_after=False), GRU(F, H, reset_after=False), (H,)),
+    "mgu": (mgu_cell, MGU(F, H), (H,)),
+    "mgu after": (functools.partial(mgu_cell, reset="after"), MGU(F, H, reset="after"), (H,)),
+    "mgu none": (functools.partial(mgu_cell, reset=None), MGU(F, H, reset=None, bias=False), (H,)),
+    "ind_rnn": (ind_rnn_cell, IndRNN(F, H, bias=False), (H,)),
+    "ind_rnn tanh": (functools.partial(ind_rnn_cell, nonlinearity="tanh"), IndRNN(F, H, nonlinearity="tanh"), (H,)),
+    "peephole": (peephole_lstm_cell, PeepholeLSTM(F, H), (H, H)),
+    "layer_norm_lstm": (layer_norm_lstm_cell, LayerNormLSTM(F, H), (H, H)),
+    "layer_norm_lstm without bias": (layer_norm_lstm_cell, LayerNormLSTM(F, H, bias=False), (H, H)),
+    "layer_norm_gru": (layer_norm_gru_cell, LayerNormGRU(F, H), (H,)),
+    "layer_norm_gru without bias": (layer_norm_gru_cell, LayerNormGRU(F, H, bias=False), (H,)),
 }
 each_cell = pytest.mark.parametrize("name", CELLS)
 
@@ -28,11 +56,11 @@ each_cell = pytest.mark.parametrize("name", CELLS)
 @pytest.mark.usefixtures("x64")
 def test_step_by_step_equals_the_layer_and_numpy(name):
     cell, layer, sizes = CELLS[name]
-    params = layer.init(jax.random.key(0))
+    params = oracles.random_params(layer)
     rng = np.random.default_rng(0)
     sequence = rng.standard_normal((T, F))
     state = tuple(rng.standard_normal(size) for size in sizes)
-    kind = next(kind for kind in ("tanh", "relu", "gru", "lstm") if kind in name)
+    kind = name.removesuffix(" without bias").removeprefix("projected ")
     carry, reference = state if len(sizes) == 2 else state[0], state
     outputs = []
     for x in sequence:
@@ -83,6 +111,8 @@ def test_batch_axes_are_free():
         (lambda p: lstm_cell(p, jnp.zeros(H), jnp.ones(F)), TypeError, r"carry must be a pair \(h, c\)"),  # type: ignore[arg-type]
         (lambda p: rnn_cell(p, (jnp.zeros(H),) * 2, jnp.ones(F)), TypeError, "carry must be an array h"),  # type: ignore[arg-type]
         (lambda p: rnn_cell(p, jnp.zeros(H), jnp.ones(F), "sin"), ValueError, "nonlinearity must be .* got 'sin'"),
+        (lambda p: ind_rnn_cell(p, jnp.zeros(H), jnp.ones(F), "sin"), ValueError, "nonlinearity must be .* got 'sin'"),
+        (lambda p: mgu_cell(p, jnp.zeros(H), jnp.ones(F), reset="x"), ValueError, "reset must be .* got 'x'"),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

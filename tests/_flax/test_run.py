@@ -50,7 +50,7 @@ COVER = [
     (api, cell, call)
     for i, (api, cell) in enumerate(CELLS)
     for j, call in enumerate(CALLS)
-    if (api, cell) in (("linen", "LSTMCell"), ("nnx", "GRUCell"), ("linen", "MGUCell")) or i % len(CALLS) == j
+    if (api, cell) in (("linen", "LSTMCell"), ("nnx", "GRUCell"), ("linen", "OwnCell")) or i % len(CALLS) == j
 ]
 
 
@@ -70,7 +70,7 @@ def test_values_carries_and_gradients_are_those_of_flax(api, cell, call):
     np.testing.assert_array_equal(outputs, kept)  # zero past each length
 
 
-@pytest.mark.parametrize(("api", "cell"), [("linen", "LSTMCell"), ("linen", "MGUCell"), ("nnx", "GRUCell")])
+@pytest.mark.parametrize(("api", "cell"), [("linen", "LSTMCell"), ("linen", "OwnCell"), ("nnx", "GRUCell")])
 def test_any_number_of_batch_axes(api, cell):
     face = APIS[api]
     apply, params = face.pure(face.ours.RNN(face.cell(cell), return_carry=True, reverse=True))
@@ -86,7 +86,7 @@ def test_any_number_of_batch_axes(api, cell):
 
 @pytest.mark.parametrize(
     ("api", "cell", "plan"),
-    [("linen", "OptimizedLSTMCell", ROWS), ("nnx", "LSTMCell", BUCKETS), ("linen", "MGUCell", LOOSE)],
+    [("linen", "OptimizedLSTMCell", ROWS), ("nnx", "LSTMCell", BUCKETS), ("linen", "OwnCell", LOOSE)],
     ids=["rows", "buckets", "loose"],
 )
 def test_packed_inputs_give_packed_outputs(api, cell, plan):

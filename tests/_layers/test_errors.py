@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpack import GRU, LSTM, RNN, pack_padded_sequence, plan_padded
+from jaxpack import GRU, LSTM, MGU, RNN, IndRNN, pack_padded_sequence, plan_padded
 
 F, H = 3, 4
 
@@ -30,6 +30,9 @@ def test_dropout_in_a_single_layer_warns_where_the_user_makes_it(layer_class):
         (lambda: LSTM(F, -1), ValueError, "hidden_size must be at least 1, got -1"),
         (lambda: LSTM(F, 2.5), TypeError, "hidden_size must be an int, got 2.5"),  # type: ignore[arg-type]
         (lambda: GRU(F, H, num_layers=0), ValueError, "num_layers must be at least 1, got 0"),
+        (lambda: GRU(F, H, reset_after=0), TypeError, "reset_after must be a bool, got 0"),  # type: ignore[arg-type]
+        (lambda: MGU(F, H, reset="r"), ValueError, r'reset must be "before" .the paper., "after" .Flax. or None, got'),
+        (lambda: IndRNN(F, H, nonlinearity="x"), ValueError, 'nonlinearity must be "tanh" or "relu", got'),
         (lambda: GRU(F, H, 2, bias=1), TypeError, "bias must be a bool, got 1"),  # type: ignore[arg-type]
         (lambda: GRU(F, H, 2, True, 1.5), ValueError, r"dropout must be a number in \[0, 1\].*got 1.5"),
         (lambda: GRU(F, H, 2, True, "a"), ValueError, r"dropout must be a number in \[0, 1\].*got 'a'"),  # type: ignore[arg-type]

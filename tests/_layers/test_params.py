@@ -96,7 +96,7 @@ def test_an_initialiser_sees_the_shape_of_one_gate_and_the_dtype():
         seen.add((shape, jnp.dtype(dtype)))
         return np.ones(shape)  # in another dtype, which is cast
 
-    options = dict.fromkeys(("kernel_init", "recurrent_kernel_init", "bias_init"), record)
+    options: Any = dict.fromkeys(("kernel_init", "recurrent_kernel_init", "bias_init"), record)
     params = LSTM(F, H, proj_size=P).init(KEY, jnp.bfloat16, **options)
     bfloat16 = jnp.dtype("bfloat16")
     assert seen == {((F, H), bfloat16), ((P, H), bfloat16), ((H, P), bfloat16), ((H,), bfloat16)}

@@ -10,7 +10,21 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxpack import GRU, LSTM, RNN, BucketPlan, pack_padded_sequence, plan_exact, plan_padded, plan_rows
+from jaxpack import (
+    GRU,
+    LSTM,
+    MGU,
+    RNN,
+    BucketPlan,
+    IndRNN,
+    LayerNormGRU,
+    LayerNormLSTM,
+    PeepholeLSTM,
+    pack_padded_sequence,
+    plan_exact,
+    plan_padded,
+    plan_rows,
+)
 from jaxpack._layers.stack import Stack, run_stack
 from jaxpack._packed.inputs import batch_plan
 from jaxpack._packed.layout import lay_out
@@ -31,6 +45,16 @@ LAYERS = {
     "projected": LSTM(F, H, proj_size=2),
     "gru": GRU(F, H),
 }
+each_layer = pytest.mark.parametrize("name", LAYERS)
+VARIANTS = {
+    "gru before": GRU(F, H, reset_after=False),
+    "mgu": MGU(F, H),
+    "mgu none": MGU(F, H, reset=None),
+    "ind_rnn": IndRNN(F, H),
+    "peephole": PeepholeLSTM(F, H),
+    "layer_norm_lstm": LayerNormLSTM(F, H),
+    "layer_norm_gru": LayerNormGRU(F, H),
+}
 # Chunks of 7 cells do not divide the buckets, so that windows overlap; 1 is a step each; None is a bucket each.
 SCHEDULES = {
     "small chunks": CPU._replace(chunk_cells=7),
@@ -48,7 +72,7 @@ def directions_of(schedule):
 
 def operands(name, plan, num_directions, poison):
     """Parameters, packed data, states, and cotangents of outputs and states; slack holds the poison."""
-    cell, rng = LAYERS[name].cell, np.random.default_rng(0)
+    cell, rng = (LAYERS | VARIANTS)[name].cell, np.random.default_rng(0)
     params = [
         {key: rng.uniform(-0.5, 0.5, shape) for key, shape in cell.shapes(F, bias=True).items()}
         for _ in range(num_directions)
@@ -70,9 +94,8 @@ def operands(name, plan, num_directions, poison):
 def program(name, plan, num_directions, schedule=None, optimized=False, with_resets=False):
     """Returns outputs, final states and pulled-back cotangents, on a schedule or by the plain scan."""
     every = Schedules(*[SCHEDULES[schedule]] * 3) if schedule else Schedules()
-    stack = Stack(
-        LAYERS[name].cell, num_directions, planned=PLANS[plan] is not None, forward_mode=not schedule, schedules=every
-    )
+    cell, planned = (LAYERS | VARIANTS)[name].cell, PLANS[plan] is not None
+    stack = Stack(cell, num_directions, planned=planned, forward_mode=not schedule, schedules=every)
 
     @jax.jit
     def run(params, packed, states, cotangents):
@@ -127,6 +150,17 @@ def test_equals_autodiff_through_the_plain_scan_as_accelerators_run(name):
 @pytest.mark.parametrize("name", ["relu", "projected", "gru"])  # one of each kind of state and product
 def test_equals_autodiff_under_other_plans(name, plan):
     assert_close(pulled_back(name, plan, 1, "small chunks"), pulled_back(name, plan, 1))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("name", "plan", "schedule"),
+    [*((name, "rows", "small chunks") for name in VARIANTS), ("layer_norm_lstm", "stairs", "accelerator")],
+)
+def test_further_cells_equal_autodiff_with_resets_and_nan_in_slack(name, plan, schedule):
+    case = (name, plan, directions_of(schedule))
+    ours = pulled_back(*case, schedule, poison=np.nan, with_resets=True)
+    assert_close(ours, pulled_back(*case, with_resets=True))
 
 
 @pytest.mark.usefixtures("x64")

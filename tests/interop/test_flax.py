@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxpack
-from jaxpack import GRU, LSTM, RNN, BucketPlan
+from jaxpack import GRU, LSTM, MGU, RNN, BucketPlan
 from jaxpack._flax.known import from_cell
 from jaxpack.interop import from_linen, from_nnx, to_linen, to_nnx
 
@@ -306,10 +306,9 @@ def test_nnx_has_no_place_for_a_grus_recurrent_candidate_bias():
 
 def test_projections_and_other_objects_are_refused():
     layer = LSTM(F, H, proj_size=2)
+    match = r"projects h, and no cell of (Flax|flax.nnx) does.*proj_size=0"
     for function in (to_linen, to_nnx, from_linen, from_nnx):
-        refused(
-            function, layer, oracles.random_params(layer), match=r"projects h, and no cell of Flax does.*proj_size=0"
-        )
+        refused(function, layer, oracles.random_params(layer), match=match)
         refused(function, nn.LSTMCell(H), {}, error=TypeError, match=r"jaxpack.RNN, LSTM or GRU, got LSTMCell")
 
 
@@ -402,3 +401,29 @@ def test_importing_interop_imports_no_library_but_flax():
     code = "import sys, jaxpack.interop; print([m for m in ('keras', 'haiku', 'safetensors') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("reset", ["after", None])
+def test_an_mgu_is_linens(reset, x64):
+    layer, rnn = MGU(F, H, reset=reset), nn.RNN(nn.MGUCell(H, reset_gate=reset == "after", param_dtype=float))
+    params = oracles.random_params(layer)
+    x = oracles.random_batch([T, T], F)
+    (tree,) = to_linen(layer, params)
+    np.testing.assert_allclose(rnn.apply({"params": tree}, x), layer.apply(params, x)[0], atol=1e-12)
+    shapes = jax.tree.map(jnp.shape, rnn.init(jax.random.key(0), x)["params"])
+    assert jax.tree.map(jnp.shape, tree) == shapes
+    (back,) = to_linen(layer, from_linen(layer, tree))
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+
+
+def test_what_flax_does_not_have_is_refused():
+    before = r"not convertible: Flax's GRUCell multiplies r with the recurrent product. Use reset_after=True"
+    mgu = r"Flax's MGUCell multiplies f with the recurrent product, or with nothing. Use reset=\"after\" or None"
+    for function in (from_linen, to_linen):
+        with pytest.raises(ValueError, match=before):
+            function(GRU(F, H, reset_after=False), {})
+        with pytest.raises(ValueError, match=mgu):
+            function(MGU(F, H), {})
+    for converter in (from_nnx, to_nnx):
+        with pytest.raises(ValueError, match=r"flax.nnx has no cell that computes what MGU\(.* does"):
+            converter(MGU(F, H, reset="after"), {})

@@ -6,18 +6,25 @@ import numpy as np
 import oracles
 import pytest
 
-from jaxpack import GRU, LSTM, RNN
+from jaxpack import GRU, LSTM, RNN, PeepholeLSTM
 from jaxpack.interop import from_haiku, to_haiku
 
 hk = pytest.importorskip("haiku", reason="dm-haiku, whose outputs these tests compare with, is not installed")
 
 F, H, T = 3, 4, 5
 RELU = RNN(F, H, nonlinearity="relu")
-LAYERS = [RELU, LSTM(F, H, bias=False), LSTM(F, H, num_layers=2, bidirectional=True)]
+LAYERS = [
+    RELU,
+    LSTM(F, H, bias=False),
+    LSTM(F, H, num_layers=2, bidirectional=True),
+    GRU(F, H, bidirectional=True, reset_after=False),
+]
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
 def core(layer, **options):
+    if isinstance(layer, GRU):
+        return hk.GRU(H)
     return hk.LSTM(H) if isinstance(layer, LSTM) else hk.VanillaRNN(H, **options)
 
 
@@ -32,6 +39,8 @@ def unroll(layer, reverse=False, **options):
 
 
 def named(layer, cell):
+    if isinstance(layer, GRU):
+        return cell
     name = "lstm" if isinstance(layer, LSTM) else "vanilla_rnn"
     return {f"{name}/{key}": value for key, value in cell.items()}
 
@@ -105,14 +114,13 @@ def test_a_single_bias_is_enough():
     assert params["l0"]["bias_ih"].any()
 
 
-def test_grus_and_tanh_are_refused_both_ways():
-    gru = GRU(F, H)
-    way_out = r"hk.GRU with h before the product: no weights make them equal. Run .* jaxpack.packed_scan"
-    with pytest.raises(ValueError, match=way_out):
-        from_haiku(gru, {"gru": {}})
-    with pytest.raises(ValueError, match=way_out):
-        to_haiku(gru, oracles.random_params(gru))
+def test_what_haiku_does_not_have_is_refused_both_ways():
+    way_out = r"not convertible: Haiku's GRUCell multiplies r with h before the product. Use reset_after=False"
     for function in (from_haiku, to_haiku):
+        with pytest.raises(ValueError, match=way_out):
+            function(GRU(F, H), {})
+        with pytest.raises(ValueError, match=r"Haiku has no cell that computes what PeepholeLSTM.* does. .*to_torch"):
+            function(PeepholeLSTM(F, H), {})
         with pytest.raises(ValueError, match=r'hk.VanillaRNN computes relu. Use nonlinearity="relu"'):
             function(RNN(F, H), {})
         with pytest.raises(ValueError, match=r"projects h, and no cell of Haiku does"):
@@ -127,6 +135,10 @@ def test_other_parts_counts_and_shapes_are_refused():
         match=r"cells must hold the parameters of one core, whose names end in \['linear'\], .*Pick those of the core",
     ):
         from_haiku(layer, vanilla)
+    with pytest.raises(
+        KeyError, match=r"cells must hold the parameters of one hk.GRU, .*got \{'lstm/linear': \['b', 'w'\]"
+    ):
+        from_haiku(GRU(F, H, reset_after=False), lstm)
     with pytest.raises(KeyError, match=r"must hold the parameters of one core, whose names end in \['linear'\]"):
         from_haiku(layer, {**lstm, "lstm_1/linear": lstm["lstm/linear"]})
     with pytest.raises(ValueError, match=r"an entry for each layer and direction, 2 in all, got 1"):

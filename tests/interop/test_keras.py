@@ -33,6 +33,7 @@ LAYERS = [
     RNN(F, H),
     RNN(F, H, nonlinearity="relu", bias=False),
     GRU(F, H, num_layers=2, bidirectional=True),
+    GRU(F, H, reset_after=False),
 ]
 QUICK = {"kernel_initializer": "ones", "recurrent_initializer": "ones"}
 each_layer = pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -42,6 +43,8 @@ def keras_layers(layer, dtype="float32", **options):
     """Returns built Keras layers, from the input up."""
     kind = getattr(keras.layers, "SimpleRNN" if isinstance(layer, RNN) else type(layer).__name__)
     options = {"activation": getattr(layer, "nonlinearity", "tanh"), "use_bias": layer.bias} | QUICK | options
+    if isinstance(layer, GRU):
+        options = {"reset_after": layer.reset_after} | options
     result = []
     for size in [F, layer.output_size][: layer.num_layers]:
         each = kind(H, return_sequences=True, return_state=True, dtype=dtype, **options)
@@ -121,7 +124,10 @@ def test_dtypes_are_kept():
 
 
 REFUSED = {
-    "reset_after": (GRU(F, H), r"reset_after=False, .*r multiplies h before the product.*jaxpack.packed_scan"),
+    "reset_after": (
+        GRU(F, H),
+        r"reset_after=False, but GRU.* needs reset_after=True. .*give both the same",
+    ),
     "activation": (LSTM(F, H), r"activation='relu', but LSTM.* needs activation='tanh'. .*rebuild"),
     "recurrent_activation": (LSTM(F, H), r"recurrent_activation='hard_sigmoid', .* needs .*'sigmoid'. .*rebuild"),
 }
@@ -353,9 +359,10 @@ def test_options_that_change_the_next_layers_inputs_are_refused():
 
 
 @pytest.mark.parametrize("reset_before", [keras.layers.GRU, keras.layers.GRUCell])
-def test_a_gru_that_resets_before_is_refused_in_every_wrapping(reset_before):
-    with pytest.raises(ValueError, match=r"reset_after=False, .*r multiplies h before the product"):
-        from_keras(GRU(F, H), reset_before(H, reset_after=False))
+def test_a_gru_that_resets_at_another_place_is_refused_in_every_wrapping(reset_before):
+    for reset_after in (True, False):
+        with pytest.raises(ValueError, match=rf"reset_after={reset_after}, but .*needs reset_after={not reset_after}"):
+            from_keras(GRU(F, H, reset_after=not reset_after), reset_before(H, reset_after=reset_after))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -14,6 +14,7 @@ import pytest
 import treescope
 from flax import linen as nn
 from flax import nnx
+from flax_apis import OwnLinenCell
 
 import jaxpack
 import jaxpack.linen
@@ -29,7 +30,7 @@ MODULES: dict[str, Any] = {
     "LSTM": jaxpack.linen.LSTM(H, **STACK),
     "GRU": jaxpack.linen.GRU(H, **STACK),
     "RNN": jaxpack.linen.RNN(nn.GRUCell(H)),
-    "RNN of any cell": jaxpack.linen.RNN(nn.MGUCell(H)),
+    "RNN of any cell": jaxpack.linen.RNN(OwnLinenCell(H)),
     "Bidirectional": jaxpack.linen.Bidirectional(*(jaxpack.linen.RNN(nn.LSTMCell(H)) for _ in range(2))),
 }
 each_module = pytest.mark.parametrize("name", MODULES)

@@ -6,6 +6,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import linen as nn
+from flax_apis import OwnLinenCell
 
 import jaxpack
 from jaxpack import pack_padded_sequence, plan_buckets, plan_rows
@@ -213,7 +214,7 @@ def test_a_model_of_flax_is_initialised_and_loads_unchanged():
 
 
 def test_a_module_with_a_plan_is_initialised_with_any_batch():
-    for cell in (nn.LSTMCell(H), nn.MGUCell(H)):
+    for cell in (nn.LSTMCell(H), OwnLinenCell(H)):
         rnn = RNN(cell, plan=ROWS)
         outputs, variables = rnn.init_with_output(jax.random.key(0), jnp.zeros((1, 2, F)))
         assert outputs.shape == (1, 2, H)

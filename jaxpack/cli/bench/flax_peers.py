@@ -12,6 +12,7 @@ from flax import linen, nnx
 
 import jaxpack
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, of_cell
+from jaxpack.cli.bench.further_cells import FURTHER_CELLS
 from jaxpack.cli.bench.workloads import Workload
 
 _CELLS: Mapping[str, str] = MappingProxyType({"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"})
@@ -56,7 +57,8 @@ def nnx_calls(workload: Workload, module: Any, plan: jaxpack.BucketPlan | None =
     """
     if own_cell and workload.cell != "lstm":
         raise Missing("the user-defined cell is an LSTM")
-    cell = PeepholeCell if own_cell else getattr(nnx, of_cell(_CELLS, workload.cell))
+    cell: Any = PeepholeCell if own_cell else FURTHER_CELLS.get(workload.cell)
+    cell = cell or getattr(nnx, of_cell(_CELLS, workload.cell))
     rngs = nnx.Rngs(workload.seed)
     options = {} if plan is None else {"plan": plan}
     dtypes: dict[str, Any] = {}

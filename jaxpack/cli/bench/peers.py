@@ -9,6 +9,7 @@ weights from the workload's seed, and as loss the sum of the real outputs times 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -215,7 +216,7 @@ def _haiku(workload: Workload) -> Calls:
     if workload.cell == "rnn":
         raise Missing("haiku.VanillaRNN is a relu, not a tanh")
     hk = importlib.import_module("haiku")
-    kind = of_cell({"lstm": hk.LSTM, "gru": hk.GRU}, workload.cell)
+    kind = of_cell({"lstm": hk.LSTM, "gru": hk.GRU, "grubefore": hk.GRU}, workload.cell)
 
     def unroll(inputs: jax.Array) -> jax.Array:
         cell = kind(workload.hidden_size)
@@ -248,7 +249,12 @@ def _keras(workload: Workload) -> Calls:
     keras = importlib.import_module("keras")
     if keras.backend.backend() != "jax":
         raise Missing(f"its backend is {keras.backend.backend()}: set KERAS_BACKEND=jax")
-    cells = {"lstm": keras.layers.LSTM, "gru": keras.layers.GRU, "rnn": keras.layers.SimpleRNN}
+    cells = {
+        "lstm": keras.layers.LSTM,
+        "gru": keras.layers.GRU,
+        "grubefore": functools.partial(keras.layers.GRU, reset_after=False),
+        "rnn": keras.layers.SimpleRNN,
+    }
     kind = of_cell(cells, workload.cell)
     keras.utils.set_random_seed(workload.seed)
 

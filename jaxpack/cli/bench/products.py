@@ -41,8 +41,10 @@ def product_shapes(workload: Workload) -> dict[str, list[Shape]]:
 def _weights(workload: Workload) -> list[tuple[int, int]]:
     """Returns the shapes of the matrices that each step is multiplied with."""
     if isinstance(workload.layer, RecurrentLayer):
-        pairs = [(each["weight_ih"], each["weight_hh"]) for each in workload.layer.shapes.values()]
-        return [(features + hidden, gates) for (features, gates), (hidden, _) in pairs]
+        groups = workload.layer.shapes.values()  # IndRNN's recurrent weights [H] are no matrix
+        hidden = [group["weight_hh"][0] if len(group["weight_hh"]) == 2 else 0 for group in groups]
+        inputs = [group["weight_ih"] for group in groups]
+        return [(features + size, gates) for (features, gates), size in zip(inputs, hidden, strict=True)]
     leaves = jax.tree_util.tree_leaves_with_path(workload.layer.shapes, is_leaf=lambda node: isinstance(node, tuple))
     matrices = [shape for path, shape in leaves if len(shape) > 1 and path[-1].key != "b"]
     return [shape[-2:] for shape in matrices for _ in range(math.prod(shape[:-2]))]  # blocks are matrices of their own

@@ -17,6 +17,7 @@ from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
 from jaxpack._linear.layer import LinearLayer
 from jaxpack._matrix.layer import MatrixLayer
 from jaxpack._recurrence.derivative import unplanned_cells
+from jaxpack.cli.bench.further_cells import FURTHER_LAYERS
 from jaxpack.datasets import japanese_vowels
 
 EPOCH = "epoch"  # the name of the workload that is a corpus
@@ -26,7 +27,9 @@ def _by_name(*layers: Any) -> Mapping[str, Any]:
     return MappingProxyType({layer.__name__.lower(): layer for layer in layers})
 
 
-LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = _by_name(jaxpack.LSTM, jaxpack.GRU, jaxpack.RNN)
+LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
+    {**_by_name(jaxpack.LSTM, jaxpack.GRU, jaxpack.RNN), **FURTHER_LAYERS}
+)
 LINEAR_LAYERS: Mapping[str, Callable[..., LinearLayer]] = _by_name(
     jaxpack.LRU,
     jaxpack.MinGRU,
@@ -41,7 +44,7 @@ _HEAD_SIZE = 64  # of GatedDeltaNet
 
 def layer_name(cell: str) -> str:
     """Returns the name of a cell's layer in jaxpack."""
-    return ({**LAYERS, **LINEAR_LAYERS})[cell].__name__
+    return "GRU, reset before" if cell == "grubefore" else ({**LAYERS, **LINEAR_LAYERS})[cell].__name__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

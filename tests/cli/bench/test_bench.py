@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from commands import bench as invoke
 from commands import message
+from flax import nnx
 
 import jaxpack
 from jaxpack import plan_buckets
@@ -24,6 +25,7 @@ from jaxpack.cli.bench import measure as bench_measure
 from jaxpack.cli.bench import peers as bench_peers
 from jaxpack.cli.bench import turns as bench_turns
 from jaxpack.cli.bench.calls import PASSES, Missing, jax_calls, num_threads
+from jaxpack.cli.bench.further_cells import FURTHER_CELLS, FURTHER_LAYERS
 from jaxpack.cli.bench.measure import measure
 from jaxpack.cli.bench.peers import PEERS
 from jaxpack.cli.bench.products import count_flops, product_runs, product_shapes, useful_flops
@@ -302,6 +304,20 @@ def test_a_drop_in_computes_what_flax_computes(run):
 def test_a_cell_of_ones_own_is_measured_as_an_lstm_only():
     with pytest.raises(Missing, match="LSTM"):
         PEERS["own-cell-plan"](tiny(cell="gru"))
+
+
+@pytest.mark.parametrize("cell", FURTHER_LAYERS)
+def test_flax_runs_the_equations_of_the_further_cells(cell):
+    workload = tiny(cell=cell)
+    flax = FURTHER_CELLS[cell](FEATURES, HIDDEN, rngs=nnx.Rngs(0))
+    params = {name: param[...] for name, param in flax.weights.items()}
+    params.setdefault("bias_hh", jnp.zeros_like(params["bias_ih"]))
+    outputs = nnx.jit(lambda cell, x: nnx.RNN(cell)(x, seq_lengths=LENGTHS))(flax, workload.inputs)
+    expected, _ = workload.layer.apply({"l0": params}, workload.inputs, lengths=LENGTHS, plan=workload.padded_plan)
+    np.testing.assert_allclose(np.where(workload.mask[..., None], outputs, 0), expected, atol=1e-5)
+    flops = useful_flops(workload)["forward"]
+    products = workload.layer.shapes["l0"]["weight_ih"][1] * (FEATURES + (0 if cell == "indrnn" else HIDDEN))
+    assert flops == 2 * LENGTHS.sum() * products
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
