@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from contract_subjects import CALLS, LINEAR, STEPS, B, Call, F, Subject, T, calls_of, one_call, subject_of
+from contract_subjects import CALLS, STEPS, B, Call, F, Subject, T, calls_of, one_call, subject_of
 
 from jaxpack import pack_padded_sequence, pad_packed_sequence
 
@@ -410,17 +410,14 @@ class Contract:
         mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         data, whole = jax.P(None, "data"), jax.P()
         run = jax.vmap(pulled_back(subject, CALLS[call], jax.checkpoint))
-        # Inside shard_map JAX does not batch a lax.switch, in which linear layers choose rows where they have no plan.
-        sharded = subject not in LINEAR or call != "none"
-        if sharded:
-            specs = (Operands(whole, data, data, data, data, data, whole),)
-            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Results(data, data, whole, data, data))
+        specs = (Operands(whole, data, data, data, data, data, whole),)
+        run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=Results(data, data, whole, data, data))
         leaves, structure = jax.tree.flatten(stacked([_side_by_side(halves) for halves in each]))
         flat = jax.jit(lambda *leaves: jax.tree.leaves(run(jax.tree.unflatten(structure, leaves))))
         assert "remat2" in str(flat.trace(*leaves).jaxpr)
         exported = jax.export.export(flat, platforms=oracles.PLATFORMS)(*leaves)
         assert exported.platforms == oracles.PLATFORMS
-        found = exported.call(*(jax.device_put(leaves, jax.NamedSharding(mesh, whole)) if sharded else leaves))
+        found = exported.call(*jax.device_put(leaves, jax.NamedSharding(mesh, whole)))
         expected = [[program(subject, call)(given) for given in halves] for halves in each]
         together = jax.tree.unflatten(jax.tree.structure(expected[0][0]), jax.device_get(found))
         for v, halves in enumerate(expected):

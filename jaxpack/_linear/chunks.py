@@ -115,7 +115,7 @@ def run_chunks(recurrence: Recurrence, operands: Operands, reading: Reading, for
       forward_mode: whether to leave the derivative to JAX, which then has both modes.
     """
     # Under shard_map all take on what any of them varies over, outside the derivative: autodiff sums it up again.
-    operands = vary_like(operands, operands)
+    operands, reading = vary_like((operands, reading), (operands, reading))
     if forward_mode:
         return _forward(PLAIN, recurrence, operands, reading)[0]
     return _fast(recurrence, operands, reading)
@@ -248,7 +248,8 @@ class _Cells(NamedTuple):
         has_fresh = operands.initial is not None and len(operands.initial) > plan.num_sequences
         if has_fresh and reading.resets is not None:
             entry = entry + plan.num_sequences * reading.resets
-        return cls(operands.x, reading.real, reading.start, numbers, entry)
+        cells = cls(operands.x, reading.real, reading.start, numbers, entry)
+        return vary_like(cells, cells)
 
 
 def _chunk(
