@@ -219,5 +219,10 @@ class MinLSTM(_Minimal):
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns f / (f + i) and i v / (f + i)."""
         f, i, v = self.project(params, x)
-        ratio = jax.nn.softplus(-i) - jax.nn.softplus(-f)  # log f - log i
+        ratio = _log_sigmoid(f) - _log_sigmoid(i)
         return jax.nn.sigmoid(ratio), jax.nn.sigmoid(-ratio) * self.candidate_of(v)
+
+
+def _log_sigmoid(x: jax.Array) -> jax.Array:
+    """Returns log σ(x), on a CPU in a third of the time of jax.nn.log_sigmoid, which is a logaddexp."""
+    return jnp.minimum(x, 0) - jnp.log1p(jnp.exp(-jnp.abs(x)))
