@@ -24,6 +24,7 @@ from jaxpack._packed.convert import (
     unpack_sequence,
     unpad_sequence,
 )
+from jaxpack._packed.masks import compact, scatter_back
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.reduce import (
     first,
@@ -68,6 +69,7 @@ __all__ = [
     "attention",
     "broadcast_to_steps",
     "causal_conv",
+    "compact",
     "concatenate",
     "first",
     "from_rows",
@@ -92,6 +94,7 @@ __all__ = [
     "reverse_sequences",
     "rnn_cell",
     "rotary",
+    "scatter_back",
     "segment_argmax",
     "segment_argmin",
     "segment_logsumexp",
