@@ -4,6 +4,8 @@ Each subject runs under one of its plans, in turn, in one program for all tests.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +230,7 @@ def test_outputs_in_the_order_of_reading_fill_the_valid_steps_in_turn(api):
 
 LSTM = jaxpack.LSTM(F, 2)
 PARAMS = LSTM.init(jax.random.key(0), np.float32)
-ENTRANCES = {
+ENTRANCES: dict[str, Callable[..., Any]] = {
     "layer": functools.partial(LSTM.apply, PARAMS),
     "linear layer": functools.partial(
         jaxpack.MinGRU(F, 2).apply, jaxpack.MinGRU(F, 2).init(jax.random.key(0), np.float32)
