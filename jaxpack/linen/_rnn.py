@@ -314,15 +314,8 @@ class Bidirectional(nn.Bidirectional):
         keys = (None, None) if init_key is None else jax.random.split(init_key)
         each_direction = list(zip(rnns, carries, keys, (False, True), strict=True))
         if self.is_initializing() or self.is_mutable_collection("intermediates") or _is_intercepted():
-            shared = {
-                **options,
-                "return_carry": True,
-                "seq_lengths": seq_lengths,
-                "plan": plan,
-                "resets": resets,
-                "mask": mask,
-                "forward_mode": forward_mode,
-            }
+            steps = {"seq_lengths": seq_lengths, "resets": resets, "mask": mask}
+            shared = options | steps | {"return_carry": True, "plan": plan, "forward_mode": forward_mode}
             results = [
                 rnn(inputs, initial_carry=carry, init_key=key, reverse=backward, keep_order=backward, **shared)
                 for rnn, carry, key, backward in each_direction
