@@ -293,3 +293,21 @@ def test_variables_with_a_time_axis_take_no_mask():
     variables = rnn.init(jax.random.key(0), jnp.asarray(X))
     with pytest.raises(ValueError, match="time axis, along which a mask would move steps"):
         rnn.apply(variables, X, mask=MASK)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        jaxpack.linen.GRU(2),
+        jaxpack.linen.MinGRU(2),
+        jaxpack.linen.Bidirectional(*(jaxpack.linen.RNN(nn.SimpleCell(2)) for _ in range(2))),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_linen_initialises_and_captures_with_a_mask(module):
+    variables = module.init(jax.random.key(0), X, mask=MASK)
+    found, _ = module.apply(variables, X, mask=MASK, mutable=["intermediates"])
+    assert_close(found, module.apply(variables, X, mask=MASK), 1e-6)
+    outputs = jax.tree.leaves(found)[0]
+    assert (outputs[~MASK] == 0).all()
+    assert (outputs[MASK] != 0).any()
