@@ -31,6 +31,7 @@ from jaxpack._packed.convert import (
     unpack_sequence,
     unpad_sequence,
 )
+from jaxpack._packed.masks import compact, scatter_back
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.reduce import (
     first,
@@ -81,6 +82,7 @@ __all__ = [
     "attention",
     "broadcast_to_steps",
     "causal_conv",
+    "compact",
     "concatenate",
     "first",
     "from_rows",
@@ -110,6 +112,7 @@ __all__ = [
     "reverse_sequences",
     "rnn_cell",
     "rotary",
+    "scatter_back",
     "segment_argmax",
     "segment_argmin",
     "segment_logsumexp",

@@ -69,7 +69,8 @@ def check_lengths_type(shape: tuple[int, ...], dtype: npt.DTypeLike, lengths: st
     kind, name = np.dtype(dtype).kind, np.dtype(dtype).name
     if kind == "b" and len(shape) > 1:
         raise TypeError(
-            f"{lengths} must be a vector [B] of integers, got a mask {tuple(shape)}: pass mask.sum(axis=1)."
+            f"{lengths} must be a vector [B] of integers, got a mask {tuple(shape)}: pass mask.sum(axis=1). Layers "
+            f"take mask=."
         )
     if len(shape) != 1:
         way_out = "For stacked batches use jax.vmap."

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxpack._flax.known import KnownCell
 from jaxpack._flax.layout import Layout, Lengths
+from jaxpack._packed.masks import checked_mask, refuse_beside_mask
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.resets import Resets, packed_resets, padded_resets
 from jaxpack._packed.scan import Scan
@@ -29,6 +30,7 @@ class Call(NamedTuple):
       plan: the plan of the call or of the Bidirectional; None for each RNN's own.
       forward_mode: True to differentiate the call in forward mode.
       resets: as `check_resets` returns them; None if each sequence is one episode.
+      mask: as `check_mask` returns it; None if `seq_lengths` say which steps are valid.
     """
 
     inputs: PackedSequence | jax.Array
@@ -37,6 +39,7 @@ class Call(NamedTuple):
     plan: BucketPlan | None
     forward_mode: bool
     resets: Resets | jax.Array | None = None
+    mask: jax.Array | None = None
 
 
 class Direction(NamedTuple):
@@ -95,22 +98,43 @@ def check_resets(resets: Any, inputs: PackedSequence | jax.Array, layout: Layout
     return padded_resets("RNN", resets, layout.step_axes)
 
 
-def check_pair(
-    rnns: tuple[Any, Any], rnn_class: type, inputs: PackedSequence | jax.Array, plan: BucketPlan | None, resets: Any
-) -> bool:
-    """Returns True if both RNNs of a Bidirectional are jaxpack's, which can share a batch and its steps.
+def check_mask(
+    mask: Any, inputs: PackedSequence | jax.Array, seq_lengths: Lengths | None, layout: Layout
+) -> jax.Array | None:
+    """Validates the mask of a call, which has the axes of padded inputs before those of features.
 
     Raises:
-      TypeError: if they are not, and the call has a plan, packed inputs or resets.
+      TypeError: if inputs are packed, seq_lengths are given too, or the mask is not bool.
+      ValueError: if its shape is not that of the steps, or the sizes are symbolic.
+    """
+    if mask is None:
+        return None
+    refuse_beside_mask(inputs, seq_lengths, "seq_lengths")
+    if layout.symbolic_axes:
+        raise ValueError(
+            f"a mask needs sizes that are numbers, but the inputs' shape {inputs.shape} is symbolic. If padding comes "
+            f"last, pass seq_lengths=mask.sum(-1); else export a program for each size."
+        )
+    return checked_mask("RNN", mask, layout.step_axes)
+
+
+def check_pair(rnns: tuple[Any, Any], rnn_class: type, inputs: PackedSequence | jax.Array, *options: Any) -> bool:
+    """Returns True if both RNNs of a Bidirectional are jaxpack's, which can share a batch and its steps.
+
+    Args:
+      options: what only jaxpack's RNNs take: plan, resets and mask, None where not given.
+
+    Raises:
+      TypeError: if they are not, and the call has one of the options or packed inputs.
     """
     forward_rnn, backward_rnn = rnns
     if forward_rnn is backward_rnn:
         warnings.warn("forward_rnn and backward_rnn are the same object, and share their parameters.", stacklevel=4)
     if type(forward_rnn) is rnn_class and type(backward_rnn) is rnn_class:
         return True
-    if isinstance(inputs, PackedSequence) or plan is not None or resets is not None:
+    if isinstance(inputs, PackedSequence) or any(option is not None for option in options):
         raise TypeError(
-            f"a plan, packed inputs and resets need RNNs of jaxpack, got {type(forward_rnn).__module__}."
+            f"a plan, packed inputs, resets and a mask need RNNs of jaxpack, got {type(forward_rnn).__module__}."
             f"{type(forward_rnn).__name__} and {type(backward_rnn).__module__}.{type(backward_rnn).__name__}. Import "
             f"RNN from the module that Bidirectional comes from."
         )
@@ -118,8 +142,10 @@ def check_pair(
 
 
 def delegate_to_flax(call: Call, directions: Sequence[Direction]) -> bool:
-    """Returns True if Flax's own call does as well: no lengths or resets are given, no cell is known, no plan acts."""
-    if isinstance(call.inputs, PackedSequence) or call.seq_lengths is not None or call.resets is not None:
+    """Returns True if Flax's own call does as well: only inputs are given, no cell is known, no plan acts."""
+    if isinstance(call.inputs, PackedSequence) or call.seq_lengths is not None:
+        return False
+    if call.resets is not None or call.mask is not None:
         return False
     return all(
         each.known is None and (each.plan is None or each.stacks_variables) and each.works_in_flax

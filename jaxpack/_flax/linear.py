@@ -31,6 +31,7 @@ def call(
     initial_state: PyTree = None,
     *,
     seq_lengths: ArrayLike | Sequence[int] | None = None,
+    mask: ArrayLike | None = None,
     plan: BucketPlan | None = None,
     resets: PackedSequence | ArrayLike | None = None,
     fresh_state: PyTree = None,
@@ -40,9 +41,10 @@ def call(
     """Runs the layer as `jaxpack.MinGRU.apply` does.
 
     Args:
-      inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
+      inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths` or `mask`; or one sequence [T, F].
       initial_state: in the layout of the final state. Default: zeros.
       seq_lengths: int [B], for padded inputs. Default: all T.
+      mask: bool [B, T], in place of seq_lengths, True at valid steps, which may be anywhere in a row.
       plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
       resets: bool, one a step, laid out as the inputs: True where an episode begins, from the fresh state.
       fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
@@ -62,6 +64,7 @@ def call(
         inputs,
         initial_state,
         lengths=seq_lengths,
+        mask=mask,
         plan=plan,
         resets=resets,
         fresh_state=fresh_state,

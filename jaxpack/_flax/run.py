@@ -23,6 +23,7 @@ from jaxpack._flax.padded_scan import scan_padded
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._packed.inputs import batch_plan
 from jaxpack._packed.layout import reverse
+from jaxpack._packed.masks import ValidSteps, lengths_of
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Resets, packed_beside, reversed_resets
 from jaxpack._packed.scan import scan_packed
@@ -77,6 +78,22 @@ _pack = jax.jit(_Config.pack, static_argnums=0)
 _restore = jax.jit(_Config.restore, static_argnums=0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _compact(layout: Layout, mask: jax.Array, inputs: jax.Array, resets: Any) -> tuple[ValidSteps, jax.Array, Any]:
+    """Moves valid steps and their resets to the start of their rows, in the layout of the inputs."""
+    steps = ValidSteps.of(mask)
+    inputs = steps.compact(layout.flatten_inputs(inputs))
+    if resets is not None:
+        resets = layout.restore_outputs(steps.compact_resets(layout.flatten_inputs(resets)))
+    return steps, layout.restore_outputs(inputs), resets
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scatter_back(layout: Layout, steps: ValidSteps, outputs: PyTree) -> PyTree:
+    """Moves outputs in the layout of the inputs back to the valid steps."""
+    return layout.restore_outputs(steps.scatter_back(jax.tree.map(layout.flatten_inputs, outputs)))
+
+
 def run(call: Call, directions: Sequence[Direction]) -> list[tuple[PyTree, PyTree]]:
     """Runs one or two directions. The second of two reads backwards and keeps the order.
 
@@ -86,6 +103,8 @@ def run(call: Call, directions: Sequence[Direction]) -> list[tuple[PyTree, PyTre
     Raises:
       ValueError, TypeError: if lengths, plan or carries do not fit the inputs.
     """
+    if call.mask is not None:
+        return _run_on_valid_steps(call, directions)
     inputs, layout, packed = call.inputs, call.layout, isinstance(call.inputs, PackedSequence)
     if not packed and not layout.has_plans:
         return [scan_padded(call, each) for each in directions]
@@ -120,6 +139,22 @@ def run(call: Call, directions: Sequence[Direction]) -> list[tuple[PyTree, PyTre
     if isinstance(inputs, PackedSequence):  # with the index arrays as given, so that reading them waits for nothing
         results = [(carry, inputs.replace(data=outputs.data)) for carry, outputs in results]
     return results
+
+
+def _run_on_valid_steps(call: Call, directions: Sequence[Direction]) -> list[tuple[PyTree, PyTree]]:
+    """Computes `run` of a call with a mask."""
+    assert call.mask is not None
+    if any(each.stacks_variables for each in directions):
+        raise ValueError(
+            "variables of the cell are given a time axis, along which a mask would move steps: pass seq_lengths= "
+            "in place of mask=."
+        )
+    layout = call.layout
+    mask = layout.flatten_inputs(call.mask)
+    lengths = lengths_of(mask).reshape(layout.batch_shape)
+    steps, inputs, resets = _compact(layout, mask, call.inputs, call.resets)
+    compacted = call._replace(inputs=inputs, resets=resets, seq_lengths=lengths, mask=None)
+    return [(carry, _scatter_back(layout, steps, outputs)) for carry, outputs in run(compacted, directions)]
 
 
 @functools.partial(jax.jit, static_argnames="config")

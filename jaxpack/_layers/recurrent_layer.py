@@ -12,6 +12,7 @@ the outputs back.
 from __future__ import annotations
 
 import abc
+import functools
 import numbers
 import sys
 import warnings
@@ -40,6 +41,7 @@ from jaxpack._layers.states import (
 )
 from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
 from jaxpack._packed.layout import pad
+from jaxpack._packed.masks import run_on_valid_steps
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.resets import Resets, check_fresh, packed_resets, padded_resets
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -211,6 +213,7 @@ class RecurrentLayer(abc.ABC):
         dropout_key: jax.Array | None = None,
         *,
         lengths: ArrayLike | Sequence[int] | None = None,
+        mask: ArrayLike | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
         fresh_state: Any = None,
@@ -230,10 +233,14 @@ class RecurrentLayer(abc.ABC):
 
         Args:
           params: the parameters, as `init` and `from_torch` return them.
-          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
+          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths` or `mask`; or one sequence
+            [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), in the layout of the final state. Default: the learned one, or zeros.
           dropout_key: a JAX random key. Needed if there is dropout between layers, unless deterministic.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
+          mask: bool [B, T], in place of lengths, True at valid steps; [T] for one sequence. Padding may be anywhere:
+            valid steps run as if they were next to each other, and the output is put back where they were, zero at
+            masked steps. A reset at a masked step acts at the next valid one. The mask may be traced.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths, whose loops follow the lengths as it runs (on GPUs: the padded plan).
           resets: one bool a step, laid out as the inputs: packed, [B, T] or [T]. True says that an episode begins at
@@ -265,11 +272,17 @@ class RecurrentLayer(abc.ABC):
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, dropout is on
             and there is no key, resets are not of the same sequences, there is a fresh state without resets, or a
             parameter is sharded under an explicit mesh.
-          TypeError: if inputs are packed and lengths or plan are given too, one of inputs and resets is packed and the
-            other padded, resets are not bool, parameters have another structure, dtype is not floating, or the call is
-            differentiated in forward mode without forward_mode.
+          TypeError: if inputs are packed and lengths, mask or plan are given too, both lengths and mask are given, one
+            of inputs and resets is packed and the other padded, mask or resets are not bool, parameters have another
+            structure, dtype is not floating, or the call is differentiated in forward mode without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
+        name = f"{type(self).__name__}.apply"
+        if mask is not None:
+            options = {"deterministic": deterministic, "dtype": dtype, "forward_mode": forward_mode}
+            run = functools.partial(self.apply, params, initial_state=initial_state, dropout_key=dropout_key, plan=plan)
+            run = functools.partial(run, fresh_state=fresh_state, return_all_states=return_all_states, **options)
+            return run_on_valid_steps(name, run, inputs, mask, lengths, resets)
         key = self._active_dropout_key(dropout_key, deterministic)
         params_dtype = check_params(params, self.shapes, self)
         check_sharding(params)
@@ -278,7 +291,6 @@ class RecurrentLayer(abc.ABC):
         check_fresh(fresh_state, resets)
         states = initial_state, fresh_state
         call = Call(params_dtype, dtype, key, *states, lengths, plan, forward_mode, bool(return_all_states))
-        name = f"{type(self).__name__}.apply"
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")

@@ -24,6 +24,7 @@ from jaxpack._layers.stack import explain_forward_mode
 from jaxpack._layers.states import shapes_of
 from jaxpack._linear.inputs import Aligned, Lengths, align, clean
 from jaxpack._packed.inputs import as_batch
+from jaxpack._packed.masks import run_on_valid_steps
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Entering, check_fresh, check_resets
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -157,6 +158,7 @@ class LinearLayer(abc.ABC):
         initial_state: PyTree = None,
         *,
         lengths: Lengths = None,
+        mask: ArrayLike | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
         fresh_state: PyTree = None,
@@ -176,9 +178,13 @@ class LinearLayer(abc.ABC):
 
         Args:
           params: the parameters, as `init` returns them.
-          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths`; or one sequence [T, F].
+          inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths` or `mask`; or one sequence
+            [T, F].
           initial_state: in the layout of the final state. Default: zeros.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
+          mask: bool [B, T], in place of lengths, True at valid steps; [T] for one sequence. Padding may be anywhere:
+            valid steps run as if they were next to each other, and the output is put back where they were, zero at
+            masked steps. A reset at a masked step acts at the next valid one. The mask may be traced.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
             lengths. On CPUs it leaves out most of the padding as it runs, elsewhere it runs the padded batch.
           resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the fresh
@@ -200,10 +206,16 @@ class LinearLayer(abc.ABC):
         Raises:
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, there is a
             fresh state without resets, or a parameter is sharded under an explicit mesh.
-          TypeError: if inputs are packed and lengths or plan are given too, parameters have another structure, inputs,
-            parameters or states are complex, resets are not bool, or the call is differentiated in forward mode without
-            forward_mode.
+          TypeError: if inputs are packed and lengths, mask or plan are given too, both lengths and mask are given,
+            parameters have another structure, inputs, parameters or states are complex, mask or resets are not bool, or
+            the call is differentiated in forward mode without forward_mode.
         """
+        if mask is not None:
+            options = {"reverse": reverse, "dtype": dtype, "forward_mode": forward_mode}
+            run = functools.partial(self.apply, params, initial_state=initial_state, fresh_state=fresh_state, plan=plan)
+            name = f"{type(self).__name__}.apply"
+            output, final = run_on_valid_steps(name, functools.partial(run, **options), inputs, mask, lengths, resets)
+            return output, final
         params_dtype = self._checked_dtype(params)
         check_sharding(params)
         batch = inputs if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")

@@ -73,6 +73,7 @@ class _Stack(nn.Module):
         initial_state: Any = None,
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
+        mask: ArrayLike | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
         fresh_state: Any = None,
@@ -83,9 +84,10 @@ class _Stack(nn.Module):
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
         Args:
-          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
+          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths` or `mask`; or one sequence [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: the learned one, or zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
+          mask: bool [B, T], in place of seq_lengths, True at valid steps, which may be anywhere in a row.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
           fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
@@ -103,7 +105,7 @@ class _Stack(nn.Module):
           TypeError: as `jaxpack.LSTM.apply` does.
         """
         layer = self.layer(self._input_size(inputs))
-        if self.is_initializing() and plan is None and seq_lengths is not None:
+        if self.is_initializing() and plan is None and (seq_lengths is not None or mask is not None):
             plan = _padded_plan(inputs)  # one loop to compile, for outputs that are rarely read
         active = layer.has_dropout and not nn.merge_param("deterministic", self.deterministic, deterministic)
         return layer.apply(
@@ -112,6 +114,7 @@ class _Stack(nn.Module):
             initial_state,
             self.make_rng("dropout") if active else None,
             lengths=seq_lengths,
+            mask=mask,
             plan=plan,
             resets=resets,
             fresh_state=fresh_state,

@@ -19,6 +19,7 @@ from jaxpack._flax.call import (
     Call,
     Direction,
     check_inputs,
+    check_mask,
     check_pair,
     check_resets,
     delegate_to_flax,
@@ -105,6 +106,7 @@ class RNN(nnx.RNN):
         rngs: Any = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
+        mask: ArrayLike | None = None,
         forward_mode: bool = False,
     ) -> Any:
         """Runs the cell over each sequence's own steps.
@@ -117,6 +119,9 @@ class RNN(nnx.RNN):
           plan: the plan of this call, instead of the module's.
           resets: one bool a step, in the layout of the inputs without features: True where an episode begins, whose
             carry is the initial one. Variables of the cell other than the carry are not reset.
+          mask: bool, in place of seq_lengths, in the layout of the inputs without features: True at valid steps.
+            Padding may be anywhere: valid steps run as if they were next to each other, and outputs are put back where
+            they were, zero at masked steps. A reset at a masked step acts at the next valid one.
           forward_mode: Set True to differentiate this call in forward mode (see jaxpack.LSTM.apply).
 
         Returns:
@@ -125,15 +130,16 @@ class RNN(nnx.RNN):
         Raises:
           ValueError: if inputs have too few axes; if lengths have another shape than the batch, or concrete ones do
             not fit the inputs or the plan; or if the plan is for another batch size, or given for symbolic sizes.
-          TypeError: if inputs are packed and seq_lengths or plan are given too, one of inputs and resets is packed and
-            the other padded, or resets are not bool.
+          TypeError: if inputs are packed and seq_lengths, mask or plan are given too, both seq_lengths and mask are
+            given, one of inputs and resets is packed and the other padded, or mask or resets are not bool.
         """
         options = resolve_options(
             self, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
         )
         inputs = check_inputs(inputs, seq_lengths, plan)
         layout = Layout.of(inputs, options["time_major"], self.cell.num_feature_axes)
-        call = Call(inputs, layout, seq_lengths, plan, forward_mode, check_resets(resets, inputs, layout))
+        begins, valid = check_resets(resets, inputs, layout), check_mask(mask, inputs, seq_lengths, layout)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode, begins, valid)
         direction = self._direction(call, initial_carry, rngs, options["reverse"], options["keep_order"])
         if delegate_to_flax(call, [direction]):
             return super().__call__(inputs, initial_carry=direction.carry, **options)
@@ -245,12 +251,14 @@ class Bidirectional(nnx.Bidirectional):
         keep_order: bool | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
+        mask: ArrayLike | None = None,
         forward_mode: bool = False,
     ) -> Any:
         """Runs both directions over each sequence's own steps, and merges their outputs.
 
-        The arguments inputs, seq_lengths, plan, resets, time_major, return_carry and forward_mode are those of RNN. As
-        in Flax, reverse and keep_order are not used. The backward direction begins anew at an episode's last step.
+        The arguments inputs, seq_lengths, plan, resets, mask, time_major, return_carry and forward_mode are those of
+        RNN. As in Flax, reverse and keep_order are not used. The backward direction begins anew at an episode's last
+        step.
 
         Args:
           initial_carry: a pair (forward, backward).
@@ -268,10 +276,11 @@ class Bidirectional(nnx.Bidirectional):
         plan = self.plan if plan is None else plan
         call_flax = functools.partial(super().__call__, inputs, seq_lengths=seq_lengths, **options)
         rnns = self.forward_rnn, self.backward_rnn
-        if not check_pair(rnns, RNN, inputs, plan, resets):
+        if not check_pair(rnns, RNN, inputs, plan, resets, mask):
             return call_flax(initial_carry=initial_carry, rngs=rngs)
         layout = Layout.of(inputs, options["time_major"], self.forward_rnn.cell.num_feature_axes)
-        call = Call(inputs, layout, seq_lengths, plan, forward_mode, check_resets(resets, inputs, layout))
+        begins, valid = check_resets(resets, inputs, layout), check_mask(mask, inputs, seq_lengths, layout)
+        call = Call(inputs, layout, seq_lengths, plan, forward_mode, begins, valid)
         rngs = self.rngs if rngs is None else rngs
         rngs = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
         carries = (None, None) if initial_carry is None else initial_carry

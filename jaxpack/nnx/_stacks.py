@@ -83,6 +83,7 @@ class _Stack(nnx.Module):
         initial_state: Any = None,
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
+        mask: ArrayLike | None = None,
         plan: BucketPlan | None = None,
         resets: PackedSequence | ArrayLike | None = None,
         fresh_state: Any = None,
@@ -94,9 +95,10 @@ class _Stack(nnx.Module):
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
         Args:
-          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths`; or one sequence [T, F].
+          inputs: packed data [S, F]; or padded [B, T, F] with `seq_lengths` or `mask`; or one sequence [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), each [num_layers*D, B, H]. Default: the learned one, or zeros.
           seq_lengths: int [B], for padded inputs. Default: all T.
+          mask: bool [B, T], in place of seq_lengths, True at valid steps, which may be anywhere in a row.
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
           fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
@@ -121,6 +123,7 @@ class _Stack(nnx.Module):
             initial_state,
             _key(self.rngs if rngs is None else rngs) if active else None,
             lengths=seq_lengths,
+            mask=mask,
             plan=plan,
             resets=resets,
             fresh_state=fresh_state,

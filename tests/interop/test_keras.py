@@ -55,11 +55,17 @@ def keras_layers(layer, dtype="float32", **options):
 
 def check_outputs(layer, lengths):
     """Compares output and final state with those of a stack of Keras layers, with a mask if lengths differ."""
-    params = oracles.random_params(layer, np.float32)
-    x = oracles.random_batch(lengths, F, dtype=np.float32)  # Keras's tanh has no float64
-    plan = BucketPlan((T,), (len(lengths),))
-    output, state = jax.jit(functools.partial(layer.apply, lengths=lengths, plan=plan))(params, x)
     real = np.arange(T) < np.array(lengths)[:, None]
+    check_masked_outputs(layer, real, lengths=lengths)
+
+
+def check_masked_outputs(layer, real, **options):
+    """Compares output and final state with those of a stack of Keras layers, whose mask is `real` unless all are."""
+    params = oracles.random_params(layer, np.float32)
+    x = oracles.random_batch([T] * len(real), F, dtype=np.float32)  # Keras's tanh has no float64
+    x = np.where(real[..., None], x, np.nan)
+    plan = BucketPlan((T,), (len(real),))
+    output, state = jax.jit(functools.partial(layer.apply, plan=plan, **options))(params, x)
     mask = None if real.all() else real
     y: Any = jnp.nan_to_num(x)
     states: Any = []
@@ -77,6 +83,12 @@ def check_outputs(layer, lengths):
 @each_layer
 def test_keras_computes_what_the_layer_computes(layer):
     check_outputs(layer, [5, 3])
+
+
+@pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[-1]], ids=str)
+def test_keras_computes_what_the_layer_computes_with_padding_anywhere(layer):
+    mask = np.array([[0, 0, 1, 1, 1], [1, 0, 1, 0, 1]], bool)
+    check_masked_outputs(layer, mask, mask=mask)
 
 
 def test_keras_computes_what_the_layer_computes_without_a_mask():
