@@ -46,6 +46,7 @@ contents = {
             "packed",
             "linear",
             "hybrids",
+            "speech",
             "state",
             "rollouts",
             "feeding",

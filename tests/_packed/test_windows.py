@@ -1,6 +1,7 @@
 """Functions that change lengths: values and gradients of a loop over sequences, of jax.lax and of PyTorch; errors."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def placed(x, size, stride, padding=(0, 0), ceil=False, dilation=1):
     else:
         before, after = padding
         count = len(x) + before + after if len(x) else 0
-    windows = []
+    windows: list[list[Any]] = []
     for start in range(-before, len(x) + after, stride):
         steps = [start + j * dilation for j in range(size)]
         whole = steps[-1] < len(x) + after or (ceil and start < len(x))
@@ -152,7 +153,7 @@ def test_values_and_gradients_are_those_of_each_sequence_alone(name, plan):
 
 @pytest.mark.parametrize("length", range(1, 8))
 def test_same_and_valid_are_those_of_jax_lax(length):
-    x, kernel = np.random.default_rng(length).standard_normal((length, F)), np.ones((3, F, G))
+    x, kernel = jnp.asarray(np.random.default_rng(length).standard_normal((length, F))), jnp.ones((3, F, G))
     for padding, stride in (("SAME", 2), ("SAME", 3), ("VALID", 2)):
         theirs = jax.lax.conv_general_dilated(
             x[None], kernel, (stride,), padding, dimension_numbers=("NWC", "WIO", "NWC")
@@ -214,13 +215,13 @@ PACKED = jaxpack.pack_sequence([np.ones((3, F)), np.ones((1, F))])
     ("call", "error", "message"),
     [
         (lambda: jaxpack.subsample(PACKED, 0), ValueError, "stride must be at least 1, got 0"),
-        (lambda: jaxpack.subsample(np.ones((2, 3, F)), 2), TypeError, "subsample takes a PackedSequence"),
+        (lambda: jaxpack.subsample(np.ones((2, 3, F)), 2), TypeError, "subsample takes a PackedSequence"),  # type: ignore[arg-type]
         (lambda: jaxpack.stack_steps(PACKED, 0), ValueError, "size must be at least 1"),
-        (lambda: jaxpack.stack_steps(PACKED, 2, ceil_mode="all"), TypeError, "ceil_mode must be a bool, got 'all'"),
-        (lambda: jaxpack.avg_pool(PACKED, 2, stride=1.5), TypeError, "stride must be an int, got 1.5"),
+        (lambda: jaxpack.stack_steps(PACKED, 2, ceil_mode="all"), TypeError, "ceil_mode must be a bool, got 'all'"),  # type: ignore[arg-type]
+        (lambda: jaxpack.avg_pool(PACKED, 2, stride=1.5), TypeError, "stride must be an int, got 1.5"),  # type: ignore[arg-type]
         (lambda: jaxpack.max_pool(PACKED, 2, padding=(0, 2)), ValueError, r"below the size of a window, which is 2"),
         (lambda: jaxpack.max_pool(PACKED, 2, padding="FULL"), ValueError, '"VALID", "SAME" or a pair .* got \'FULL\''),
-        (lambda: jaxpack.conv(PACKED, np.ones((2, F)), padding=1), TypeError, "a pair of ints .*got 1"),
+        (lambda: jaxpack.conv(PACKED, np.ones((2, F)), padding=1), TypeError, "a pair of ints .*got 1"),  # type: ignore[arg-type]
         (lambda: jaxpack.conv(PACKED, np.ones((2, F)), padding=(-1, 0)), ValueError, "must not be negative"),
         (lambda: jaxpack.conv(PACKED, np.ones((2, F)), stride=0), ValueError, "stride must be at least 1"),
         (lambda: jaxpack.conv(PACKED, np.ones((2, 4))), ValueError, r"kernel must be \[K, 3\] .* got shape \(2, 4"),
