@@ -22,7 +22,7 @@ from jaxpack._packed.gather import Cells, Indexed, real_cells, rearrange, slot_l
 from jaxpack._packed.maps import by_cell, cells_of, room_of_slots, spread
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.slack import checked_slot_fits
-from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._plans.bucket_plan import INDEX_MAX, BucketPlan
 from jaxpack._plans.resized import resized
 from jaxpack._types import PyTree
 
@@ -47,6 +47,10 @@ class Windows:
     dilation: int = 1
     padding: tuple[int, int] | None = (0, 0)
     ceil: bool = False
+
+    def __post_init__(self) -> None:
+        # No plan has more steps, so a larger stride, which int32 cannot hold, gives the same windows.
+        object.__setattr__(self, "stride", min(self.stride, INDEX_MAX))
 
     @property
     def span(self) -> int:

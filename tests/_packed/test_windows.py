@@ -212,6 +212,17 @@ def test_integers_and_trees_are_pooled_too():
 PACKED = jaxpack.pack_sequence([np.ones((3, F)), np.ones((1, F))])
 
 
+def test_a_stride_beyond_all_steps_leaves_one_window():
+    assert jaxpack.subsample(PACKED, 2**40).lengths.tolist() == [1, 1]
+    assert jaxpack.avg_pool(PACKED, 2, stride=2**40).lengths.tolist() == [1, 0]
+
+
+def test_a_kernel_wider_than_all_sequences_leaves_them_empty():
+    output = jaxpack.conv(PACKED, np.ones((5, F)), padding="VALID")
+    assert output.lengths.tolist() == [0, 0]
+    np.testing.assert_array_equal(jaxpack.segment_sum(output), np.zeros((2, F)))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
