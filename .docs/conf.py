@@ -47,6 +47,7 @@ contents = {
             "cells",
             "linear",
             "hybrids",
+            "speech",
             "state",
             "rollouts",
             "feeding",

@@ -33,6 +33,7 @@ from jaxpack._packed.convert import (
 )
 from jaxpack._packed.masks import compact, scatter_back
 from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._packed.pool import avg_pool, max_pool, stack_steps, subsample, sum_pool
 from jaxpack._packed.reduce import (
     first,
     last,
@@ -50,6 +51,8 @@ from jaxpack._packed.rows import Rows, from_rows, to_rows
 from jaxpack._packed.scan import packed_scan
 from jaxpack._packed.statistics import mean, std, var
 from jaxpack._packed.steps import broadcast_to_steps, concatenate, softmax
+from jaxpack._packed.upsample import repeat_steps
+from jaxpack._packed.window_conv import conv
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
@@ -80,10 +83,12 @@ __all__ = [
     "PeepholeLSTM",
     "Rows",
     "attention",
+    "avg_pool",
     "broadcast_to_steps",
     "causal_conv",
     "compact",
     "concatenate",
+    "conv",
     "first",
     "from_rows",
     "gated_delta_rule",
@@ -95,6 +100,7 @@ __all__ = [
     "linear_attention",
     "linear_scan",
     "lstm_cell",
+    "max_pool",
     "mean",
     "mgu_cell",
     "pack_padded_sequence",
@@ -108,6 +114,7 @@ __all__ = [
     "plan_exact",
     "plan_padded",
     "plan_rows",
+    "repeat_steps",
     "resets_from_dones",
     "reverse_sequences",
     "rnn_cell",
@@ -123,7 +130,10 @@ __all__ = [
     "segment_sum",
     "segment_var",
     "softmax",
+    "stack_steps",
     "std",
+    "subsample",
+    "sum_pool",
     "to_rows",
     "unchecked",
     "unpack_sequence",

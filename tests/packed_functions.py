@@ -31,6 +31,7 @@ class Function(NamedTuple):
       differentiable: whether both modes of differentiation are promised, with derivatives other than 0.
       programs: the most programs that a call outside jit runs, those of the arguments included; None for many.
       jits: whether it runs under jit.
+      resizes: whether a packed result has other lengths than the batch, and therefore another plan.
     """
 
     run: Callable[[PackedSequence, Array], Any]
@@ -40,6 +41,7 @@ class Function(NamedTuple):
     differentiable: bool = True
     programs: int | None = 1
     jits: bool = True
+    resizes: bool = False
 
 
 def _classes(packed: PackedSequence) -> PackedSequence:
@@ -97,6 +99,15 @@ FUNCTIONS = {
     "broadcast_to_steps": Function(lambda p, x: jaxpack.broadcast_to_steps(x[:, 0], p), programs=3),
     "concatenate": Function(lambda p, x: jaxpack.concatenate([p, p]), batches=2),
     "causal_conv": Function(lambda p, x: jaxpack.causal_conv(p, np.array([[2.0] * 3, [1.0] * 3], np.float32))),
+    "conv": Function(
+        lambda p, x: jaxpack.conv(p, np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1), stride=2), resizes=True
+    ),
+    "subsample": Function(lambda p, x: jaxpack.subsample(p, 2), resizes=True),
+    "stack_steps": Function(lambda p, x: jaxpack.stack_steps(p, 2), resizes=True),
+    "sum_pool": Function(lambda p, x: jaxpack.sum_pool(p, 2, ceil_mode=True), resizes=True),
+    "avg_pool": Function(lambda p, x: jaxpack.avg_pool(p, 3, stride=2, padding="SAME"), resizes=True),
+    "max_pool": Function(lambda p, x: jaxpack.max_pool(p, 3, stride=2, padding=(1, 1)), resizes=True),
+    "repeat_steps": Function(lambda p, x: jaxpack.repeat_steps(p, 2), resizes=True),
     "to_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data, p), batches=2, programs=2),
     "from_rows": Function(lambda p, x: jaxpack.from_rows(jaxpack.to_rows(p).data * 2, p), batches=2, programs=3),
     "attention": Function(lambda p, x: _attend(jaxpack.attention, p, is_causal=True), batches=3, programs=2),

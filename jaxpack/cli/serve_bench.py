@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import jaxpack
-from jaxpack._layers.recurrent_layer import LayerParams
+from jaxpack._layers.specification import LayerParams
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack.cli._files import JsonFile, write_json
 from jaxpack.cli._text import print_parts

@@ -18,7 +18,8 @@ from jaxpack._cells.cell import Cell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._flax.known import LINEN_CELLS, NNX_CELLS, Tree, from_cell
-from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.specification import LayerParams
 from jaxpack.interop._weights import (
     Weights,
     check_convertible,

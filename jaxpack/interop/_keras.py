@@ -23,7 +23,8 @@ from jaxpack._cells.cell import Cell
 from jaxpack._cells.gru import GRUCell, ResetBeforeGRUCell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell
-from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.specification import LayerParams
 from jaxpack.interop._weights import (
     Weights,
     check_convertible,

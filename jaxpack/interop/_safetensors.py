@@ -14,7 +14,8 @@ import jax
 from jax.tree_util import keystr
 
 from jaxpack._extras import import_extra
-from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.specification import LayerParams
 from jaxpack.interop._weights import check_layer, to_exact_numpy, to_numpy
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")

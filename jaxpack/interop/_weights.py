@@ -22,7 +22,8 @@ from jaxpack._cells.gru import GRUCell, ResetBeforeGRUCell
 from jaxpack._cells.mgu import FlaxMGUCell, MGUCell
 from jaxpack._checks import is_traced
 from jaxpack._layers.params import check_params
-from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.specification import LayerParams
 from jaxpack._layers.state_dict import exactly
 
 Weights = dict[str, np.ndarray]

@@ -28,8 +28,9 @@ from jax.typing import ArrayLike
 
 from jaxpack._layers import layers
 from jaxpack._layers.params import InitializerByGate
-from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._layers.schemes import ForgetBias
+from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.inputs import as_batch, padded_plan
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan

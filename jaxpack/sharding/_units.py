@@ -23,7 +23,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, Params
 from jaxpack._layers.layers import GRU, LSTM, RNN
 from jaxpack._layers.params import check_params
-from jaxpack._layers.recurrent_layer import LayerParams, RecurrentLayer
+from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._types import PyTree
 from jaxpack.sharding._mapping import run_shards
