@@ -67,6 +67,7 @@ contents = {
             "packed",
             "layers",
             "hybrids",
+            "stepped",
             "rollouts",
             "cells",
             "flax",

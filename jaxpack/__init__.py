@@ -53,6 +53,8 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
 from jaxpack._rollouts.resets import resets_from_dones
+from jaxpack._stepped.conv import ConvGRU, ConvLSTM
+from jaxpack._stepped.slstm import SLSTM
 from jaxpack._traced_checks import unchecked
 
 __version__ = "0.1.0"
@@ -65,8 +67,11 @@ __all__ = [
     "MLSTM",
     "RGLRU",
     "RNN",
+    "SLSTM",
     "BucketPlan",
     "Chrono",
+    "ConvGRU",
+    "ConvLSTM",
     "CostModel",
     "GatedDeltaNet",
     "IndRNN",

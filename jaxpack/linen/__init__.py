@@ -5,6 +5,7 @@ from jaxpack.linen._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.linen._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.linen._rnn import RNN, Bidirectional
 from jaxpack.linen._stacks import GRU, LSTM, SimpleRNN
+from jaxpack.linen._stepped import SLSTM, ConvGRU, ConvLSTM
 from jaxpack.linen._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "MLSTM",
     "RGLRU",
     "RNN",
+    "SLSTM",
     "Bidirectional",
+    "ConvGRU",
+    "ConvLSTM",
     "GatedDeltaNet",
     "IndRNN",
     "LayerNormGRU",

@@ -5,6 +5,7 @@ from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
 from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
+from jaxpack.nnx._stepped import SLSTM, ConvGRU, ConvLSTM
 from jaxpack.nnx._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "MLSTM",
     "RGLRU",
     "RNN",
+    "SLSTM",
     "Bidirectional",
+    "ConvGRU",
+    "ConvLSTM",
     "GatedDeltaNet",
     "IndRNN",
     "LayerNormGRU",

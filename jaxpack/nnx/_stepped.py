@@ -1,0 +1,58 @@
+"""The layers that run step by step as flax.nnx modules, made from their specifications as those of `_linear`."""
+
+from __future__ import annotations
+
+from jaxpack._stepped.conv import ConvGRU as _ConvGRU
+from jaxpack._stepped.conv import ConvLSTM as _ConvLSTM
+from jaxpack._stepped.slstm import SLSTM as _SLSTM
+from jaxpack.nnx._linear import _Linear
+
+__all__ = ["SLSTM", "ConvGRU", "ConvLSTM"]
+
+
+class ConvLSTM(_Linear):
+    """A convolutional LSTM layer. layer(packed) returns (output, (h_n, c_n)).
+
+    The arguments are those of jaxpack.ConvLSTM; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.ConvLSTM(2, 4, spatial_shape=(5, 5), rngs=nnx.Rngs(0))
+      >>> output, (h_n, c_n) = layer(jaxpack.pack_sequence([np.ones((3, 5, 5, 2)), np.ones((1, 5, 5, 2))]))
+      >>> output.shape, h_n.shape
+      ((4, 5, 5, 4), (2, 5, 5, 4))
+    """
+
+    layer_class = _ConvLSTM
+
+
+class ConvGRU(_Linear):
+    """A convolutional GRU layer. layer(packed) returns (output, h_n).
+
+    The arguments are those of jaxpack.ConvGRU; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.ConvGRU(2, 4, spatial_shape=(5,), rngs=nnx.Rngs(0))
+      >>> output, h_n = layer(jaxpack.pack_sequence([np.ones((3, 5, 2)), np.ones((1, 5, 2))]))
+      >>> output.shape, h_n.shape
+      ((4, 5, 4), (2, 5, 4))
+    """
+
+    layer_class = _ConvGRU
+
+
+class SLSTM(_Linear):
+    """An sLSTM layer. layer(packed) returns (output, (h, c, n, m)).
+
+    The arguments are those of jaxpack.SLSTM; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.SLSTM(2, 8, num_heads=2, rngs=nnx.Rngs(0))
+      >>> output, (h, c, n, m) = layer(jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))]))
+      >>> output.shape, h.shape
+      ((4, 8), (2, 8))
+    """
+
+    layer_class = _SLSTM

@@ -1,0 +1,212 @@
+"""ConvLSTM, ConvGRU and SLSTM: papers, peers, decoding, episodes, modules, errors. The contract tests the rest."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from flax import linen, nnx
+from stepped_oracles import stepped_step
+
+import jaxpack
+import jaxpack.linen
+import jaxpack.nnx
+
+T = 5
+LAYERS: dict[str, Any] = {
+    "conv_lstm": jaxpack.ConvLSTM(2, 3, (4, 3), (3, 2)),
+    "conv_gru": jaxpack.ConvGRU(2, 3, (5,), 4),
+    "conv_gru in 3-d": jaxpack.ConvGRU(1, 2, (2, 3, 2)),
+    "slstm": jaxpack.SLSTM(3, 4, 2),
+    "slstm with exp": jaxpack.SLSTM(3, 4, 1, forget_gate="exp"),
+}
+each_layer = pytest.mark.parametrize("kind", LAYERS)
+
+
+def step_of(kind):
+    return functools.partial(stepped_step, kind.split(" ")[0], LAYERS[kind])
+
+
+def random_inputs(layer, rows=2):
+    return np.random.default_rng(0).standard_normal((rows, T, *layer.input_shape))
+
+
+def zeros(layer):
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape), layer.state_like(float))
+
+
+def assert_close(ours, theirs):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), ours, theirs)
+
+
+@pytest.mark.usefixtures("x64")
+@each_layer
+def test_a_layer_and_its_steps_compute_the_papers_equations_from_the_first_step_on(kind):
+    layer, params = LAYERS[kind], oracles.random_params(LAYERS[kind])
+    x = random_inputs(layer)
+    whole, final = jax.device_get(jax.jit(layer.apply)(params, x))
+    step, state = jax.jit(layer.step), None
+    expected = [zeros(layer)] * 2
+    if "slstm" in kind:  # nothing is remembered, so a stabiliser of -inf says what n = 0 does
+        expected = [(*each[:3], np.full(4, -np.inf)) for each in expected]
+    for t in range(T):
+        state, y = jax.device_get(step(params, state, x[:, t]))
+        for row in range(2):
+            expected[row], output = step_of(kind)(params, expected[row], x[row, t])
+            assert_close((y[row], whole[row, t]), (output, output))
+    assert_close(final, state)
+    assert_close(state, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
+    one, y = jax.device_get(step(params, jax.tree.map(lambda leaf: leaf[0], state), x[0, 0]))
+    both, ys = jax.device_get(step(params, state, x[:, 0]))
+    assert_close((one, y), jax.tree.map(lambda leaf: leaf[0], (both, ys)))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["conv_lstm", "slstm"])
+def test_episodes_begin_anew_in_both_directions(kind):
+    layer, params = LAYERS[kind], oracles.random_params(LAYERS[kind])
+    rng, x = np.random.default_rng(1), random_inputs(layer)
+    initial, fresh = (
+        jax.tree.map(lambda leaf: np.abs(rng.standard_normal((2, *leaf.shape))), layer.state_like(float))
+        for _ in range(2)
+    )
+    resets = np.zeros((2, T), bool)
+    resets[0, [0, 1, 3]] = resets[1, [3]] = True
+    plan = jaxpack.plan_rows([T, T], 1)
+    packed, packed_resets = (jaxpack.pack_padded_sequence(each, [T, T], True, plan=plan) for each in (x, resets))
+    for reverse in (False, True):
+        run = jax.jit(functools.partial(layer.apply, reverse=reverse))
+        output, final = run(params, packed, initial, resets=packed_resets, fresh_state=fresh)
+        for row, ours in enumerate(jaxpack.unpack_sequence(output)):
+            begins = np.flatnonzero(resets[row] & (np.arange(T) > 0))
+            pieces = [piece[::-1] if reverse else piece for piece in np.split(x[row], begins)]
+            ys = []
+            order = range(len(pieces))[::-1] if reverse else range(len(pieces))
+            for place in order:
+                carries_on = place == len(pieces) - 1 if reverse else place == 0 and not resets[row, 0]
+                state = jax.tree.map(lambda leaf, row=row: leaf[row], initial if carries_on else fresh)
+                of_piece = []
+                for step in pieces[place]:
+                    state, y = step_of(kind)(params, state, step)
+                    of_piece.append(y)
+                ys.append(of_piece[::-1] if reverse else of_piece)
+            np.testing.assert_allclose(ours, np.concatenate(ys[::-1] if reverse else ys), rtol=0, atol=1e-12)
+            jax.tree.map(lambda a, b, row=row: np.testing.assert_allclose(a[row], b, rtol=0, atol=1e-12), final, state)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("spatial_shape", [(5,), (4, 3), (2, 3, 2)])
+def test_conv_lstm_with_converted_weights_is_flaxs(spatial_shape):
+    layer = jaxpack.ConvLSTM(2, 3, spatial_shape)
+    cell = linen.ConvLSTMCell(3, (3,) * len(spatial_shape), param_dtype=float)
+    flax_layer = linen.RNN(cell, return_carry=True)
+    x = random_inputs(layer)
+    variables = jax.jit(flax_layer.init)(jax.random.key(0), x)
+    variables = jax.tree.map(lambda leaf: np.random.default_rng(2).uniform(-0.5, 0.5, leaf.shape), variables)
+    weights = variables["params"]["cell"]
+
+    def in_our_order(array):  # of Flax's gates i, g, f, o
+        i, g, f, o = np.split(array, 4, -1)
+        return np.concatenate([i, f, g, o], -1)
+
+    forget_bias = np.repeat([0, 1, 0, 0], 3)
+    params = {
+        "weight_ih": in_our_order(weights["ih"]["kernel"]),
+        "weight_hh": in_our_order(weights["hh"]["kernel"]),
+        "bias": in_our_order(weights["ih"]["bias"] + weights["hh"]["bias"]) + forget_bias,
+    }
+    lengths = np.array([5, 3])
+    output, (h_n, c_n) = jax.jit(layer.apply)(params, x, lengths=lengths)
+    (c, h), expected = jax.jit(flax_layer.apply)(variables, x, seq_lengths=lengths)
+    real = (np.arange(T) < lengths[:, None]).reshape(2, T, *(1,) * (len(spatial_shape) + 1))
+    assert_close(jax.device_get((output, h_n, c_n)), jax.device_get((np.where(real, expected, 0), h, c)))
+
+
+@pytest.mark.parametrize("forget_gate", ["sigmoid", "exp"])
+@pytest.mark.parametrize(("i", "f"), [(50, 50), (-50, -50), (50, -50), (-50, 50), (-200, -200)])
+def test_exponential_gates_are_stable_in_values_and_gradients(forget_gate, i, f):
+    layer = jaxpack.SLSTM(3, 4, 2, forget_gate=forget_gate)
+    x = np.float32(random_inputs(layer))
+    params = layer.init(jax.random.key(0))
+    params["bias"] = jnp.asarray(np.repeat([i, f, 0, 0], 4), jnp.float32)
+
+    @jax.jit
+    def run(params, x):
+        (output, final), vjp = jax.vjp(layer.apply, params, x)
+        return output, vjp((jnp.ones_like(output), jax.tree.map(jnp.zeros_like, final)))
+
+    output, gradients = jax.device_get(run(params, x))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((output, gradients)))
+    assert (np.abs(output) <= 1).all()
+    assert (output != 0).all()
+
+
+def test_the_inputs_are_convolved_once_and_not_in_the_loop():
+    layer = LAYERS["conv_lstm"]
+    plan = jaxpack.plan_padded(2, T)
+    run = functools.partial(layer.apply, plan=plan)
+    text = str(jax.make_jaxpr(run)(layer.init(jax.random.key(0)), random_inputs(layer)))
+    before, loop = text.split("scan[", 1)
+    assert before.count("conv_general_dilated") == loop.count("conv_general_dilated") == 1
+
+
+@pytest.mark.parametrize("name", ["ConvLSTM", "ConvGRU", "SLSTM"])
+def test_a_module_is_its_layer(name):
+    options: dict[str, Any] = {"num_heads": 2} if name == "SLSTM" else {"spatial_shape": (3,), "kernel_size": (2,)}
+    layer = getattr(jaxpack, name)(2, 4, **options)
+    x = np.float32(random_inputs(layer))
+    module = getattr(jaxpack.nnx, name)(2, 4, **options, rngs=nnx.Rngs(0))
+    assert module.layer == layer
+    params = nnx.to_pure_dict(nnx.state(module.params))
+    jax.tree.map(np.testing.assert_array_equal, module(x), layer.apply(params, x))
+    linen_module = getattr(jaxpack.linen, name)(4, **options)
+    assert linen_module.layer(2) == layer
+    variables = jax.jit(linen_module.init)(jax.random.key(0), x)
+    found = linen_module.apply(variables, x)
+    jax.tree.map(np.testing.assert_array_equal, found, layer.apply(variables["params"], x))
+
+
+def test_initial_parameters_have_their_shapes():
+    for layer in LAYERS.values():
+        params = jax.eval_shape(layer.init, jax.random.key(0))
+        assert jax.tree.map(jnp.shape, params) == layer.shapes
+    assert "bias" not in jaxpack.ConvGRU(2, 3, (5,), bias=False).shapes
+    forget = LAYERS["slstm"].init(jax.random.key(0))["bias"].reshape(4, 2, 2)[1]
+    assert forget.tolist() == [[3, 6], [3, 6]]
+
+
+INT: Any = 4  # where a tuple, or a bool, is wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: jaxpack.ConvLSTM(2, 3, ()), ValueError, "one to three axes"),
+        (lambda: jaxpack.ConvLSTM(2, 3, (2, 2, 2, 2)), ValueError, "one to three axes"),
+        (lambda: jaxpack.ConvLSTM(2, 3, INT), TypeError, "spatial_shape must be a tuple of ints, got 4"),
+        (lambda: jaxpack.ConvLSTM(2, 3, (4, 0)), ValueError, r"spatial_shape\[1\] must be at least 1"),
+        (lambda: jaxpack.ConvGRU(2, 3, (4, 4), (3,)), ValueError, "a size for each axis"),
+        (lambda: jaxpack.ConvGRU(2, 3, (4, 4), 0), ValueError, r"kernel_size\[0\] must be at least 1"),
+        (lambda: jaxpack.ConvGRU(2, 3, (4,), bias=INT), TypeError, "bias must be a bool"),
+        (lambda: jaxpack.SLSTM(3, 6, 4), ValueError, "num_heads=4 does not divide hidden_size=6"),
+        (lambda: jaxpack.SLSTM(3, 6, 0), ValueError, "num_heads must be at least 1"),
+        (lambda: jaxpack.SLSTM(3, 4, 2, "tanh"), ValueError, "forget_gate must be 'sigmoid' or 'exp'"),
+        (lambda: LAYERS["slstm"].init(7), TypeError, "key must be a JAX random key"),
+        (
+            lambda: LAYERS["conv_lstm"].apply(LAYERS["conv_lstm"].init(jax.random.key(0)), np.ones((2, T, 4, 2, 2))),
+            ValueError,
+            r"inputs must be \[B, T, 4, 3, 2\]",
+        ),
+        (
+            lambda: LAYERS["conv_lstm"].step(LAYERS["conv_lstm"].init(jax.random.key(0)), None, np.ones(2)),
+            ValueError,
+            r"x must be \[B, 4, 3, 2\] or \[4, 3, 2\]",
+        ),
+    ],
+)
+def test_errors_say_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
