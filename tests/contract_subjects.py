@@ -286,6 +286,15 @@ STEPPED: dict[str, Callable[[], Subject]] = {
         "conv_gru", jaxpack.ConvGRU(1, 2, (F, 1), (2, 1)), step=stepped_step, shaped=lambda x: x[..., None, None]
     ),
     "SLSTM": lambda: of_linear("slstm", jaxpack.SLSTM(F, H + 1, 2), step=stepped_step),
+    "GRUD": lambda: of_linear(
+        "gru_d",
+        jaxpack.GRUD(2, H),
+        step=stepped_step,
+        shaped=lambda x: (x[..., :2], x[..., 1:] > 0, abs(x[..., 2])),
+    ),
+    "CfC": lambda: of_linear(
+        "cfc", jaxpack.CfC(2, H, 4), step=stepped_step, shaped=lambda x: (x[..., :2], abs(x[..., 2]))
+    ),
 }
 MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the layer, and the module that holds it
     "nnx.GRU": ("GRU", lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H))),

@@ -73,4 +73,37 @@ def _slstm(layer, p, state, x, xp):
     return (h, c * xp.exp(-m), n * xp.exp(-m), m), h
 
 
-STEPS = {"conv_lstm": _conv_lstm, "conv_gru": _conv_gru, "slstm": _slstm}
+def _gru_d(layer, p, state, inputs, xp):
+    """Che et al. 2018, equations 9 to 15, with 1 - z for z, and the last values less their means."""
+    h, last, since = state
+    x, mask, dt = inputs
+    m, delta = xp.asarray(mask, np.float64), since + dt
+    value = xp.where(mask, x, last + p["mean"])  # the last value, where this one is missing
+    decay_x = xp.exp(-xp.maximum(0, p["decay_x"] * delta + p["decay_x_bias"]))
+    decay_h = xp.exp(-xp.maximum(0, delta @ p["decay_h"] + p["decay_h_bias"]))
+    x_hat = m * value + (1 - m) * (decay_x * value + (1 - decay_x) * p["mean"])
+    h = decay_h * h
+    weights = zip(*(xp.split(p[f"weight_{name}"], 3, 1) for name in ("ih", "hh", "mask")), strict=True)
+    (w_r, u_r, v_r), (w_z, u_z, v_z), (w_n, u_n, v_n) = weights
+    b_r, b_z, b_n = xp.split(p["bias"], 3)
+    r = _sigmoid(x_hat @ w_r + h @ u_r + m @ v_r + b_r, xp)
+    z = _sigmoid(x_hat @ w_z + h @ u_z + m @ v_z + b_z, xp)
+    h = (1 - z) * xp.tanh(x_hat @ w_n + (r * h) @ u_n + m @ v_n + b_n) + z * h
+    return (h, value - p["mean"], (1 - m) * delta), h
+
+
+def _cfc(layer, p, h, inputs, xp):
+    """Hasani et al. 2022: the closed form, with its backbone; "pure" is that of a liquid time constant."""
+    x, t = inputs
+    y = 1.7159 * xp.tanh(0.666 * (x @ p["weight_ih"] + h @ p["weight_hh"] + p["bias"]))
+    heads = (y @ p["weight_heads"] + p["bias_heads"]).reshape(-1, len(h))
+    g = xp.tanh(heads[0])
+    if layer.mode == "pure":
+        h = p["A"] * (1 - xp.exp(-t * (abs(p["w_tau"]) + abs(g))) * g)
+        return h, h
+    k, f = xp.tanh(heads[1]), -heads[2] * t - heads[3]
+    h = (1 if layer.mode == "no_gate" else _sigmoid(f, xp)) * g + (1 - _sigmoid(f, xp)) * k
+    return h, h
+
+
+STEPS = {"conv_lstm": _conv_lstm, "conv_gru": _conv_gru, "slstm": _slstm, "gru_d": _gru_d, "cfc": _cfc}

@@ -5,11 +5,12 @@ from jaxpack.linen._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.linen._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.linen._rnn import RNN, Bidirectional
 from jaxpack.linen._stacks import GRU, LSTM, SimpleRNN
-from jaxpack.linen._stepped import SLSTM, ConvGRU, ConvLSTM
+from jaxpack.linen._stepped import GRUD, SLSTM, CfC, ConvGRU, ConvLSTM
 from jaxpack.linen._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
     "GRU",
+    "GRUD",
     "LRU",
     "LSTM",
     "MGU",
@@ -18,6 +19,7 @@ __all__ = [
     "RNN",
     "SLSTM",
     "Bidirectional",
+    "CfC",
     "ConvGRU",
     "ConvLSTM",
     "GatedDeltaNet",

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+from flax import linen as nn
+
+from jaxpack._linear.layer import LinearLayer
+from jaxpack._packed.packed_sequence import PackedSequence
+from jaxpack._stepped.cfc import CfC as _CfC
 from jaxpack._stepped.conv import ConvGRU as _ConvGRU
 from jaxpack._stepped.conv import ConvLSTM as _ConvLSTM
+from jaxpack._stepped.gru_d import GRUD as _GRUD
 from jaxpack._stepped.slstm import SLSTM as _SLSTM
+from jaxpack._types import PyTree
 from jaxpack.linen._linear import _Linear
 
-__all__ = ["SLSTM", "ConvGRU", "ConvLSTM"]
+__all__ = ["GRUD", "SLSTM", "CfC", "ConvGRU", "ConvLSTM"]
 
 
 class ConvLSTM(_Linear):
@@ -72,3 +81,51 @@ class SLSTM(_Linear):
     hidden_size: int
     num_heads: int = 4
     forget_gate: str = "sigmoid"
+
+
+class _Timed(_Linear):
+    """Base of the modules whose inputs are a tuple, x first."""
+
+    @nn.nowrap
+    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+        """Returns the specification for these inputs, and its parameters."""
+        return super()._parts(jax.tree.leaves(inputs.data if isinstance(inputs, PackedSequence) else inputs)[0])
+
+
+class GRUD(_Timed):
+    """A GRU-D layer, for missing values. layer.apply(variables, packed) returns (output, (h, last, since)).
+
+    The attributes are those of jaxpack.GRUD, without input_size; dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> layer = jaxpack.linen.GRUD(4)
+      >>> visits = [(np.ones((n, 2)), np.ones((n, 2), bool), np.full(n, 0.5)) for n in (3, 1)]
+      >>> packed = jaxpack.pack_sequence(visits)
+      >>> output, (h, last, since) = layer.apply(layer.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _GRUD
+
+    hidden_size: int
+
+
+class CfC(_Timed):
+    """A closed-form continuous-time layer, for uneven steps. layer.apply(variables, packed) returns (output, h_n).
+
+    The attributes are those of jaxpack.CfC, without input_size; dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> layer = jaxpack.linen.CfC(4, backbone_size=8)
+      >>> packed = jaxpack.pack_sequence([(np.ones((n, 2)), np.full(n, 0.5)) for n in (3, 1)])
+      >>> output, h_n = layer.apply(layer.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h_n.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _CfC
+
+    hidden_size: int
+    backbone_size: int = 128
+    mode: str = "gated"

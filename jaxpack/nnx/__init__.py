@@ -5,11 +5,12 @@ from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
 from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
-from jaxpack.nnx._stepped import SLSTM, ConvGRU, ConvLSTM
+from jaxpack.nnx._stepped import GRUD, SLSTM, CfC, ConvGRU, ConvLSTM
 from jaxpack.nnx._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
     "GRU",
+    "GRUD",
     "LRU",
     "LSTM",
     "MGU",
@@ -18,6 +19,7 @@ __all__ = [
     "RNN",
     "SLSTM",
     "Bidirectional",
+    "CfC",
     "ConvGRU",
     "ConvLSTM",
     "GatedDeltaNet",

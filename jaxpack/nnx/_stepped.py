@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from jaxpack._stepped.cfc import CfC as _CfC
 from jaxpack._stepped.conv import ConvGRU as _ConvGRU
 from jaxpack._stepped.conv import ConvLSTM as _ConvLSTM
+from jaxpack._stepped.gru_d import GRUD as _GRUD
 from jaxpack._stepped.slstm import SLSTM as _SLSTM
 from jaxpack.nnx._linear import _Linear
 
-__all__ = ["SLSTM", "ConvGRU", "ConvLSTM"]
+__all__ = ["GRUD", "SLSTM", "CfC", "ConvGRU", "ConvLSTM"]
 
 
 class ConvLSTM(_Linear):
@@ -56,3 +58,36 @@ class SLSTM(_Linear):
     """
 
     layer_class = _SLSTM
+
+
+class GRUD(_Linear):
+    """A GRU-D layer, for missing values and uneven steps. layer(packed) returns (output, (h, last, since)).
+
+    The arguments are those of jaxpack.GRUD; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.GRUD(2, 4, rngs=nnx.Rngs(0))
+      >>> visits = [(np.ones((n, 2)), np.ones((n, 2), bool), np.full(n, 0.5)) for n in (3, 1)]
+      >>> output, (h, last, since) = layer(jaxpack.pack_sequence(visits))
+      >>> output.shape, h.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _GRUD
+
+
+class CfC(_Linear):
+    """A closed-form continuous-time layer, for uneven steps. layer(packed) returns (output, h_n).
+
+    The arguments are those of jaxpack.CfC; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.CfC(2, 4, backbone_size=8, rngs=nnx.Rngs(0))
+      >>> output, h_n = layer(jaxpack.pack_sequence([(np.ones((n, 2)), np.full(n, 0.5)) for n in (3, 1)]))
+      >>> output.shape, h_n.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _CfC

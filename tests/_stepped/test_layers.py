@@ -1,4 +1,4 @@
-"""ConvLSTM, ConvGRU and SLSTM: papers, peers, decoding, episodes, modules, errors. The contract tests the rest."""
+"""ConvLSTM, ConvGRU, SLSTM, GRUD and CfC: papers, peers, decoding, episodes, errors. The contract has the rest."""
 
 import functools
 from typing import Any
@@ -22,16 +22,30 @@ LAYERS: dict[str, Any] = {
     "conv_gru in 3-d": jaxpack.ConvGRU(1, 2, (2, 3, 2)),
     "slstm": jaxpack.SLSTM(3, 4, 2),
     "slstm with exp": jaxpack.SLSTM(3, 4, 1, forget_gate="exp"),
+    "gru_d": jaxpack.GRUD(3, 4),
+    "cfc": jaxpack.CfC(3, 4, 5),
+    "cfc, no gate": jaxpack.CfC(3, 4, 5, mode="no_gate"),
+    "cfc, pure": jaxpack.CfC(3, 4, 5, mode="pure"),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
 
 
 def step_of(kind):
-    return functools.partial(stepped_step, kind.split(" ")[0], LAYERS[kind])
+    return functools.partial(stepped_step, kind.replace(",", "").split(" ")[0], LAYERS[kind])
 
 
 def random_inputs(layer, rows=2):
-    return np.random.default_rng(0).standard_normal((rows, T, *layer.input_shape))
+    """Random inputs; of GRUD with NaN where they are missing."""
+    rng = np.random.default_rng(0)
+    if not isinstance(layer, (jaxpack.GRUD, jaxpack.CfC)):
+        return rng.standard_normal((rows, T, *layer.input_shape))
+    x, dt = rng.standard_normal((rows, T, layer.input_size)), rng.uniform(0, 2, (rows, T))
+    mask = rng.uniform(size=x.shape) > 0.5
+    return (np.where(mask, x, np.nan), mask, dt) if isinstance(layer, jaxpack.GRUD) else (x, dt)
+
+
+def at(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def zeros(layer):
@@ -53,15 +67,16 @@ def test_a_layer_and_its_steps_compute_the_papers_equations_from_the_first_step_
     if "slstm" in kind:  # nothing is remembered, so a stabiliser of -inf says what n = 0 does
         expected = [(*each[:3], np.full(4, -np.inf)) for each in expected]
     for t in range(T):
-        state, y = jax.device_get(step(params, state, x[:, t]))
+        state, y = jax.device_get(step(params, state, at(x, np.s_[:, t])))
         for row in range(2):
-            expected[row], output = step_of(kind)(params, expected[row], x[row, t])
+            expected[row], output = step_of(kind)(params, expected[row], at(x, (row, t)))
             assert_close((y[row], whole[row, t]), (output, output))
     assert_close(final, state)
     assert_close(state, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
-    one, y = jax.device_get(step(params, jax.tree.map(lambda leaf: leaf[0], state), x[0, 0]))
-    both, ys = jax.device_get(step(params, state, x[:, 0]))
-    assert_close((one, y), jax.tree.map(lambda leaf: leaf[0], (both, ys)))
+    one, y = jax.device_get(step(params, at(state, 0), at(x, (0, 0))))
+    assert_close((one, y), at(jax.device_get(step(params, state, at(x, np.s_[:, 0]))), 0))
+    sequence, of_one = jax.device_get(jax.jit(layer.apply)(params, at(x, 0)))
+    assert_close((sequence, of_one), at((whole, final), 0))
 
 
 @pytest.mark.usefixtures("x64")
@@ -144,6 +159,41 @@ def test_exponential_gates_are_stable_in_values_and_gradients(forget_gate, i, f)
     assert (output != 0).all()
 
 
+@pytest.mark.usefixtures("x64")
+def test_values_that_are_missing_may_be_anything_in_values_and_gradients():
+    layer = LAYERS["gru_d"]
+    params = oracles.random_params(layer)
+    x, mask, dt = random_inputs(layer)
+
+    @jax.jit
+    def gradients(params, x):
+        return jax.value_and_grad(lambda *given: layer.apply(given[0], (given[1], mask, dt))[0].sum(), (0, 1))(
+            params, x
+        )
+
+    with_nan, with_zeros = jax.device_get((gradients(params, x), gradients(params, np.where(mask, x, 0))))
+    jax.tree.map(np.testing.assert_array_equal, with_nan, with_zeros)
+    assert (with_nan[1][1][~mask] == 0).all()
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(with_nan))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["gru_d", "cfc"])
+def test_inputs_travel_together_and_what_came_without_dt_is_refused(kind):
+    layer, params = LAYERS[kind], oracles.random_params(LAYERS[kind])
+    inputs, lengths = random_inputs(layer), np.array([3, 5])
+    output, _ = jax.jit(layer.apply)(params, jaxpack.pack_padded_sequence(inputs, lengths, batch_first=True))
+    padded, _ = jax.jit(layer.apply)(params, inputs, lengths=lengths)
+    assert_close(jaxpack.pad_packed_sequence(output, batch_first=True)[0], padded)
+    for wrong in (inputs[0], inputs[:-1], (*inputs[:-1], inputs[0]), (inputs[0][:, 1:], *inputs[1:])):
+        with pytest.raises(ValueError, match=r"takes a tuple of x \[B, T, 3\], .*dt \[B, T\], got"):
+            layer.apply(params, wrong)
+    with pytest.raises(ValueError, match=r"takes a tuple of x \[S, 3\], .*dt \[S\], got"):
+        layer.apply(params, jaxpack.pack_sequence([inputs[0][0]]))
+    with pytest.raises(ValueError, match=r"takes a tuple of x \[B, 3\], .*dt \[B\], got"):
+        layer.step(params, None, inputs[0][:, 0])
+
+
 def test_the_inputs_are_convolved_once_and_not_in_the_loop():
     layer = LAYERS["conv_lstm"]
     plan = jaxpack.plan_padded(2, T)
@@ -153,11 +203,20 @@ def test_the_inputs_are_convolved_once_and_not_in_the_loop():
     assert before.count("conv_general_dilated") == loop.count("conv_general_dilated") == 1
 
 
-@pytest.mark.parametrize("name", ["ConvLSTM", "ConvGRU", "SLSTM"])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ConvLSTM": {"spatial_shape": (3,), "kernel_size": (2,)},
+    "ConvGRU": {"spatial_shape": (3, 1), "bias": False},
+    "SLSTM": {"num_heads": 2, "forget_gate": "exp"},
+    "GRUD": {},
+    "CfC": {"backbone_size": 3, "mode": "pure"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_module_is_its_layer(name):
-    options: dict[str, Any] = {"num_heads": 2} if name == "SLSTM" else {"spatial_shape": (3,), "kernel_size": (2,)}
+    options = OPTIONS[name]
     layer = getattr(jaxpack, name)(2, 4, **options)
-    x = np.float32(random_inputs(layer))
+    x = jax.tree.map(np.float32, random_inputs(layer))
     module = getattr(jaxpack.nnx, name)(2, 4, **options, rngs=nnx.Rngs(0))
     assert module.layer == layer
     params = nnx.to_pure_dict(nnx.state(module.params))
@@ -167,6 +226,9 @@ def test_a_module_is_its_layer(name):
     variables = jax.jit(linen_module.init)(jax.random.key(0), x)
     found = linen_module.apply(variables, x)
     jax.tree.map(np.testing.assert_array_equal, found, layer.apply(variables["params"], x))
+    assert_close_in_float32 = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    _, y = linen_module.apply(variables, None, at(x, (0, 0)), method="step")
+    jax.tree.map(assert_close_in_float32, y, found[0][0, 0])
 
 
 def test_initial_parameters_have_their_shapes():
@@ -194,6 +256,10 @@ INT: Any = 4  # where a tuple, or a bool, is wanted
         (lambda: jaxpack.SLSTM(3, 6, 4), ValueError, "num_heads=4 does not divide hidden_size=6"),
         (lambda: jaxpack.SLSTM(3, 6, 0), ValueError, "num_heads must be at least 1"),
         (lambda: jaxpack.SLSTM(3, 4, 2, "tanh"), ValueError, "forget_gate must be 'sigmoid' or 'exp'"),
+        (lambda: jaxpack.CfC(3, 4, mode="exact"), ValueError, "mode must be one of 'gated', 'no_gate', 'pure'"),
+        (lambda: jaxpack.CfC(3, 4, 0), ValueError, "backbone_size must be at least 1"),
+        (lambda: jaxpack.GRUD(0, 4), ValueError, "input_size must be at least 1"),
+        (lambda: LAYERS["cfc"].init(7), TypeError, "key must be a JAX random key"),
         (lambda: LAYERS["slstm"].init(7), TypeError, "key must be a JAX random key"),
         (
             lambda: LAYERS["conv_lstm"].apply(LAYERS["conv_lstm"].init(jax.random.key(0)), np.ones((2, T, 4, 2, 2))),
