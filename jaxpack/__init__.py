@@ -57,6 +57,7 @@ from jaxpack._stepped.cfc import CfC
 from jaxpack._stepped.conv import ConvGRU, ConvLSTM
 from jaxpack._stepped.gru_d import GRUD
 from jaxpack._stepped.slstm import SLSTM
+from jaxpack._stepped.time_decay import TimeDecay
 from jaxpack._traced_checks import unchecked
 
 __version__ = "0.1.0"
@@ -87,6 +88,7 @@ __all__ = [
     "PackedSequence",
     "PeepholeLSTM",
     "Rows",
+    "TimeDecay",
     "attention",
     "broadcast_to_steps",
     "causal_conv",

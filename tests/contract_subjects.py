@@ -295,6 +295,9 @@ STEPPED: dict[str, Callable[[], Subject]] = {
     "CfC": lambda: of_linear(
         "cfc", jaxpack.CfC(2, H, 4), step=stepped_step, shaped=lambda x: (x[..., :2], abs(x[..., 2]))
     ),
+    "TimeDecay": lambda: of_linear(
+        "decay", jaxpack.TimeDecay(LSTM(2, H)), step=stepped_step, shaped=lambda x: (x[..., :2], abs(x[..., 2]))
+    ),
 }
 MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the layer, and the module that holds it
     "nnx.GRU": ("GRU", lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H))),

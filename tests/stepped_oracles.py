@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+from oracles import cell_step
 
 
 def stepped_step(kind, layer, params, state, x, xp=np):
@@ -106,4 +107,19 @@ def _cfc(layer, p, h, inputs, xp):
     return h, h
 
 
-STEPS = {"conv_lstm": _conv_lstm, "conv_gru": _conv_gru, "slstm": _slstm, "gru_d": _gru_d, "cfc": _cfc}
+def _lstm_with_decay(layer, p, state, inputs, xp):
+    """PyTorch's LSTM of what is left of h and c after an exponential decay."""
+    x, t = inputs
+    left = xp.exp(-xp.logaddexp(p["decay"], 0) * t)
+    state = cell_step("lstm", p, [s * part for s, part in zip(state, xp.split(left, 2), strict=True)], x, xp)
+    return state, state[0]
+
+
+STEPS = {
+    "conv_lstm": _conv_lstm,
+    "conv_gru": _conv_gru,
+    "slstm": _slstm,
+    "gru_d": _gru_d,
+    "cfc": _cfc,
+    "decay": _lstm_with_decay,
+}

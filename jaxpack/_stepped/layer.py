@@ -31,12 +31,16 @@ def wide(array: jax.Array) -> jax.Array:
 
 
 class SteppedLayer(LinearLayer):
-    """A layer that runs step by step: the base class of ConvLSTM, ConvGRU, SLSTM, GRUD and CfC."""
+    """A layer that runs step by step: the base class of ConvLSTM, ConvGRU, SLSTM, GRUD, CfC and TimeDecay."""
 
     @property
     def output_size(self) -> int:
         """The width of the output: hidden_size."""
         return self.hidden_size
+
+    def prepare(self, params: PyTree) -> PyTree:
+        """Returns what `project` and `advance` take as parameters, computed before the loop; by default the same."""
+        return params
 
     @abc.abstractmethod
     def project(self, params: PyTree, x: jax.Array) -> PyTree:
@@ -47,7 +51,7 @@ class SteppedLayer(LinearLayer):
         """Computes one step of M rows.
 
         Args:
-          params: the parameters, in the dtype of the computation.
+          params: the parameters, in the dtype of the computation, prepared.
           state: in the layout of `state_like`, leaves [M, ...], in float32 or wider.
           projected: what `project` returns for the inputs of these rows.
 
@@ -69,6 +73,7 @@ class SteppedLayer(LinearLayer):
         fresh = initial if entering.fresh is None else entering.fresh
         initial, zeros, fresh = jax.tree.map(wide, vary_like((initial, zeros, fresh), (x, resets)))
         initial, fresh = jax.tree.map(lambda leaf: leaf[packed.sorted_indices], (initial, fresh))
+        params = self.prepare(params)
         step = scan_of(functools.partial(self.advance, params))
         starts = Starts(initial, zeros, fresh)  # in slack inputs are zero, so zeros are a safe state there
         final, y = scan_slots(step, starts, self.project(params, x), real_cells(bare), packed.plan, resets)
@@ -80,6 +85,7 @@ class SteppedLayer(LinearLayer):
     def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         """Computes one step of a batch."""
         state = self._zeros((len(x),), x) if state is None else state
+        params = self.prepare(params)
         state, y = self.advance(params, jax.tree.map(wide, state), self.project(params, x))
         return self._narrowed(state, x.dtype), y.astype(x.dtype)
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._linear.layer import LinearLayer
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._stepped.cfc import CfC as _CfC
@@ -15,10 +16,11 @@ from jaxpack._stepped.conv import ConvGRU as _ConvGRU
 from jaxpack._stepped.conv import ConvLSTM as _ConvLSTM
 from jaxpack._stepped.gru_d import GRUD as _GRUD
 from jaxpack._stepped.slstm import SLSTM as _SLSTM
+from jaxpack._stepped.time_decay import TimeDecay as _TimeDecay
 from jaxpack._types import PyTree
 from jaxpack.linen._linear import _Linear
 
-__all__ = ["GRUD", "SLSTM", "CfC", "ConvGRU", "ConvLSTM"]
+__all__ = ["GRUD", "SLSTM", "CfC", "ConvGRU", "ConvLSTM", "TimeDecay"]
 
 
 class ConvLSTM(_Linear):
@@ -129,3 +131,26 @@ class CfC(_Timed):
     hidden_size: int
     backbone_size: int = 128
     mode: str = "gated"
+
+
+class TimeDecay(_Timed):
+    """A layer whose state decays with the time between steps. layer.apply(variables, packed) returns (output, state).
+
+    The attributes are those of jaxpack.TimeDecay; dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> layer = jaxpack.linen.TimeDecay(jaxpack.GRU(2, 4))
+      >>> packed = jaxpack.pack_sequence([(np.ones((n, 2)), np.full(n, 0.5)) for n in (3, 1)])
+      >>> output, h = layer.apply(layer.init(jax.random.key(0), packed), packed)
+      >>> output.shape, h.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _TimeDecay
+
+    base: RecurrentLayer
+
+    @nn.nowrap
+    def layer(self, input_size: int) -> LinearLayer:
+        """Returns the specification, which has its own input size."""
+        return _TimeDecay(self.base)

@@ -7,9 +7,10 @@ from jaxpack._stepped.conv import ConvGRU as _ConvGRU
 from jaxpack._stepped.conv import ConvLSTM as _ConvLSTM
 from jaxpack._stepped.gru_d import GRUD as _GRUD
 from jaxpack._stepped.slstm import SLSTM as _SLSTM
+from jaxpack._stepped.time_decay import TimeDecay as _TimeDecay
 from jaxpack.nnx._linear import _Linear
 
-__all__ = ["GRUD", "SLSTM", "CfC", "ConvGRU", "ConvLSTM"]
+__all__ = ["GRUD", "SLSTM", "CfC", "ConvGRU", "ConvLSTM", "TimeDecay"]
 
 
 class ConvLSTM(_Linear):
@@ -91,3 +92,19 @@ class CfC(_Linear):
     """
 
     layer_class = _CfC
+
+
+class TimeDecay(_Linear):
+    """A recurrent layer whose state decays with the time between steps. layer(packed) returns (output, state).
+
+    The arguments are those of jaxpack.TimeDecay; rngs, dtype and param_dtype are those of MinGRU.
+
+    Examples:
+      >>> from flax import nnx
+      >>> layer = jaxpack.nnx.TimeDecay(jaxpack.GRU(2, 4), rngs=nnx.Rngs(0))
+      >>> output, h = layer(jaxpack.pack_sequence([(np.ones((n, 2)), np.full(n, 0.5)) for n in (3, 1)]))
+      >>> output.shape, h.shape
+      ((4, 4), (2, 4))
+    """
+
+    layer_class = _TimeDecay

@@ -1,4 +1,4 @@
-"""ConvLSTM, ConvGRU, SLSTM, GRUD and CfC: papers, peers, decoding, episodes, errors. The contract has the rest."""
+"""Layers that run step by step: papers, peers, decoding, episodes, modules, errors. The contract has the rest."""
 
 import functools
 from typing import Any
@@ -25,6 +25,7 @@ LAYERS: dict[str, Any] = {
     "gru_d": jaxpack.GRUD(3, 4),
     "cfc": jaxpack.CfC(3, 4, 5),
     "cfc, no gate": jaxpack.CfC(3, 4, 5, mode="no_gate"),
+    "decay": jaxpack.TimeDecay(jaxpack.LSTM(3, 4, bias=False)),
     "cfc, pure": jaxpack.CfC(3, 4, 5, mode="pure"),
 }
 each_layer = pytest.mark.parametrize("kind", LAYERS)
@@ -37,7 +38,7 @@ def step_of(kind):
 def random_inputs(layer, rows=2):
     """Random inputs; of GRUD with NaN where they are missing."""
     rng = np.random.default_rng(0)
-    if not isinstance(layer, (jaxpack.GRUD, jaxpack.CfC)):
+    if not isinstance(layer, (jaxpack.GRUD, jaxpack.CfC, jaxpack.TimeDecay)):
         return rng.standard_normal((rows, T, *layer.input_shape))
     x, dt = rng.standard_normal((rows, T, layer.input_size)), rng.uniform(0, 2, (rows, T))
     mask = rng.uniform(size=x.shape) > 0.5
@@ -178,7 +179,7 @@ def test_values_that_are_missing_may_be_anything_in_values_and_gradients():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("kind", ["gru_d", "cfc"])
+@pytest.mark.parametrize("kind", ["gru_d", "cfc", "decay"])
 def test_inputs_travel_together_and_what_came_without_dt_is_refused(kind):
     layer, params = LAYERS[kind], oracles.random_params(LAYERS[kind])
     inputs, lengths = random_inputs(layer), np.array([3, 5])
@@ -231,6 +232,15 @@ def test_a_module_is_its_layer(name):
     jax.tree.map(assert_close_in_float32, y, found[0][0, 0])
 
 
+def test_a_module_of_a_layer_that_decays_is_its_layer():
+    layer = jaxpack.TimeDecay(jaxpack.GRU(2, 4))
+    x = jax.tree.map(np.float32, random_inputs(layer))
+    module, linen_module = jaxpack.nnx.TimeDecay(layer.base, rngs=nnx.Rngs(0)), jaxpack.linen.TimeDecay(layer.base)
+    params = nnx.to_pure_dict(nnx.state(module.params))
+    found = linen_module.apply({"params": params}, x)
+    jax.tree.map(np.testing.assert_array_equal, (found, module(x)), (layer.apply(params, x),) * 2)
+
+
 def test_initial_parameters_have_their_shapes():
     for layer in LAYERS.values():
         params = jax.eval_shape(layer.init, jax.random.key(0))
@@ -258,6 +268,8 @@ INT: Any = 4  # where a tuple, or a bool, is wanted
         (lambda: jaxpack.SLSTM(3, 4, 2, "tanh"), ValueError, "forget_gate must be 'sigmoid' or 'exp'"),
         (lambda: jaxpack.CfC(3, 4, mode="exact"), ValueError, "mode must be one of 'gated', 'no_gate', 'pure'"),
         (lambda: jaxpack.CfC(3, 4, 0), ValueError, "backbone_size must be at least 1"),
+        (lambda: jaxpack.TimeDecay(jaxpack.GRU(3, 4, num_layers=2)), ValueError, "one layer, one direction"),
+        (lambda: jaxpack.TimeDecay(INT), TypeError, "base must be a stack"),
         (lambda: jaxpack.GRUD(0, 4), ValueError, "input_size must be at least 1"),
         (lambda: LAYERS["cfc"].init(7), TypeError, "key must be a JAX random key"),
         (lambda: LAYERS["slstm"].init(7), TypeError, "key must be a JAX random key"),
