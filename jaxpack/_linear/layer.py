@@ -192,7 +192,8 @@ class LinearLayer(abc.ABC):
           initial_state: in the layout of the final state. Default: zeros.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
-            lengths. On CPUs it leaves out most of the padding as it runs, elsewhere it runs the padded batch.
+            lengths. On CPUs LRU, MinGRU, MinLSTM and RGLRU then leave out most of the padding as they run. Other
+            layers, and other devices, run the padded batch.
           resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the fresh
             state. Default: each sequence is one episode.
           fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:

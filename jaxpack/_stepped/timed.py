@@ -113,8 +113,10 @@ class TimedLayer(SteppedLayer):
         shapes = [jnp.shape(each) for each in arrays]
         expected = [shapes[0][:rank] + ((width,) if width else ()) for width in widths.values()] if right else None
         if shapes != expected or len(shapes[0]) != rank + 1:
-            found = shapes_of(inputs) if right else type(inputs).__name__
-            raise ValueError(f"{type(self).__name__} takes a tuple of {', '.join(forms)}, got {found}.")
+            raise ValueError(
+                f"{type(self).__name__} takes a tuple of {', '.join(forms)}, got {shapes_of(inputs)}. Pack them "
+                f"together, or pad them to one length."
+            )
         arrays = [each if width else each[..., None] for each, width in zip(arrays, widths.values(), strict=True)]
         dtype = jnp.result_type(*(each for each in arrays if each.dtype != bool))
         return jnp.concatenate([each.astype(dtype) for each in arrays], axis=-1)
