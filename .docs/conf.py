@@ -68,6 +68,7 @@ contents = {
             "packed",
             "layers",
             "hybrids",
+            "stepped",
             "rollouts",
             "cells",
             "flax",

@@ -57,20 +57,30 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.cost import CostModel
 from jaxpack._plans.planners import plan_best, plan_buckets, plan_exact, plan_padded, plan_rows
 from jaxpack._rollouts.resets import resets_from_dones
+from jaxpack._stepped.cfc import CfC
+from jaxpack._stepped.conv import ConvGRU, ConvLSTM
+from jaxpack._stepped.gru_d import GRUD
+from jaxpack._stepped.slstm import SLSTM
+from jaxpack._stepped.time_decay import TimeDecay
 from jaxpack._traced_checks import unchecked
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GRU",
+    "GRUD",
     "LRU",
     "LSTM",
     "MGU",
     "MLSTM",
     "RGLRU",
     "RNN",
+    "SLSTM",
     "BucketPlan",
+    "CfC",
     "Chrono",
+    "ConvGRU",
+    "ConvLSTM",
     "CostModel",
     "GatedDeltaNet",
     "IndRNN",
@@ -82,6 +92,7 @@ __all__ = [
     "PackedSequence",
     "PeepholeLSTM",
     "Rows",
+    "TimeDecay",
     "attention",
     "avg_pool",
     "broadcast_to_steps",

@@ -1,7 +1,7 @@
 """The subjects of the contract: layers, stacks, drop-ins and users' steps, each as pure functions.
 
-One joins by an entry in `LAYERS`, `FLAX`, `STEPS`, `LINEAR` or `MATRIX`. A module of Flax that hands its parameters to
-a layer joins by an entry in `MODULES`: it runs the layer's program, and so keeps what the layer promises.
+One joins by an entry in `LAYERS`, `FLAX`, `STEPS`, `LINEAR`, `MATRIX` or `STEPPED`. A module of Flax that hands its
+parameters to a layer joins by an entry in `MODULES`: it runs the layer's program, and so keeps what the layer promises.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flax import nnx
 from flax_apis import APIS, F, H
 from matrix_oracles import matrix_step
 from own_cell import LeakyRNN
+from stepped_oracles import stepped_step
 
 import jaxpack
 import jaxpack.linen
@@ -174,16 +175,25 @@ def of_dropin(api, *cells):
     return Subject(params, run, state, one, own_derivative=known, backward=backward)
 
 
-def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step):
-    """A layer that is linear in its state, or a module of Flax that holds one.
+def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step, shaped=None):
+    """A layer that is linear in its state or runs step by step, or a module of Flax that holds one.
 
     Args:
       kind: the name of its equations in `step`.
       api: "linen" or "nnx", if it is a module.
       module: makes the module.
       step: the oracle, which computes one step of one sequence.
+      shaped: makes the layer's inputs of [..., F], if they have another shape.
     """
-    apply, params = layer.apply, oracles.random_params(layer)
+    shaped = shaped or (lambda x: x)
+    params = oracles.random_params(layer)
+
+    def of_arrays(params, inputs, state, **options):
+        packed = isinstance(inputs, jaxpack.PackedSequence)
+        inputs = inputs.replace(data=shaped(inputs.data)) if packed else shaped(inputs)
+        return layer.apply(params, inputs, state, **options)
+
+    apply: Any = of_arrays
     if api is not None:
         call, params = APIS[api].pure(module(), jit=False)
 
@@ -192,7 +202,7 @@ def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step):
 
     def one(params, xs, state):
         plain = params if api is None else params["params"] if api == "linen" else nnx.to_pure_dict(params)
-        final, ys = jax.lax.scan(functools.partial(step, kind, layer, plain, xp=jnp), state, xs)
+        final, ys = jax.lax.scan(functools.partial(step, kind, layer, plain, xp=jnp), state, shaped(xs))
         return ys, final
 
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape), layer.state_like(float))
@@ -268,6 +278,27 @@ MATRIX: dict[str, Callable[[], Subject]] = {
     ),
     "MLSTM": lambda: of_linear("mlstm", jaxpack.MLSTM(F, 4, 2, **MLSTM), step=matrix_step),
 }
+STEPPED: dict[str, Callable[[], Subject]] = {
+    "ConvLSTM": lambda: of_linear(
+        "conv_lstm", jaxpack.ConvLSTM(1, 2, (F,)), step=stepped_step, shaped=lambda x: x[..., None]
+    ),
+    "ConvGRU": lambda: of_linear(
+        "conv_gru", jaxpack.ConvGRU(1, 2, (F, 1), (2, 1)), step=stepped_step, shaped=lambda x: x[..., None, None]
+    ),
+    "SLSTM": lambda: of_linear("slstm", jaxpack.SLSTM(F, H + 1, 2), step=stepped_step),
+    "GRUD": lambda: of_linear(
+        "gru_d",
+        jaxpack.GRUD(2, H),
+        step=stepped_step,
+        shaped=lambda x: (x[..., :2], x[..., 1:] > 0, abs(x[..., 2])),
+    ),
+    "CfC": lambda: of_linear(
+        "cfc", jaxpack.CfC(2, H, 4), step=stepped_step, shaped=lambda x: (x[..., :2], abs(x[..., 2]))
+    ),
+    "TimeDecay": lambda: of_linear(
+        "decay", jaxpack.TimeDecay(LSTM(2, H)), step=stepped_step, shaped=lambda x: (x[..., :2], abs(x[..., 2]))
+    ),
+}
 MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the layer, and the module that holds it
     "nnx.GRU": ("GRU", lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H))),
     "linen.LSTM": (
@@ -302,8 +333,18 @@ MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the lay
             matrix_step,
         ),
     ),
+    "nnx.SLSTM": (
+        "SLSTM",
+        lambda: of_linear(
+            "slstm",
+            jaxpack.SLSTM(F, H + 1, 2),
+            "nnx",
+            lambda: jaxpack.nnx.SLSTM(F, H + 1, 2, **FLOAT64),
+            stepped_step,
+        ),
+    ),
 }
-SUBJECTS = LAYERS | FLAX | STEPS | LINEAR | MATRIX
+SUBJECTS = LAYERS | FLAX | STEPS | LINEAR | MATRIX | STEPPED
 FLOAT64: dict[str, Any] = {"param_dtype": float, "rngs": nnx.Rngs(0)}
 MAMBA2: dict[str, Any] = {"head_size": 2, "state_size": 3, "num_groups": 2, "kernel_size": 3}
 MLSTM: dict[str, Any] = {"block_size": 2, "kernel_size": 3}

@@ -1,4 +1,4 @@
-"""LinearLayer: the base of the layers whose recurrence is linear in the state.
+"""LinearLayer: the base of the layers whose recurrence is linear in the state, and of those that run step by step.
 
 A layer is a frozen specification. Its parameters are a plain pytree; its state, for all sequences or for one, is a
 pytree as well, in the layout that `state_like` gives. A subclass adds its equations: `shapes`, `init`, `state_like`,
@@ -46,7 +46,7 @@ class Direction(NamedTuple):
 
 
 class LinearLayer(abc.ABC):
-    """A layer with a recurrence that is linear in its state: the base class of LRU, MinGRU, MinLSTM and RGLRU."""
+    """A layer with one direction and a state for each sequence: the base class of LRU, MinGRU, MinLSTM and RGLRU."""
 
     input_size: int
     hidden_size: int
@@ -59,6 +59,16 @@ class LinearLayer(abc.ABC):
     @abc.abstractmethod
     def output_size(self) -> int:
         """The width of the output."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one step of one sequence: (input_size,)."""
+        return (self.input_size,)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of one step of the output of one sequence: (output_size,)."""
+        return (self.output_size,)
 
     @property
     @abc.abstractmethod
@@ -89,13 +99,14 @@ class LinearLayer(abc.ABC):
 
         Args:
           params: the parameters, in the dtype of the computation or a wider one.
-          packed: data [S, F], in the dtype of the computation; zero in slack, NaN in sequences that do not fit.
+          packed: data [S, *input_shape], in the dtype of the computation; zero in slack, and NaN in sequences that do
+            not fit.
           entering: the states with which sequences and episodes begin, leaves [B, ...] in the caller's order.
           resets: bool [S], the first steps of episodes, arbitrary in slack; None if each sequence is one.
           direction: how to read the sequences.
 
         Returns:
-          The outputs [S, O], zero in slack; and the final state, leaves [B, ...] in the caller's order.
+          The outputs [S, *output_shape], zero in slack; and the final state, leaves [B, ...] in the caller's order.
         """
 
     @abc.abstractmethod
@@ -142,11 +153,12 @@ class LinearLayer(abc.ABC):
         dtype = jnp.result_type(x, self._checked_dtype(params), float)
         _check_real("x", dtype)
         x = jnp.asarray(x, dtype)
-        if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
-            raise ValueError(f"x must be [B, {self.input_size}] or [{self.input_size}], got shape {x.shape}.")
-        state = self._checked_state("state", state, x.shape[:-1], dtype)
+        rank, sizes = len(self.input_shape), ", ".join(map(str, self.input_shape))
+        if x.ndim - rank not in (0, 1) or x.shape[-rank:] != self.input_shape:
+            raise ValueError(f"x must be [B, {sizes}] or [{sizes}], got shape {x.shape}.")
+        state = self._checked_state("state", state, x.shape[:-rank], dtype)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        if x.ndim == 2:
+        if x.ndim > rank:
             return self.step_batch(params, state, x)
         state, y = self.step_batch(params, jax.tree.map(lambda leaf: leaf[None], state), x[None])
         return jax.tree.map(lambda leaf: leaf[0], state), y[0]
@@ -186,7 +198,8 @@ class LinearLayer(abc.ABC):
             valid steps run as if they were next to each other, and the output is put back where they were, zero at
             masked steps. A reset at a masked step acts at the next valid one. The mask may be traced.
           plan: for padded inputs, the static shape to run under. Default: no plan, which compiles one program for all
-            lengths. On CPUs it leaves out most of the padding as it runs, elsewhere it runs the padded batch.
+            lengths. On CPUs LRU, MinGRU, MinLSTM and RGLRU then leave out most of the padding as they run. Other
+            layers, and other devices, run the padded batch.
           resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the fresh
             state. Default: each sequence is one episode.
           fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
@@ -219,7 +232,7 @@ class LinearLayer(abc.ABC):
         params_dtype = self._checked_dtype(params)
         check_sharding(params)
         batch = inputs if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
-        alone = not isinstance(batch, PackedSequence) and jnp.ndim(batch) == 2
+        alone = not isinstance(batch, PackedSequence) and jnp.ndim(batch) == 1 + len(self.input_shape)
         if alone:
             batch, lengths, resets = self._as_batch_of_one(batch, lengths, plan, resets)
         aligned = align(f"{type(self).__name__}.apply", batch, {"resets": resets}, lengths, plan)
@@ -260,7 +273,7 @@ class LinearLayer(abc.ABC):
         if plan is not None or np.ndim(0 if lengths is None else lengths) or isinstance(resets, PackedSequence):
             raise ValueError(
                 f"inputs of shape {sequence.shape} are one sequence without a batch axis, which takes no plan=, one "
-                f"number as lengths= and resets [T]. A batch is [B, T, {self.input_size}]."
+                f"number as lengths= and resets [T]. A batch is [B, T, {', '.join(map(str, self.input_shape))}]."
             )
         if lengths is not None:
             lengths = jnp.reshape(lengths, 1) if isinstance(lengths, jax.Array) else np.reshape(lengths, 1)
@@ -269,11 +282,12 @@ class LinearLayer(abc.ABC):
     def _check_cells(self, aligned: Aligned) -> None:
         """Raises unless inputs and resets are of the right shape and kind."""
         data = aligned.packed.data
-        if data.ndim != 2 or data.shape[-1] != self.input_size:
+        if data.shape[1:] != self.input_shape:
+            sizes = ", ".join(map(str, self.input_shape))
             lead = "[S, " if aligned.length is None else "[B, T, "
             shape = data.shape if aligned.length is None else ("B", "T", *data.shape[1:])
             raise ValueError(
-                f"inputs must be {lead}{self.input_size}] (input_size={self.input_size}), got shape "
+                f"inputs must be {lead}{sizes}] (input_size={self.input_size}), got shape "
                 f"({', '.join(map(str, shape))})."
             )
         _check_real("inputs", data.dtype)
@@ -308,5 +322,5 @@ def _run(
     packed = clean(aligned.packed, aligned.agree, dtype)
     if not packed.plan.size:  # a batch of no sequences
         state = layer._zeros((0,), packed.data) if entering.initial is None else entering.initial
-        return lax.full_like(packed.data, 0, shape=(0, layer.output_size)), state
+        return lax.full_like(packed.data, 0, shape=(0, *layer.output_shape)), state
     return layer.run(params, packed, entering, aligned.others["resets"], direction)

@@ -5,17 +5,23 @@ from jaxpack.linen._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.linen._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.linen._rnn import RNN, Bidirectional
 from jaxpack.linen._stacks import GRU, LSTM, SimpleRNN
+from jaxpack.linen._stepped import GRUD, SLSTM, CfC, ConvGRU, ConvLSTM, TimeDecay
 from jaxpack.linen._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
     "GRU",
+    "GRUD",
     "LRU",
     "LSTM",
     "MGU",
     "MLSTM",
     "RGLRU",
     "RNN",
+    "SLSTM",
     "Bidirectional",
+    "CfC",
+    "ConvGRU",
+    "ConvLSTM",
     "GatedDeltaNet",
     "IndRNN",
     "LayerNormGRU",
@@ -25,6 +31,7 @@ __all__ = [
     "MinLSTM",
     "PeepholeLSTM",
     "SimpleRNN",
+    "TimeDecay",
 ]
 
 _publish(__name__)

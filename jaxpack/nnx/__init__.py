@@ -5,17 +5,23 @@ from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
 from jaxpack.nnx._stacks import GRU, LSTM, SimpleRNN
+from jaxpack.nnx._stepped import GRUD, SLSTM, CfC, ConvGRU, ConvLSTM, TimeDecay
 from jaxpack.nnx._variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 
 __all__ = [
     "GRU",
+    "GRUD",
     "LRU",
     "LSTM",
     "MGU",
     "MLSTM",
     "RGLRU",
     "RNN",
+    "SLSTM",
     "Bidirectional",
+    "CfC",
+    "ConvGRU",
+    "ConvLSTM",
     "GatedDeltaNet",
     "IndRNN",
     "LayerNormGRU",
@@ -25,6 +31,7 @@ __all__ = [
     "MinLSTM",
     "PeepholeLSTM",
     "SimpleRNN",
+    "TimeDecay",
 ]
 
 _publish(__name__)

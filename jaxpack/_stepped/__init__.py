@@ -1,0 +1,1 @@
+"""Layers that run step by step: convolutional cells, sLSTM, and cells that know the time between steps."""
