@@ -201,7 +201,7 @@ class Cell:
         return da, (dh,) if earlier_dc is None else (dh, earlier_dc)
 
     def pull_back_projected(self, fused: Fused, x: jax.Array, da: jax.Array) -> jax.Array:
-        """Returns the cotangent of x @ w_x [M, X] from da, for a cell that `project`s by more than this product."""
+        """Returns the cotangent of x @ w_x [M, X] from da; of more than this product, where `project` has more."""
         return da[:, : fused.w_x.shape[1]]
 
     def more_gradients(

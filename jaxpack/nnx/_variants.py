@@ -14,25 +14,9 @@ __all__ = ["MGU", "IndRNN", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM"]
 
 
 class _Variant(_Stack):
-    """Base of these stacks: the arguments that all of them have."""
+    """Base of these stacks."""
 
     layer_class: ClassVar[type[RecurrentLayer]]
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        *,
-        learned_initial_state: bool = False,
-        rngs: nnx.Rngs,
-        **options: Unpack[Options],
-    ) -> None:
-        sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)
 
     def _set_up(self, sizes: tuple[Any, ...], keywords: dict[str, Any], rngs: nnx.Rngs, options: Options) -> None:
         make: Any = self.layer_class
@@ -136,6 +120,22 @@ class PeepholeLSTM(_Variant):
 
     layer_class = variants.PeepholeLSTM
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        learned_initial_state: bool = False,
+        rngs: nnx.Rngs,
+        **options: Unpack[Options],
+    ) -> None:
+        sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
+        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)
+
 
 class LayerNormLSTM(_Variant):
     """A stack of LSTM layers with layer normalisation in each step. lstm(packed) returns (output, (h_n, c_n)).
@@ -157,6 +157,22 @@ class LayerNormLSTM(_Variant):
 
     layer_class = variants.LayerNormLSTM
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        learned_initial_state: bool = False,
+        rngs: nnx.Rngs,
+        **options: Unpack[Options],
+    ) -> None:
+        sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
+        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)
+
 
 class LayerNormGRU(_Variant):
     """A stack of GRU layers with layer normalisation in each step. gru(packed) returns (output, h_n).
@@ -177,3 +193,19 @@ class LayerNormGRU(_Variant):
     """
 
     layer_class = variants.LayerNormGRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        learned_initial_state: bool = False,
+        rngs: nnx.Rngs,
+        **options: Unpack[Options],
+    ) -> None:
+        sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
+        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)

@@ -39,7 +39,7 @@ def map_shards(fn: PerShard, mesh: Any, axis: Axis = "data") -> PerShard:
       axis: the mesh axis, or several, over which shards are spread.
 
     Returns:
-      A function of (params, *batches): params are the same on all devices along the axis, and batches are pytrees whose
+      A function of params, which are the same on all devices along the axis, and of batches, which are pytrees whose
       arrays have a leading axis of D shards. Pass what differs between shards, such as dropout keys
       (`jax.random.split(key, D)`), as a further batch. Its results have a leading axis of D.
 
@@ -86,7 +86,7 @@ def sum_shards(fn: PerShard, mesh: Any, axis: Axis = "data") -> PerShard:
       mesh, axis: as in `map_shards`.
 
     Returns:
-      A function of (params, *batches), as `map_shards` returns it, whose results are those of all devices.
+      A function of params and batches, as `map_shards` returns it, whose results are those of all devices.
 
     Raises:
       ValueError: as `map_shards`.
