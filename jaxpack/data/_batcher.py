@@ -25,9 +25,10 @@ from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.shards import deal_rows
 from jaxpack._types import PyTree
 from jaxpack.data._axes import axis_names
-from jaxpack.data._batch import Batch, lay_out, stack_shards
+from jaxpack.data._batch import Batch, lay_out
 from jaxpack.data._form import Form
 from jaxpack.data._source import Epoch, Indexed, Length, Source, Streamed, TooLong, positional, shuffled
+from jaxpack.data._stacked import stack_shards
 from jaxpack.data._statistics import Statistics, Tally
 
 State = dict[str, Any]

@@ -2,7 +2,7 @@
 
 from jaxpack._namespace import publish as _publish
 from jaxpack._plans.shards import deal, plan_shards
-from jaxpack.data._batch import stack_shards
+from jaxpack.data._stacked import stack_shards
 from jaxpack.sharding._hosts import HostLostError, check_hosts_agree, start_hosts, watch_hosts
 from jaxpack.sharding._mapping import map_shards, sum_shards
 from jaxpack.sharding._packing import in_caller_order, pack_shards

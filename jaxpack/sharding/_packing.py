@@ -14,9 +14,10 @@ from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.shards import check_shared_plan, deal_rows, plan_shards
 from jaxpack._types import PyTree
-from jaxpack.data._batch import Batch, lay_out, stack_shards
+from jaxpack.data._batch import Batch, lay_out
 from jaxpack.data._form import Form
 from jaxpack.data._source import Piece
+from jaxpack.data._stacked import stack_shards
 
 
 def pack_shards(
