@@ -21,9 +21,11 @@ from jaxpack._cells.cell import Carry, Cell, Params
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
+from jaxpack._recurrence.backward import backward
 from jaxpack._recurrence.buffers import StepLoop, buffer
 from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
-from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, backward, factors, forward, widened
+from jaxpack._recurrence.forward import forward
+from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, factors, widened
 from jaxpack._recurrence.slots import BatchCells, RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
 
