@@ -16,6 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 
+def state_dtype(dtype: npt.DTypeLike, params_dtype: npt.DTypeLike) -> np.dtype:
+    """Returns the dtype of states and gates: float32 where parameters are wider than a dtype of half its size.
+
+    Args:
+      dtype: of products and outputs.
+      params_dtype: of the parameters.
+    """
+    mixed = jnp.finfo(dtype).bits < 32 and jnp.promote_types(dtype, params_dtype) != dtype
+    return np.dtype("float32") if mixed else np.dtype(dtype)
+
+
 def common_dtype(dtypes: Iterable[npt.DTypeLike]) -> np.dtype:
     """Returns the dtype to which jax.numpy promotes arrays of these dtypes.
 

@@ -364,4 +364,4 @@ def calls_of(name: str) -> list[str]:
 def one_call(name: str, turn: int) -> str:
     """Returns one call of a subject for a promise that compiles a program of its own: they take turns."""
     calls = calls_of(name)
-    return calls[(list(SUBJECTS).index(name) + turn) % len(calls)]
+    return calls[(list(SUBJECTS | MODULES).index(name) + turn) % len(calls)]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxpack._dtypes import state_dtype
 from jaxpack._packed.layout import lay_out, pad
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Resets, packed_beside
@@ -45,10 +46,8 @@ class Call(NamedTuple):
         return jnp.result_type(data, self.params_dtype) if self.dtype is None else self.dtype
 
     def state_dtype_with(self, data: jax.Array) -> Any:
-        """Returns the dtype of states and gates: float32 where parameters are wider than a dtype of half its size."""
-        dtype = self.dtype_with(data)
-        mixed = jnp.finfo(dtype).bits < 32 and jnp.promote_types(dtype, self.params_dtype) != dtype
-        return jnp.dtype("float32") if mixed else dtype
+        """Returns the dtype of states and gates."""
+        return state_dtype(self.dtype_with(data), self.params_dtype)
 
 
 def lay_out_with(

@@ -68,7 +68,7 @@ class DiagonalLayer(LinearLayer):
         y, final = run_chunks(recurrence, operands, reading, direction.forward_mode)
         if initial is not None:
             final = jnp.where(expand(reading.empty, final), initial.astype(final.dtype), final)
-        return y, jax.tree.map(lambda leaf: leaf[places], self.leave(final, packed.data.dtype))
+        return y, jax.tree.map(lambda leaf: leaf[places], self.leave(final, direction.state_dtype))
 
     def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         """Computes the equations of one step."""

@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxpack._checks import at_least_one
+from jaxpack._dtypes import state_dtype
 from jaxpack._layers.params import check_params, check_sharding, floating
 from jaxpack._layers.stack import explain_forward_mode
 from jaxpack._layers.states import shapes_of
@@ -38,11 +39,13 @@ class Direction(NamedTuple):
       reverse: whether each sequence is read from its end.
       forward_mode: whether the call must be differentiable in forward mode.
       planned: whether the plan is a choice; otherwise it only gives the shape of a padded batch.
+      state_dtype: the name of the dtype of states, which in mixed precision is wider than that of products.
     """
 
-    reverse: bool = False
-    forward_mode: bool = False
-    planned: bool = True
+    reverse: bool
+    forward_mode: bool
+    planned: bool
+    state_dtype: str
 
 
 class LinearLayer(abc.ABC):
@@ -98,7 +101,7 @@ class LinearLayer(abc.ABC):
         """Runs the recurrence over a batch of at least one sequence.
 
         Args:
-          params: the parameters, in the dtype of the computation or a wider one.
+          params: the parameters: factors of products in the dtype of the computation, vectors in that of states.
           packed: data [S, *input_shape], in the dtype of the computation; zero in slack, and NaN in sequences that do
             not fit.
           entering: the states with which sequences and episodes begin, leaves [B, ...] in the caller's order.
@@ -205,8 +208,9 @@ class LinearLayer(abc.ABC):
           fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
             the initial state.
           reverse: set True to read each sequence, or each of its episodes, from its end.
-          dtype: a floating dtype to compute in, to which inputs, parameters and states are cast. Default: the result
-            type of inputs and parameters.
+          dtype: a floating dtype to compute in. jnp.bfloat16 with float32 parameters is mixed precision: products have
+            bfloat16 factors, and the output is bfloat16; rates, biases, states and the sums of gradients are float32.
+            Default: the result type of inputs and parameters.
           forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize).
 
         Returns:
@@ -239,17 +243,18 @@ class LinearLayer(abc.ABC):
         self._check_cells(aligned)
         data = aligned.packed.data
         dtype = jnp.result_type(data, params_dtype) if dtype is None else floating(dtype)
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        wide = state_dtype(dtype, params_dtype)
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if jnp.ndim(leaf) > 1 else wide), params)
         rows = () if alone else (aligned.packed.plan.num_sequences,)
         check_fresh(fresh_state, resets)
         entering = Entering(
-            self._checked_state("initial_state", initial_state, rows, dtype),
-            self._checked_state("fresh_state", fresh_state, rows, dtype),
+            self._checked_state("initial_state", initial_state, rows, wide),
+            self._checked_state("fresh_state", fresh_state, rows, wide),
         )
         if alone:
             entering = jax.tree.map(lambda leaf: leaf[None], entering)
         planned = alone or plan is not None or isinstance(batch, PackedSequence)
-        direction = Direction(bool(reverse), bool(forward_mode), planned)
+        direction = Direction(bool(reverse), bool(forward_mode), planned, wide.name)
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
             cells = aligned._replace(length=None)
             outputs, final = _run(self, direction, jnp.dtype(dtype).name, params, cells, entering)
@@ -321,6 +326,8 @@ def _run(
     """Runs a layer on cells. Jitted, so each plan is one compilation."""
     packed = clean(aligned.packed, aligned.agree, dtype)
     if not packed.plan.size:  # a batch of no sequences
-        state = layer._zeros((0,), packed.data) if entering.initial is None else entering.initial
+        state = entering.initial
+        if state is None:
+            state = layer._zeros((0,), packed.data.astype(direction.state_dtype))
         return lax.full_like(packed.data, 0, shape=(0, *layer.output_shape)), state
     return layer.run(params, packed, entering, aligned.others["resets"], direction)

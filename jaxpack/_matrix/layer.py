@@ -107,19 +107,23 @@ class MatrixLayer(LinearLayer):
         starts = Reading.of(bare, resets, direction.reverse).resets
         if cells is not None:
             x, starts = rearrange(x, cells, cells), None if starts is None else rearrange(starts, cells, cells)
-        carries = Entering(*(None if state is None else state[0] for state in entering))  # None: slices, not gathers
         initial = self._zeros((packed.plan.num_sequences,), x) if entering.initial is None else entering.initial
         matrices = Entering(self._entered(initial), self._entered(entering.fresh))
         convolving, kept = self.project(params, x)
         kernel, bias = self.kernel(params)
+        # None for zeros: slices, not gathers.
+        carries = Entering(*(None if state is None else state[0].astype(convolving.dtype) for state in entering))
         convolved, carry = convolve(packed.replace(data=convolving), kernel, carries, starts=starts)
-        operands, kept = self.operands(params, convolved if bias is None else convolved + bias[None], kept)
+        if bias is not None:
+            convolved = (convolved + bias[None]).astype(convolved.dtype)
+        operands, kept = self.operands(params, convolved, kept)
         size = chunk_size(packed.plan, self.heads.key_size, self.heads.value_size)
         y, final = scan_chunks(self.rule, bare, operands, matrices, starts, size)
         outputs = self.readout(params, y, kept).astype(x.dtype)
         if cells is not None:
             outputs = rearrange(outputs, cells, cells)
-        return zero_slack(bare, outputs), (carry, self._narrowed(final, x.dtype))
+        narrow = direction.state_dtype
+        return zero_slack(bare, outputs), (carry.astype(narrow), self._narrowed(final, narrow))
 
     def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         """Runs a chunk of one step."""

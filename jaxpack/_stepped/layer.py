@@ -51,7 +51,7 @@ class SteppedLayer(LinearLayer):
         """Computes one step of M rows.
 
         Args:
-          params: the parameters, in the dtype of the computation, prepared.
+          params: the parameters, prepared: factors of products in the dtype of the computation.
           state: in the layout of `state_like`, leaves [M, ...], in float32 or wider.
           projected: what `project` returns for the inputs of these rows.
 
@@ -80,7 +80,7 @@ class SteppedLayer(LinearLayer):
         y = y.astype(x.dtype)
         if cells is not None:
             y = rearrange(y, cells, cells)
-        return zero_slack(bare, y), self._narrowed(in_caller_order(bare, final), x.dtype)
+        return zero_slack(bare, y), self._narrowed(in_caller_order(bare, final), direction.state_dtype)
 
     def step_batch(self, params: PyTree, state: PyTree, x: jax.Array) -> tuple[PyTree, jax.Array]:
         """Computes one step of a batch."""

@@ -15,11 +15,21 @@ import oracles
 import pytest
 from flax import nnx
 
+import jaxpack
 from jaxpack import GRU, LSTM, RNN, plan_padded
 from jaxpack.interop import to_nnx
 
 B, F, H, T = 4, 16, 16, 512
 LAYERS = {"RNN": RNN(F, H), "LSTM": LSTM(F, H), "LSTM, projected": LSTM(F, H, proj_size=8), "GRU": GRU(F, H)}
+LINEAR = {
+    "LRU": jaxpack.LRU(F, H),
+    "MinGRU": jaxpack.MinGRU(F, H),
+    "RGLRU": jaxpack.RGLRU(F, H, num_heads=2),
+    "Mamba2": jaxpack.Mamba2(F, H, head_size=8, state_size=8),
+    "GatedDeltaNet": jaxpack.GatedDeltaNet(F, H, 2, key_size=8),
+    "MLSTM": jaxpack.MLSTM(F, H, 2, block_size=4),
+}
+ALL: dict[str, Any] = {**LAYERS, **LINEAR}
 KINDS = {"RNN": "tanh", "GRU": "gru"}
 FLAX = {"LSTM": nnx.OptimizedLSTMCell, "GRU": nnx.GRUCell}
 HALF, SINGLE, DOUBLE = jnp.dtype("bfloat16"), jnp.dtype("float32"), jnp.dtype("float64")
@@ -38,7 +48,12 @@ class Errors(NamedTuple):
 
 
 def long_memory(layer, steps):
-    """Parameters whose gates keep the state for 1 to `steps` steps (chrono initialisation, Tallec & Ollivier 2018)."""
+    """Parameters whose gates keep the state for 1 to `steps` steps (chrono initialisation, Tallec & Ollivier 2018).
+
+    The rates of linear layers are drawn for long memories anyway.
+    """
+    if layer in LINEAR.values():
+        return layer.init(jax.random.key(0), SINGLE)
     params = layer.init(jax.random.key(0), SINGLE)["l0"]
     keep = jnp.log(np.random.default_rng(1).uniform(1, steps - 1, H)).astype(SINGLE)
     zeros = jnp.zeros_like(keep)
@@ -61,11 +76,14 @@ def differentiated(name, mode):
 
     Args:
       name: of a layer.
-      mode: "float64", by the equations; "mixed"; "bfloat16", with all arrays; "flax" in mixed precision, or "flax64".
+      mode: "float64", by the equations, of linear layers by the layer itself, whose contract compares it with them;
+        "mixed"; "bfloat16", with all arrays; "flax" in mixed precision, or "flax64".
     """
-    layer = LAYERS[name]
+    layer = ALL[name]
 
     def exact(params, sequence):
+        if name in LINEAR:
+            return layer.apply(params, sequence)[0]
         state = tuple(np.zeros((1, size)) for size in jax.tree.leaves(layer.cell.state_sizes))
         return oracles.scanned(
             functools.partial(oracles.cell_step, KINDS.get(name, "lstm"), xp=jnp), params, sequence, state
@@ -93,7 +111,7 @@ def differentiated(name, mode):
 
 def errors(name, mode, steps):
     """Compares a mode with float64, on weights, inputs and cotangents that are the same but for their dtype."""
-    layer, exact = LAYERS[name], "flax64" if mode == "flax" else "float64"
+    layer, exact = ALL[name], "flax64" if mode == "flax" else "float64"
     params, (x, cotangent) = long_memory(layer, steps), batch(layer, steps)
     if mode == "flax":
         rnn = nnx.RNN(FLAX[name](F, H, param_dtype=SINGLE, rngs=nnx.Rngs(0)))
@@ -135,6 +153,16 @@ def test_errors_of_mixed_precision_do_not_grow_with_steps_and_are_those_of_the_g
         np.testing.assert_array_less(said, 2 * np.array(found))
 
 
+@pytest.mark.parametrize("name", LINEAR)
+def test_errors_of_linear_layers_in_mixed_precision_are_those_of_the_guide(name, x64):
+    for steps in STEPS:
+        found, said = errors(name, "mixed", steps), in_guide()[name, "mixed", steps]
+        assert found.outputs < 0.015
+        np.testing.assert_array_less(found[:2], 2 * np.array(said[:2]))
+        np.testing.assert_array_less(said[:2], 2 * np.array(found[:2]))
+        assert found.weights < 3 * said.weights  # the largest is of a gate's bias, in which much cancels
+
+
 def test_forward_mode_and_second_derivatives_agree_in_mixed_precision():
     layer, lengths = LSTM(F, H, proj_size=8), [7, 5, 3, 1]
     x = oracles.random_batch(lengths, F, dtype=np.float32)
@@ -163,7 +191,7 @@ def test_forward_mode_and_second_derivatives_agree_in_mixed_precision():
 def _write():
     """Writes the guide's table anew."""
     lines = ["| layer | arrays | 32 steps: outputs / by inputs / by weights | 512 steps |", "|---|---|---|---|"]
-    for name, mode in ((name, mode) for name in LAYERS for mode in MODES if mode != "flax" or name in FLAX):
+    for name, mode in ((name, mode) for name in ALL for mode in MODES if mode != "flax" or name in FLAX):
         each = (" / ".join(f"{error:.4f}" for error in errors(name, mode, steps)) for steps in STEPS)
         lines.append(f"| {name} | {mode} | {' | '.join(each)} |")
     table = "\n".join(lines)

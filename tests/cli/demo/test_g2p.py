@@ -25,6 +25,14 @@ STEPS = 10  # 5 batches per epoch
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _interrupts():
+    """Raises KeyboardInterrupt on SIGINT, which a process in the background of a shell script ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     """Uses a few words, checkpoints every three steps, and one compilation for all runs."""
