@@ -159,9 +159,11 @@ class RGLRU(DiagonalLayer):
     def gates(self, params: PyTree, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns a and sqrt(1 - a²) i x."""
         wide = accumulator(x.dtype)
-        heads = x.reshape(len(x), self.num_heads, -1)
-        projected = jnp.einsum("mhi,hij->mhj", heads, params["blocks"]) + params["biases"]
-        i, r = (jax.nn.sigmoid(gate.reshape(x.shape).astype(wide)) for gate in jnp.split(projected, 2, axis=-1))
+        heads = x.reshape(len(x), self.num_heads, -1).astype(wide)
+        # In bfloat16 a CPU would also add up a chunk's gradient of the blocks in bfloat16 (JAX 0.12).
+        projected = jnp.einsum("mhi,hij->mhj", heads, params["blocks"].astype(wide))
+        gates = jnp.split(projected + params["biases"].astype(wide), 2, axis=-1)
+        i, r = (jax.nn.sigmoid(gate.reshape(x.shape)) for gate in gates)
         log_a = params["rate"] * r
         # The floor keeps the derivative of the root finite where a gate is shut. It is far below any 1 - a² in use.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_a), jnp.finfo(wide).tiny))
