@@ -58,11 +58,13 @@ class DiagonalLayer(LinearLayer):
         order, places = packed.sorted_indices, packed.unsorted_indices
         reading = Reading.of(packed.replace(data=None), resets, direction.reverse)
         initial, fresh = (None if state is None else self.enter(state)[order] for state in entering)
-        used = [each for each in (initial, fresh) if each is not None]
-        if initial is None and fresh is not None:
-            used = [jnp.zeros_like(fresh), fresh]
-        used = [jnp.where(expand(reading.empty, each), 0, each) for each in used]  # others may be NaN
-        table = None if not used else used[0] if len(used) == 1 else jnp.concatenate(used)
+        used, used_fresh = jax.tree.map(
+            lambda each: jnp.where(expand(reading.empty, each), 0, each),  # others may be NaN
+            (initial, fresh),
+        )
+        table = used
+        if fresh is not None:
+            table = jnp.concatenate([jnp.zeros_like(fresh) if used is None else used, used_fresh])
         operands = Operands(self.prepare(params), packed.data, table)
         recurrence = Recurrence(self, packed.plan, direction.reverse, direction.planned)
         y, final = run_chunks(recurrence, operands, reading, direction.forward_mode)

@@ -167,3 +167,8 @@ def _parallel(decay: jax.Array, inputs: jax.Array, fresh: jax.Array, carry: jax.
 def accumulator(dtype: Any) -> Any:
     """Returns the dtype in which a state is kept from step to step: float32 for half precision."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def wide(array: jax.Array) -> jax.Array:
+    """Casts to the dtype in which a state is kept: float32, unless the array's is wider."""
+    return array.astype(accumulator(array.dtype))

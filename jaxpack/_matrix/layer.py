@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from jaxpack._linear.layer import Direction, LinearLayer
 from jaxpack._linear.reading import Reading
+from jaxpack._linear.solve import wide
 from jaxpack._matrix.chunks import Chunk, Rule, chunk_size, scan_chunks
-from jaxpack._matrix.parts import wide
 from jaxpack._packed.conv import convolve
 from jaxpack._packed.gather import rearrange, reversed_cells
 from jaxpack._packed.packed_sequence import PackedSequence

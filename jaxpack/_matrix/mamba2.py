@@ -26,9 +26,10 @@ import jax.numpy as jnp
 from jaxpack._checks import at_least_one
 from jaxpack._layers.params import floating
 from jaxpack._linear.diagonal import split
+from jaxpack._linear.solve import wide
 from jaxpack._matrix.chunks import Rule
 from jaxpack._matrix.layer import Heads, MatrixLayer
-from jaxpack._matrix.parts import conv_bound, divided, inverse_softplus_steps, rms_normalised, uniform, wide
+from jaxpack._matrix.parts import conv_bound, divided, inverse_softplus_steps, rms_normalised, uniform
 from jaxpack._matrix.rules import linear_attention
 from jaxpack._matrix.state_dict import from_names
 from jaxpack._types import PyTree

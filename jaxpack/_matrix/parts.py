@@ -13,11 +13,6 @@ _STEPS = (1e-3, 1e-1)  # the least and the largest Δ that is drawn
 _LEAST_STEP = 1e-4
 
 
-def wide(array: jax.Array) -> jax.Array:
-    """Casts to float32, unless the dtype is wider."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any, bound: float) -> jax.Array:
     """Draws uniformly within a bound of 0."""
     return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -69,11 +69,11 @@ def run_rollout(
     time_first = checked_axis(axis) == 0
     if isinstance(inputs, PackedSequence):
         raise TypeError("run_rollout takes the arrays of a rollout, got a PackedSequence, which goes to layer.apply.")
-    batch, rows, steps = padded_batch(inputs, not time_first, "inputs")
+    batch, *shape = padded_batch(inputs, True, "inputs")  # as it is, whichever axis is time
     flags = as_jax(resets, "resets")
     if flags.dtype != bool:
         raise TypeError(f"resets must be bool, got dtype {flags.dtype}. Of zeros and ones write resets.astype(bool).")
-    names, shape = ("[T, N]", [steps, rows]) if time_first else ("[N, T]", [rows, steps])
+    names, (steps, rows) = ("[T, N]", shape) if time_first else ("[N, T]", shape[::-1])
     if list(flags.shape) != shape:
         raise ValueError(f"resets must be {names} = {shape}, as the inputs, got shape {list(flags.shape)}.")
     carried = checked_rows(carried, "carried", batch_axis, rows)
@@ -81,7 +81,9 @@ def run_rollout(
         fresh = jax.tree.map(jnp.zeros_like, carried)
     fresh = checked_fresh(fresh, carried, "carried", batch_axis, rows, 1)
     fresh = jax.tree.map(lambda leaf, like: jnp.broadcast_to(leaf, like.shape).astype(like.dtype), fresh, carried)
-    cells = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), batch), flags if time_first else flags.T
+    cells = batch, flags
+    if not time_first:
+        cells = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), cells)
     if not steps:  # a plan has a step at least
         cells = jax.tree.map(lambda leaf: jnp.zeros((1, *leaf.shape[1:]), leaf.dtype), cells)
     data, begins = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cells)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpack._checks import at_least_one
-from jaxpack._stepped.layer import wide
+from jaxpack._linear.solve import wide
 from jaxpack._stepped.timed import TimedLayer
 from jaxpack._types import PyTree
 

@@ -35,7 +35,8 @@ from jax import lax
 from jaxpack._checks import at_least_one
 from jaxpack._layers.params import floating
 from jaxpack._linear.diagonal import split
-from jaxpack._stepped.layer import SteppedLayer, wide
+from jaxpack._linear.solve import wide
+from jaxpack._stepped.layer import SteppedLayer
 from jaxpack._types import PyTree
 
 

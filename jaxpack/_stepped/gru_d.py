@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpack._stepped.layer import wide
+from jaxpack._linear.solve import wide
 from jaxpack._stepped.timed import TimedLayer
 from jaxpack._types import PyTree
 

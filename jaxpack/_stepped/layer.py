@@ -12,10 +12,10 @@ import abc
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from jaxpack._linear.layer import Direction, LinearLayer
 from jaxpack._linear.reading import Reading
+from jaxpack._linear.solve import wide
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.gather import real_cells, rearrange, reversed_cells
 from jaxpack._packed.packed_sequence import PackedSequence
@@ -23,11 +23,6 @@ from jaxpack._packed.resets import Entering
 from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._packed.slack import in_caller_order, zero_slack
 from jaxpack._types import PyTree
-
-
-def wide(array: jax.Array) -> jax.Array:
-    """Casts to float32, unless the dtype is wider."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 class SteppedLayer(LinearLayer):

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 from jaxpack._checks import at_least_one
 from jaxpack._layers.params import floating
 from jaxpack._linear.diagonal import split
-from jaxpack._stepped.layer import SteppedLayer, wide
+from jaxpack._linear.solve import wide
+from jaxpack._stepped.layer import SteppedLayer
 from jaxpack._types import PyTree
 
 _FORGET_GATES = ("sigmoid", "exp")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxpack._layers.params import floating
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._linear.diagonal import split
-from jaxpack._stepped.layer import wide
+from jaxpack._linear.solve import wide
 from jaxpack._stepped.timed import TimedLayer
 from jaxpack._types import PyTree
 
