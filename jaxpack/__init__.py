@@ -9,6 +9,7 @@ from jaxpack._cells.mgu import mgu_cell
 from jaxpack._cells.peephole import peephole_lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import Chrono
 from jaxpack._layers.variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
 from jaxpack._linear.lru import LRU
@@ -92,6 +93,7 @@ __all__ = [
     "MinLSTM",
     "PackedSequence",
     "PeepholeLSTM",
+    "Regularization",
     "Rows",
     "TimeDecay",
     "attention",

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
-from jaxpack._packed.dropout import Origins, drop_steps
+from jaxpack._layers.regularization import OFF, Noise, Regularization
+from jaxpack._packed.dropout import Origins
 from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Resets, reversed_resets
@@ -33,6 +34,7 @@ class Stack(NamedTuple):
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       all_states: whether to return the states after each step.
       schedules: how each platform runs the loops.
+      regularization: the regularisers, which act if there is a dropout key; zoneout acts without one, too.
     """
 
     cell: Cell
@@ -42,6 +44,7 @@ class Stack(NamedTuple):
     forward_mode: bool = False
     all_states: bool = False
     schedules: Schedules = Schedules()
+    regularization: Regularization = OFF
 
 
 @functools.partial(jax.jit, static_argnames="stack")
@@ -62,7 +65,7 @@ def run_stack(
       packed: data [S, F], in the dtype of products and outputs.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros. It has the
         dtype of the parameters.
-      dropout_key: None for no dropout.
+      dropout_key: None for evaluation.
       resets: None for none.
       fresh: the state to which resets return, in the layout of the initial state; None for that.
 
@@ -77,8 +80,10 @@ def run_stack(
         return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
     plan, real, reverse = _cells(packed, stack.planned)
     origins = Origins.of(packed) if isinstance(plan, BucketPlan) else Origins.of_batch(*plan)
+    noise = Noise(stack.regularization, stack.dropout, dropout_key, origins)
     cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
     recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
+    recurrence = recurrence._replace(zoneout=stack.regularization.zoneout_of(stack.cell))
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed, None if resets is None else resets.agree)
     state, fresh = jax.tree.map(
@@ -88,19 +93,21 @@ def run_stack(
     finals: list[Carry] = []
     states: list[Carry] = []
     for first in range(0, len(params), num_directions):
-        if first and dropout_key is not None:
-            data = drop_steps(jax.random.fold_in(dropout_key, first), data, origins, stack.dropout)
+        data = noise.on_inputs(data, first)
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
         each = range(layer.start, layer.stop)
         carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in each]
         to_fresh = [] if fresh is None else [tuple(leaf[i] for leaf in jax.tree.leaves(fresh)) for i in each]
-        results = recur(recurrence, params[layer], inputs, carries, cells, to_fresh)
+        weights = [noise.on_weights(params[i], i) for i in each]
+        masks = [mask for i in each if (mask := noise.masks(stack.cell, i, carries[0][0].dtype))]
+        results = recur(recurrence, weights, inputs, carries, cells._replace(masks=tuple(masks)), to_fresh)
         finals.extend(result.carry for result in results)
         after = [(result.y, *result.memory) for result in results]
         after[1:] = [tuple(rearrange(leaf, reverse, reverse) for leaf in each) for each in after[1:]]
         data = jnp.concatenate([y for y, *_ in after], axis=-1).astype(data.dtype)
         states.extend(after)
+    data = noise.on_output(data, fits)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)

@@ -12,6 +12,7 @@ from jaxpack._cells.mgu import mgu_of
 from jaxpack._cells.peephole import PeepholeLSTMCell
 from jaxpack._cells.rnn import check_nonlinearity
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class _Variant(RecurrentLayer):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,8 @@ class MGU(_Variant):
     """A stack of layers of minimal gated units. mgu.apply(variables, packed) returns (output, h_n).
 
     The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset and learned_initial_state are those of
-    jaxpack.MGU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    jaxpack.MGU. dtype, param_dtype, initialisers (also gate by gate), deterministic and
+    regularization are those of SimpleRNN.
 
     Examples:
       >>> mgu = jaxpack.linen.MGU(4)
@@ -44,7 +45,8 @@ class IndRNN(_Variant):
     """A stack of layers of independently recurrent units. rnn.apply(variables, packed) returns (output, h_n).
 
     The attributes hidden_size, num_layers, bias, dropout, bidirectional, nonlinearity and learned_initial_state are
-    those of jaxpack.IndRNN. dtype, param_dtype, initialisers and deterministic are those of SimpleRNN.
+    those of jaxpack.IndRNN. dtype, param_dtype, initialisers, deterministic and
+    regularization are those of SimpleRNN.
 
     Examples:
       >>> rnn = jaxpack.linen.IndRNN(4, num_layers=2)
@@ -63,7 +65,8 @@ class PeepholeLSTM(_Variant):
     """A stack of LSTM layers whose gates see the memory. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
     The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.PeepholeLSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    jaxpack.PeepholeLSTM. dtype, param_dtype, initialisers (also gate by gate), deterministic and
+    regularization are those of SimpleRNN.
 
     Examples:
       >>> lstm = jaxpack.linen.PeepholeLSTM(4)
@@ -81,7 +84,8 @@ class LayerNormLSTM(_Variant):
 
     lstm.apply(variables, packed) returns (output, (h_n, c_n)). The attributes hidden_size, num_layers, bias, dropout,
     bidirectional and learned_initial_state are those of jaxpack.LayerNormLSTM, which says where the norms are. dtype,
-    param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    param_dtype, initialisers (also gate by gate), deterministic and
+    regularization are those of SimpleRNN.
 
     Examples:
       >>> lstm = jaxpack.linen.LayerNormLSTM(4)
@@ -98,8 +102,8 @@ class LayerNormGRU(_Variant):
     """A stack of GRU layers with layer normalisation in each step. gru.apply(variables, packed) returns (output, h_n).
 
     The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.LayerNormGRU, which says where the norms are. dtype, param_dtype, initialisers (also gate by gate) and
-    deterministic are those of SimpleRNN.
+    jaxpack.LayerNormGRU, which says where the norms are. dtype, param_dtype, initialisers (also gate by gate),
+    deterministic and regularization are those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.LayerNormGRU(4)

@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import ROLES, Initializer, InitializerByGate
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.packed_sequence import PackedSequence
@@ -48,6 +49,7 @@ class Options(TypedDict, total=False):
     recurrent_kernel_metadata: Mapping[str, Any]
     bias_metadata: Mapping[str, Any]
     deterministic: bool
+    regularization: Regularization | None
 
 
 class _Stack(nnx.Module):
@@ -56,6 +58,8 @@ class _Stack(nnx.Module):
     def __init__(self, layer: RecurrentLayer, rngs: nnx.Rngs, **options: Unpack[Options]) -> None:
         for name in options.keys() - Options.__annotations__.keys():
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}.")
+        if options.get("regularization") is not None:
+            layer = dataclasses.replace(layer, regularization=options["regularization"])  # type: ignore[type-var]
         self.layer = layer
         self.dtype = options.get("dtype")
         params = layer.init(
@@ -103,7 +107,7 @@ class _Stack(nnx.Module):
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
           fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
-          deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
+          deterministic: True to evaluate, without dropout. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
           rngs: the source of dropout's key, or a key. Default: the module's own stream.
@@ -143,7 +147,7 @@ class _Stack(nnx.Module):
         """Sets the module's mode. nnx.view calls it.
 
         Args:
-          deterministic: True to leave out dropout between layers.
+          deterministic: True to evaluate, without dropout.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -174,7 +178,7 @@ class SimpleRNN(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       dtype: the dtype to compute in. Default: the result type of inputs and parameters.
       param_dtype: the dtype of the parameters. Default: JAX's float.
       kernel_init: initialises kernels (see jaxpack.RNN.init). nnx.with_partitioning may wrap it. Default: PyTorch's.
@@ -186,6 +190,7 @@ class SimpleRNN(_Stack):
       recurrent_kernel_metadata: likewise for recurrent kernels.
       bias_metadata: likewise for biases.
       deterministic: True to start in the mode that `eval()` sets, without dropout. Default: False.
+      regularization: a jaxpack.Regularization, whose masks the stream `dropout` draws too.
     """
 
     def __init__(
@@ -220,8 +225,9 @@ class LSTM(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     def __init__(
@@ -256,8 +262,9 @@ class GRU(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     def __init__(

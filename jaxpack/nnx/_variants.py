@@ -37,8 +37,9 @@ class MGU(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     layer_class = variants.MGU
@@ -75,8 +76,9 @@ class IndRNN(_Variant):
       ((4, 4), (2, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers, metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers, metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     layer_class = variants.IndRNN
@@ -114,8 +116,9 @@ class PeepholeLSTM(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     layer_class = variants.PeepholeLSTM
@@ -151,8 +154,9 @@ class LayerNormLSTM(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     layer_class = variants.LayerNormLSTM
@@ -188,8 +192,9 @@ class LayerNormGRU(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
+        SimpleRNN.
     """
 
     layer_class = variants.LayerNormGRU
