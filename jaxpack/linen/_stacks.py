@@ -43,6 +43,8 @@ _INITIALIZERS = ("kernel_init", "recurrent_kernel_init", "bias_init")
 class _Stack(nn.Module):
     """Base of the stacks. A subclass has the options of its layer class, except input_size."""
 
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
     dtype: Any = dataclasses.field(default=None, kw_only=True)
     param_dtype: Any = dataclasses.field(default=None, kw_only=True)
     kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
@@ -81,6 +83,7 @@ class _Stack(nn.Module):
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
+        return_sequences: bool = True,
     ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
@@ -96,6 +99,7 @@ class _Stack(nn.Module):
             is such dropout, whose key comes from the rng "dropout".
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
+          return_sequences: set False to return the output after each sequence's own last step alone.
 
         Returns:
           The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n). With return_all_states,
@@ -123,6 +127,7 @@ class _Stack(nn.Module):
             dtype=self.dtype,
             forward_mode=forward_mode,
             return_all_states=return_all_states,
+            return_sequences=return_sequences,
         )
 
     @nn.nowrap
@@ -163,8 +168,8 @@ def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and learned_initial_state are
-    those of jaxpack.RNN.
+    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional, learned_initial_state and merge
+    are those of jaxpack.RNN.
 
     Examples:
       >>> rnn = jaxpack.linen.SimpleRNN(4, nonlinearity="relu")
@@ -192,14 +197,14 @@ class SimpleRNN(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size and learned_initial_state are those
-    of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state and merge are
+    those of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of
+    SimpleRNN.
 
     Examples:
       >>> from flax import linen as nn
@@ -218,14 +223,14 @@ class LSTM(_Stack):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after and learned_initial_state are
-    those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state and merge
+    are those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of
+    SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -242,5 +247,4 @@ class GRU(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
     reset_after: bool = dataclasses.field(default=True, kw_only=True)
