@@ -38,6 +38,8 @@ class RNN(RecurrentLayer):
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
       regularization: further regularisers, a jaxpack.Regularization. Default: none.
+      merge: how the outputs of both directions become one, also between layers: "concat" (side by side, [..., 2H]),
+        "sum", "mean" or "mul" ([..., H]), or None for a pair of outputs, of a single layer.
 
     Raises:
       TypeError: if an argument has another type.
@@ -54,6 +56,7 @@ class RNN(RecurrentLayer):
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
     regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +92,8 @@ class LSTM(RecurrentLayer):
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
       regularization: further regularisers, a jaxpack.Regularization. Default: none.
+      merge: how the outputs of both directions become one, also between layers: "concat" (side by side, [..., 2H]),
+        "sum", "mean" or "mul" ([..., H]), or None for a pair of outputs, of a single layer.
       proj_size: if above 0, h is projected to that width, which must be below hidden_size.
 
     Raises:
@@ -106,6 +111,7 @@ class LSTM(RecurrentLayer):
     proj_size: int = 0
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
     regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,6 +150,8 @@ class GRU(RecurrentLayer):
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
       regularization: further regularisers, a jaxpack.Regularization. Default: none.
+      merge: how the outputs of both directions become one, also between layers: "concat" (side by side, [..., 2H]),
+        "sum", "mean" or "mul" ([..., H]), or None for a pair of outputs, of a single layer.
       reset_after: whether the gate r multiplies the recurrent product, as in PyTorch, or h before it, as in the paper
         (Cho et al. 2014), Haiku, and Keras with reset_after=False. That takes a second product in each step. The
         parameters have the same shapes, and no parameters make the two equal: torch.nn.GRU has only the first.
@@ -162,6 +170,7 @@ class GRU(RecurrentLayer):
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
     regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
     reset_after: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -138,10 +138,14 @@ class Noise(NamedTuple):
             data = drop_steps(self.key_of("dropout", index), data, self.origins, self.dropout)
         return self._locked("hidden_dropout" if index else "input_dropout", data, index)
 
-    def on_output(self, data: jax.Array, fits: jax.Array) -> jax.Array:
-        """Drops the output [S, D*H], but no NaN of slots that do not fit: bool [B]."""
-        dropped = self._locked("output_dropout", data, 0)
-        return data if dropped is data else poison(dropped, take(fits, self.origins.slots))
+    def on_output(self, outputs: Any, fits: jax.Array) -> Any:
+        """Drops the output [S, D*H], or the one of each direction, but no NaN of slots that do not fit: bool [B]."""
+        if self.key is None or not self.regularization.output_dropout:
+            return outputs
+        leaves, structure = jax.tree.flatten(outputs)
+        dropped = (self._locked("output_dropout", leaf, i) for i, leaf in enumerate(leaves))
+        fits = take(fits, self.origins.slots)
+        return jax.tree.unflatten(structure, [poison(leaf, fits) for leaf in dropped])
 
     def on_weights(self, params: Params, index: int) -> Params:
         """Drops entries of the recurrent weights of a layer and direction."""

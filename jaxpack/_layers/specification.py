@@ -27,6 +27,7 @@ from jaxpack._layers.regularization import OFF, Regularization
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.states import initial_shapes, learned_state
 from jaxpack._packed.dropout import check_rate
+from jaxpack._packed.merge import check_merge, merged_width
 
 LayerParams = dict[str, Params]
 
@@ -40,8 +41,9 @@ class Specification(abc.ABC):
     bias: bool
     dropout: float
     bidirectional: bool
-    learned_initial_state: bool = False  # a subclass need not have it
-    regularization: Regularization | None = None  # nor this
+    learned_initial_state: bool = False  # a subclass need not have it, nor the next two
+    merge: str | None = "concat"
+    regularization: Regularization | None = None
 
     @property
     @abc.abstractmethod
@@ -55,6 +57,14 @@ class Specification(abc.ABC):
         for name in ("bias", "bidirectional", "learned_initial_state"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
+        check_merge(self.merge)
+        if self.merge != "concat" and not self.bidirectional:
+            raise ValueError(f"merge={self.merge!r} joins the outputs of two directions: set bidirectional=True.")
+        if self.merge is None and self.num_layers > 1:
+            raise ValueError(
+                f"merge=None gives an output for each direction, which no next layer can read, but num_layers is "
+                f"{self.num_layers}. Choose another merge, or stack layers of num_layers=1."
+            )
         if not isinstance(self.regularization, (Regularization, type(None))):
             raise TypeError(f"regularization must be a jaxpack.Regularization, got {self.regularization!r}.")
         if isinstance(self._regularizers.zoneout, tuple):
@@ -90,8 +100,8 @@ class Specification(abc.ABC):
 
     @property
     def output_size(self) -> int:
-        """The width of the output, with both directions side by side."""
-        return self.num_directions * self.cell.output_size
+        """The width of the output; of each of two outputs if merge is None."""
+        return merged_width([self.cell.output_size] * self.num_directions, self.merge)
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:

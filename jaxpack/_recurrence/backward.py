@@ -154,10 +154,7 @@ class _Backward(NamedTuple):
             memory = self._recall(window, entry.memory, update, own, start)
             before, after = (*before, memory), (*after, update[0] * memory + update[1])
         point = _Point(activations, before, after, own, live)
-        d, *dmemory = (
-            jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
-        )
-        rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
+        rows, da, d, history = self._pull_back(window, point, self._douts(window, own), rows)
         dprojected = cell.pull_back_projected(self.weights, x, da)
         dx = window.write(dx, dprojected.astype(x.dtype) @ self.transposed.w_x)
         h, out = self._multiplied(point)
@@ -172,6 +169,13 @@ class _Backward(NamedTuple):
             jax.tree.map(jnp.add, dweights.more, self._more_gradients(point, x, da)),
         )
         return _BackwardState(rows, dbegun, dx, dweights)
+
+    def _douts(self, window: Window, own: jax.Array) -> Carry:
+        """Returns the cotangents of h [M, P] after each step and, if it is a result, of c, zero in slack."""
+        if self.loops.final_only:
+            return (jnp.zeros((window.size, self.loops.sizes[0]), self.residuals.y.dtype),)
+        leaves = self.cotangents.y, *self.cotangents.memory
+        return tuple(jnp.where(own, self.loops.real.read(window, leaf), 0) for leaf in leaves)
 
     def _multiplied(self, point: _Point) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns what a chunk multiplies with w_h and w_out; None for weights that the cell does not have."""

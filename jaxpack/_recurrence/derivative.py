@@ -59,7 +59,7 @@ class Schedule(NamedTuple):
         unroll = max(1, min(self.steps.unroll, self.bodies // len(stairs)))
         steps = self.steps._replace(unroll=unroll)
         cell = recurrence.cell.on(self.platform)
-        return Loops(cell, stairs, steps, self.whole_buckets, real, recurrence.all_states)
+        return Loops(cell, stairs, steps, self.whole_buckets, real, recurrence.all_states, recurrence.final_only)
 
 
 CPU = Schedule(
@@ -97,6 +97,7 @@ class Recurrence(NamedTuple):
       plan: the plan of the cells, or the shape of a padded batch, of which each row is followed by the next.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       all_states: whether results have the memory after each step.
+      final_only: whether results have no h after each step.
       schedules: how each platform runs the loops.
       zoneout: the rate with which each part of the carry keeps its value at a step; () for none.
     """
@@ -105,6 +106,7 @@ class Recurrence(NamedTuple):
     plan: BucketPlan | BatchShape
     forward_mode: bool = False
     all_states: bool = False
+    final_only: bool = False
     schedules: Schedules = Schedules()
     zoneout: tuple[float, ...] = ()
 
@@ -255,8 +257,10 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
         # In the step, so that the gradients of weights are summed in their own dtype.
         rounded = tuple(factors(w, x.dtype) for w, x in zip(weights, inputs, strict=True))
         stepped = tuple(_regularized(recurrence, *each) for each in zip(rounded, states, *xs, strict=True))
-        outputs = stepped if recurrence.all_states else tuple(carry[:1] for carry in stepped)
-        return tuple(zip(stepped, (scale for _, scale in states), strict=True)), outputs
+        first, end = 1 if recurrence.final_only else 0, None if recurrence.all_states else 1
+        return tuple(zip(stepped, (scale for _, scale in states), strict=True)), tuple(
+            carry[first:end] for carry in stepped
+        )
 
     projected = tuple(
         cell.project(factors(w, x.dtype), jnp.where(mask, x, 0)).astype(carry[0].dtype)
@@ -274,6 +278,8 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
         states, outputs = scan_slots(scan_of(step), starts, xs, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
     outputs = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
+    if recurrence.final_only:
+        return tuple(Results((), carry) for carry, _ in states)
     return tuple(Results(y, carry, tuple(memory)) for (y, *memory), (carry, _) in zip(outputs, states, strict=True))
 
 
@@ -288,8 +294,10 @@ def _fast(recurrence: Recurrence, directions: Directions, cells: Cells) -> tuple
 
 
 def _fast_fwd(recurrence: Recurrence, directions: Directions, cells: Cells) -> Any:
-    results, kept = _forward(recurrence, True, directions, cells)
+    results, kept = _forward(recurrence._replace(final_only=False), True, directions, cells)
     outputs = [result.y for result in results]
+    if recurrence.final_only:
+        results = tuple(result._replace(y=()) for result in results)
     return results, (tuple(map(Residuals, directions, outputs, kept)), cells)
 
 

@@ -44,6 +44,8 @@ _INITIALIZERS = ("kernel_init", "recurrent_kernel_init", "bias_init")
 class _Stack(nn.Module):
     """Base of the stacks. A subclass has the options of its layer class, except input_size."""
 
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
     dtype: Any = dataclasses.field(default=None, kw_only=True)
     param_dtype: Any = dataclasses.field(default=None, kw_only=True)
     kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
@@ -83,6 +85,7 @@ class _Stack(nn.Module):
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
+        return_sequences: bool = True,
     ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
@@ -98,6 +101,7 @@ class _Stack(nn.Module):
             or another regulariser, whose key comes from the rng "dropout".
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
+          return_sequences: set False to return the output after each sequence's own last step alone.
 
         Returns:
           The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n). With return_all_states,
@@ -125,6 +129,7 @@ class _Stack(nn.Module):
             dtype=self.dtype,
             forward_mode=forward_mode,
             return_all_states=return_all_states,
+            return_sequences=return_sequences,
         )
 
     @nn.nowrap
@@ -165,8 +170,8 @@ def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and learned_initial_state are
-    those of jaxpack.RNN.
+    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.RNN.
 
     Examples:
       >>> rnn = jaxpack.linen.SimpleRNN(4, nonlinearity="relu")
@@ -184,7 +189,6 @@ class SimpleRNN(_Stack):
       scheme: the library whose defaults apply to what these leave open: "pytorch", "keras", "flax" or "haiku".
       forget_bias: the bias of the gate that keeps the state, a number or a jaxpack.Chrono (not for SimpleRNN).
       deterministic: True to evaluate, without dropout. Default: as the call says.
-      regularization: a jaxpack.Regularization, whose masks the rng "dropout" draws too.
     """
 
     layer_class = layers.RNN
@@ -195,15 +199,14 @@ class SimpleRNN(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size and learned_initial_state are those
-    of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate), deterministic and
-    regularization are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state, merge and
+    regularization are those of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are
+    those of SimpleRNN.
 
     Examples:
       >>> from flax import linen as nn
@@ -222,15 +225,14 @@ class LSTM(_Stack):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after and learned_initial_state are
-    those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate), deterministic and
-    regularization are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state, merge and
+    regularization are those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are
+    those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -247,5 +249,4 @@ class GRU(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
     reset_after: bool = dataclasses.field(default=True, kw_only=True)

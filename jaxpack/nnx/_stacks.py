@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
 from flax import nnx
@@ -36,8 +36,10 @@ __all__ = ["GRU", "LSTM", "SimpleRNN"]
 
 
 class Options(TypedDict, total=False):
-    """The keywords that all stacks take, as SimpleRNN documents them."""
+    """The keywords that all stacks take: those of the layer, then those that SimpleRNN documents."""
 
+    learned_initial_state: bool
+    merge: str | None
     dtype: Any
     param_dtype: Any
     kernel_init: InitializerByGate
@@ -52,15 +54,20 @@ class Options(TypedDict, total=False):
     regularization: Regularization | None
 
 
+_OF_LAYER = ("learned_initial_state", "merge", "regularization")
+
+
 class _Stack(nnx.Module):
     """Base of the stacks: a layer spec with its parameters as nnx.Param, and a stream of keys for dropout."""
 
-    def __init__(self, layer: RecurrentLayer, rngs: nnx.Rngs, **options: Unpack[Options]) -> None:
+    layer_class: ClassVar[Callable[..., RecurrentLayer]]
+
+    def _set_up(self, sizes: tuple[Any, ...], keywords: dict[str, Any], rngs: nnx.Rngs, options: Options) -> None:
+        """Makes the layer and its parameters, from the layer's arguments and the options of all stacks."""
         for name in options.keys() - Options.__annotations__.keys():
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}.")
-        if options.get("regularization") is not None:
-            layer = dataclasses.replace(layer, regularization=options["regularization"])  # type: ignore[type-var]
-        self.layer = layer
+        of_layer = {name: value for name, value in options.items() if name in _OF_LAYER}
+        self.layer = layer = type(self).layer_class(*sizes, **keywords, **of_layer)
         self.dtype = options.get("dtype")
         params = layer.init(
             rngs.params(),
@@ -95,6 +102,7 @@ class _Stack(nnx.Module):
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
+        return_sequences: bool = True,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
@@ -110,6 +118,7 @@ class _Stack(nnx.Module):
           deterministic: True to evaluate, without dropout. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
+          return_sequences: set False to return the output after each sequence's own last step alone.
           rngs: the source of dropout's key, or a key. Default: the module's own stream.
 
         Returns:
@@ -136,6 +145,7 @@ class _Stack(nnx.Module):
             dtype=self.dtype,
             forward_mode=forward_mode,
             return_all_states=return_all_states,
+            return_sequences=return_sequences,
         )
 
     @property
@@ -167,8 +177,8 @@ class _Stack(nnx.Module):
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and
-    learned_initial_state are those of jaxpack.RNN.
+    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional,
+    learned_initial_state, merge and regularization are those of jaxpack.RNN.
 
     Examples:
       >>> from flax import nnx
@@ -190,8 +200,9 @@ class SimpleRNN(_Stack):
       recurrent_kernel_metadata: likewise for recurrent kernels.
       bias_metadata: likewise for biases.
       deterministic: True to start in the mode that `eval()` sets, without dropout. Default: False.
-      regularization: a jaxpack.Regularization, whose masks the stream `dropout` draws too.
     """
+
+    layer_class = layers.RNN
 
     def __init__(
         self,
@@ -203,19 +214,18 @@ class SimpleRNN(_Stack):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional
-        super().__init__(layers.RNN(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
+        self._set_up(sizes, {}, rngs, options)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size and
-    learned_initial_state are those of jaxpack.LSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state,
+    merge and regularization are those of jaxpack.LSTM.
 
     Examples:
       >>> from flax import nnx
@@ -226,9 +236,10 @@ class LSTM(_Stack):
 
     Args:
       rngs: the random streams: `params` draws the parameters, `dropout` the masks.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
-        SimpleRNN.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
+
+    layer_class = layers.LSTM
 
     def __init__(
         self,
@@ -240,19 +251,18 @@ class LSTM(_Stack):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size
-        super().__init__(layers.LSTM(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
+        self._set_up(sizes, {}, rngs, options)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after and
-    learned_initial_state are those of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state,
+    merge and regularization are those of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -263,9 +273,10 @@ class GRU(_Stack):
 
     Args:
       rngs: the random streams: `params` draws the parameters, `dropout` the masks.
-      options: dtype, param_dtype, initialisers (also gate by gate), metadata, deterministic and regularization, as in
-        SimpleRNN.
+      options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
+
+    layer_class = layers.GRU
 
     def __init__(
         self,
@@ -277,13 +288,11 @@ class GRU(_Stack):
         bidirectional: bool = False,
         *,
         reset_after: bool = True,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        layer = layers.GRU(*sizes, learned_initial_state=learned_initial_state, reset_after=reset_after)
-        super().__init__(layer, rngs, **options)
+        self._set_up(sizes, {"reset_after": reset_after}, rngs, options)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])
