@@ -49,6 +49,7 @@ contents = {
             "hybrids",
             "speech",
             "state",
+            "regularization",
             "rollouts",
             "feeding",
             "sharding",

@@ -53,7 +53,8 @@ class Regularization:
     Args:
       input_dropout: the probability of zeroing a feature of the input, at all steps of a sequence.
       hidden_dropout: the same for what each layer hands to the next.
-      output_dropout: the same for the output of the last layer. Final states are not dropped.
+      output_dropout: the same for the output of the last layer. Final states are not dropped, nor is
+        `final_output(state)`, which return_sequences=False returns.
       recurrent_dropout: the same for h as the gates of each layer and direction see it. What passes the gates by, such
         as z h of a GRU and the memory c, is not dropped. Resets within a sequence keep its mask.
       zoneout: the probability with which a unit keeps its value at a step, drawn anew at each; a number, or a pair for

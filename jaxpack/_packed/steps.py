@@ -47,7 +47,7 @@ def _softmax(packed: PackedSequence) -> PyTree:
 
 
 def broadcast_to_steps(values: PyTree, packed: PackedSequence) -> PackedSequence:
-    """Repeats a value for each sequence at each of its steps: a speaker embedding, a dropout mask, statistics.
+    """Repeats a value for each sequence at each of its steps: a speaker embedding, a mask, statistics.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([[1, 2, 3], [4]])

@@ -15,12 +15,14 @@ from jaxpack import (
     LSTM,
     RNN,
     BucketPlan,
-    lstm_cell,
+    Regularization,
     pack_padded_sequence,
-    packed_scan,
     pad_packed_sequence,
+    plan_padded,
     reverse_sequences,
 )
+from jaxpack._layers.regularization import OFF, Noise
+from jaxpack._packed.dropout import Origins
 from jaxpack.interop import from_keras, to_keras
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -253,24 +255,16 @@ def test_a_stateful_layer_is_the_state_handed_on():
         np.testing.assert_allclose(output, theirs(half)[0], atol=1e-6)
 
 
-def test_recurrent_dropout_is_a_mask_in_the_carry():
-    layer = LSTM(F, H)
+def test_recurrent_dropout_is_keras_with_one_mask_for_all_gates():
+    layer, key = LSTM(F, H, regularization=Regularization(recurrent_dropout=0.5)), jax.random.key(2)
     (theirs,) = keras_layers(layer, recurrent_dropout=0.5)
-    params = from_keras(layer, with_weights(theirs))["l0"]
-    kept = np.array([[0, 2, 2, 0], [2, 0, 2, 2], [0, 0, 2, 2]], np.float32)
-    theirs.cell._recurrent_dropout_mask = [jnp.asarray(kept)] * 4  # one for each gate
-
-    def step(carry, x):
-        h, c, kept = carry
-        (h, c), output = lstm_cell(params, (h * kept, c), x)
-        return (h, c, kept), output
-
-    packed = pack_padded_sequence(X, LENGTHS, batch_first=True)
-    (h_n, c_n, _), _ = jax.jit(functools.partial(packed_scan, step))(
-        (jnp.zeros((3, H)), jnp.zeros((3, H)), kept), packed
-    )
+    params = from_keras(layer, with_weights(theirs))
+    kept = Noise(layer.regularization or OFF, 0.0, key, Origins.of_batch(3, T)).masks(layer.cell, 0, jnp.float32)
+    assert kept is not None
+    theirs.cell._recurrent_dropout_mask = [kept.scale] * 4  # one for each gate
+    _, (h_n, c_n) = layer.apply(params, X, lengths=LENGTHS, plan=plan_padded(3, T), dropout_key=key)
     _, *states = theirs(jnp.nan_to_num(X), mask=jnp.asarray(MASK), training=True)
-    np.testing.assert_allclose((h_n, c_n), states, atol=1e-6)
+    np.testing.assert_allclose((h_n[0], c_n[0]), states, atol=1e-6)
 
 
 def in_order(packed_output):
