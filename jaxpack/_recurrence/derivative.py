@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from jaxpack._cells.cell import Carry, Cell, Params
+from jaxpack._cells.cell import Carry, Cell, Fused, Params
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -99,6 +99,7 @@ class Recurrence(NamedTuple):
       all_states: whether results have the memory after each step.
       final_only: whether results have no h after each step.
       schedules: how each platform runs the loops.
+      zoneout: the rate with which each part of the carry keeps its value at a step; () for none.
     """
 
     cell: Cell
@@ -107,6 +108,7 @@ class Recurrence(NamedTuple):
     all_states: bool = False
     final_only: bool = False
     schedules: Schedules = Schedules()
+    zoneout: tuple[float, ...] = ()
 
     def stairs(self, schedule: Schedule) -> tuple[Stair, ...]:
         """Returns the stairs of a plan on a schedule."""
@@ -153,16 +155,31 @@ def _bytes(tree: Any) -> int:
 Directions = tuple[Operands, ...]
 
 
+class Masks(NamedTuple):
+    """The random masks of one direction.
+
+    Attributes:
+      scale: [B, P], of each slot, by which h is multiplied where the gates see it; None for 1.
+      kept: bool [S, size] for each part of the carry with zoneout, where it keeps its value; None for nowhere. () for
+        the mean, which evaluation uses.
+    """
+
+    scale: jax.Array | None = None
+    kept: tuple[jax.Array | None, ...] = ()
+
+
 class Cells(NamedTuple):
     """The cells that a recurrence goes over.
 
     Attributes:
       real: the real ones, under a plan or of a batch without one.
       resets: of each direction, bool [S], the real cells at which its carry is the initial one again; () for none.
+      masks: of each direction; () for none.
     """
 
     real: RealCells | BatchCells
     resets: tuple[jax.Array, ...] = ()
+    masks: tuple[Masks, ...] = ()
 
 
 def unplanned_cells(lengths: npt.ArrayLike, max_length: int) -> int:
@@ -193,13 +210,40 @@ def recur(
       The results of each direction.
     """
     # Under shard_map all take on what any of them varies over, outside the derivative: autodiff sums it up again.
-    inputs = vary_like(tuple(inputs), (params, carries, cells.resets, fresh))
+    inputs = vary_like(tuple(inputs), (params, carries, cells.resets, cells.masks, fresh))
     if fresh:
         carries = [widened(recurrence.cell, carry) for carry in carries]
     carries, fresh = vary_like((tuple(carries), tuple(fresh)), inputs)
     weights = (vary_like(recurrence.cell.fuse(p), inputs) for p in params)
     directions = tuple(map(Operands, weights, inputs, carries, fresh or [()] * len(carries)))
+    if recurrence.zoneout or cells.masks:
+        return _plain(recurrence, directions, cells._replace(masks=vary_like(cells.masks, inputs)))
     return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, cells)
+
+
+def _regularized(
+    recurrence: Recurrence, weights: Fused, state: tuple[Carry, Any], projected: jax.Array, kept: tuple[Any, ...]
+) -> Carry:
+    """Runs one step, in which the gates see a scaled h, and some units keep their value.
+
+    Args:
+      recurrence: the static part.
+      weights: of one direction.
+      state: the carry [rows, ...], and the scale [rows, P] or None.
+      projected: [rows, X].
+      kept: as in `Masks`, [rows, size].
+    """
+    (h, *memory), scale = state
+    before = (h, *memory)
+    seen = (h if scale is None else h * scale, *memory)
+    activations = recurrence.cell.activate_from(weights, projected, seen)
+    after = list(recurrence.cell.advance(weights, activations, before))
+    for i, rate in enumerate(recurrence.zoneout):
+        if rate and kept:
+            after[i] = jnp.where(kept[i], before[i], after[i])
+        elif rate:
+            after[i] = rate * before[i] + (1 - rate) * after[i]
+    return tuple(after)
 
 
 def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tuple[Results, ...]:
@@ -207,33 +251,36 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
     cell, real_mask, resets = recurrence.cell, cells.real.mask, cells.resets or None
     mask = real_mask[:, None]
     weights, inputs, carries, fresh = zip(*directions, strict=True)
+    scales, kept = zip(*(cells.masks or [Masks()] * len(directions)), strict=True)
 
-    def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    def step(states: tuple[tuple[Carry, Any], ...], xs: Any) -> tuple[Any, Any]:
         # In the step, so that the gradients of weights are summed in their own dtype.
         rounded = tuple(factors(w, x.dtype) for w, x in zip(weights, inputs, strict=True))
-        stepped = tuple(cell.step(*each) for each in zip(rounded, carries, projected, strict=True))
+        stepped = tuple(_regularized(recurrence, *each) for each in zip(rounded, states, *xs, strict=True))
         first, end = 1 if recurrence.final_only else 0, None if recurrence.all_states else 1
-        return stepped, tuple(carry[first:end] for carry in stepped)
+        return tuple(zip(stepped, (scale for _, scale in states), strict=True)), tuple(
+            carry[first:end] for carry in stepped
+        )
 
     projected = tuple(
         cell.project(factors(w, x.dtype), jnp.where(mask, x, 0)).astype(carry[0].dtype)
         for w, x, carry in zip(weights, inputs, carries, strict=True)
     )
-    carries = tuple(widened(cell, carry) for carry in carries)
-    starts = Starts(carries, jax.tree.map(jnp.zeros_like, carries), fresh if any(fresh) else carries)
+    initial = tuple(zip((widened(cell, carry) for carry in carries), scales, strict=True))
+    begun = tuple(zip(fresh, scales, strict=True)) if any(fresh) else initial
+    starts, xs = Starts(initial, jax.tree.map(jnp.zeros_like, initial), begun), (projected, kept)
     if isinstance(recurrence.plan, BucketPlan):
-        carries, outputs = scan_slots(scan_of(step), starts, projected, real_mask, recurrence.plan, resets)
+        states, outputs = scan_slots(scan_of(step), starts, xs, real_mask, recurrence.plan, resets)
     else:
         number, length = recurrence.plan
-        cellwise = projected, real_mask, resets
-        projected, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), cellwise)
+        xs, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), (xs, real_mask, resets))
         plan = BucketPlan((length,), (number,))
-        carries, outputs = scan_slots(scan_of(step), starts, projected, real_mask, plan, resets)
+        states, outputs = scan_slots(scan_of(step), starts, xs, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
-    states = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
+    outputs = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
     if recurrence.final_only:
-        return tuple(Results((), carry) for carry in carries)
-    return tuple(Results(y, carry, tuple(memory)) for (y, *memory), carry in zip(states, carries, strict=True))
+        return tuple(Results((), carry) for carry, _ in states)
+    return tuple(Results(y, carry, tuple(memory)) for (y, *memory), (carry, _) in zip(outputs, states, strict=True))
 
 
 def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
@@ -318,7 +365,7 @@ def _on_each_platform(
     """
 
     def on(schedule: Schedule, cells: Cells, *operands: Any) -> Any:
-        real, resets = cells
+        real, resets, _ = cells
         each = list(zip(resets or [None] * len(operands[0]), *operands, strict=True))
 
         def run_all(stairs: tuple[Stair, ...], real: RealCells) -> tuple[Any, ...]:
