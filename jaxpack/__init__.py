@@ -9,8 +9,10 @@ from jaxpack._cells.mgu import mgu_cell
 from jaxpack._cells.peephole import peephole_lstm_cell
 from jaxpack._cells.rnn import rnn_cell
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import Chrono
 from jaxpack._layers.variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
+from jaxpack._layers.weight_norm import join_weight_norm, split_weight_norm
 from jaxpack._linear.lru import LRU
 from jaxpack._linear.minimal import MinGRU, MinLSTM
 from jaxpack._linear.rglru import RGLRU
@@ -31,6 +33,7 @@ from jaxpack._packed.convert import (
     unpack_sequence,
     unpad_sequence,
 )
+from jaxpack._packed.dropout import dropout
 from jaxpack._packed.masks import compact, scatter_back
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.pool import avg_pool, max_pool, stack_steps, subsample, sum_pool
@@ -91,6 +94,7 @@ __all__ = [
     "MinLSTM",
     "PackedSequence",
     "PeepholeLSTM",
+    "Regularization",
     "Rows",
     "TimeDecay",
     "attention",
@@ -100,11 +104,13 @@ __all__ = [
     "compact",
     "concatenate",
     "conv",
+    "dropout",
     "first",
     "from_rows",
     "gated_delta_rule",
     "gru_cell",
     "ind_rnn_cell",
+    "join_weight_norm",
     "last",
     "layer_norm_gru_cell",
     "layer_norm_lstm_cell",
@@ -141,6 +147,7 @@ __all__ = [
     "segment_sum",
     "segment_var",
     "softmax",
+    "split_weight_norm",
     "stack_steps",
     "std",
     "subsample",

@@ -32,7 +32,8 @@ class RecurrentLayer(Specification):
     """A stack of layers of one cell, in one or both directions: the base class of RNN, LSTM, GRU and own layers.
 
     A subclass is a frozen dataclass with the fields input_size, hidden_size, num_layers, bias, dropout, bidirectional
-    and, if it has one, learned_initial_state, in any order and with any further ones, and the property `cell`.
+    and, if it has them, learned_initial_state and regularization, in any order and with any further ones, and the
+    property `cell`.
 
     Examples:
       >>> isinstance(jaxpack.GRU(2, 4), RecurrentLayer)
@@ -71,7 +72,7 @@ class RecurrentLayer(Specification):
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths` or `mask`; or one sequence
             [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), in the layout of the final state. Default: the learned one, or zeros.
-          dropout_key: a JAX random key. Needed if there is dropout between layers, unless deterministic.
+          dropout_key: a JAX random key. Needed if there is dropout or another regulariser, unless deterministic.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           mask: bool [B, T], in place of lengths, True at valid steps; [T] for one sequence. Padding may be anywhere:
             valid steps run as if they were next to each other, and the output is put back where they were, zero at
@@ -83,7 +84,7 @@ class RecurrentLayer(Specification):
             They may be traced. Default: each sequence is one episode.
           fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
             the initial state.
-          deterministic: set True to leave dropout out, as in evaluation.
+          deterministic: set True to evaluate: no dropout, and the mean of zoneout.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast. Default: the result
             type of inputs and parameters. jnp.bfloat16 (or float16) with float32 parameters is mixed precision:
             products have bfloat16 factors, and the output is bfloat16; gates, states and the sums of gradients are
@@ -225,6 +226,7 @@ class RecurrentLayer(Specification):
             call.forward_mode,
             call.return_all_states,
             not call.return_sequences,
+            regularization=self._regularizers,
         )
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
             outputs, final, *states = run_stack(stack, ordered, packed, state, call.dropout_key, resets, fresh)
@@ -273,8 +275,9 @@ class RecurrentLayer(Specification):
         if deterministic or not self.has_dropout:
             return None
         if key is None:
+            rates = [f"{name}={rate}" for name, rate in self._random.items()]
             raise ValueError(
-                f"dropout={self.dropout} is on, but there is no dropout_key. Pass dropout_key=jax.random.key(...) to "
-                f"train, or deterministic=True to evaluate."
+                f"{', '.join(rates)} {'is' if len(rates) == 1 else 'are'} on, but there is no dropout_key. Pass "
+                f"dropout_key=jax.random.key(...) to train, or deterministic=True to evaluate."
             )
         return key

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
+from jaxpack._layers.regularization import OFF, Noise, Regularization
+from jaxpack._packed.dropout import Origins
 from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
 from jaxpack._packed.merge import merge_directions
 from jaxpack._packed.packed_sequence import PackedSequence
@@ -35,6 +37,7 @@ class Stack(NamedTuple):
       all_states: whether to return the states after each step.
       final_only: whether to return no outputs of steps.
       schedules: how each platform runs the loops.
+      regularization: the regularisers, which act if there is a dropout key; zoneout acts without one, too.
     """
 
     cell: Cell
@@ -46,6 +49,7 @@ class Stack(NamedTuple):
     all_states: bool = False
     final_only: bool = False
     schedules: Schedules = Schedules()
+    regularization: Regularization = OFF
 
 
 @functools.partial(jax.jit, static_argnames="stack")
@@ -66,7 +70,7 @@ def run_stack(
       packed: data [S, F], in the dtype of products and outputs.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros. It has the
         dtype of the parameters.
-      dropout_key: None for no dropout.
+      dropout_key: None for evaluation.
       resets: None for none.
       fresh: the state to which resets return, in the layout of the initial state; None for that.
 
@@ -81,8 +85,11 @@ def run_stack(
         empty = None if stack.final_only else merge_directions(outputs, stack.merge)
         return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
     plan, real, reverse = _cells(packed, stack.planned)
+    origins = Origins.of(packed) if isinstance(plan, BucketPlan) else Origins.of_batch(*plan)
+    noise = Noise(stack.regularization, stack.dropout, dropout_key, origins)
     cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
-    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, schedules=stack.schedules)
+    zoneout = stack.regularization.zoneout_of(stack.cell)
+    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, False, stack.schedules, zoneout)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed, None if resets is None else resets.agree)
     state, fresh = jax.tree.map(
@@ -92,8 +99,7 @@ def run_stack(
     finals: list[Carry] = []
     states: list[Carry] = []
     for first in range(0, len(params), num_directions):
-        if first and dropout_key is not None:
-            data = drop(jax.random.fold_in(dropout_key, first), data, stack.dropout)
+        data = noise.on_inputs(data, first)
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
         each = range(layer.start, layer.stop)
@@ -101,7 +107,9 @@ def run_stack(
         to_fresh = [] if fresh is None else [tuple(leaf[i] for leaf in jax.tree.leaves(fresh)) for i in each]
         if stack.final_only and layer.stop == len(params):
             recurrence = recurrence._replace(final_only=True)
-        results = recur(recurrence, params[layer], inputs, carries, cells, to_fresh)
+        weights = [noise.on_weights(params[i], i) for i in each]
+        masks = [mask for i in each if (mask := noise.masks(stack.cell, i, carries[0][0].dtype))]
+        results = recur(recurrence, weights, inputs, carries, cells._replace(masks=tuple(masks)), to_fresh)
         finals.extend(result.carry for result in results)
         if recurrence.final_only:
             break
@@ -116,9 +124,9 @@ def run_stack(
     if stack.final_only:
         return None, final_state
     if not stack.all_states:
-        return data, final_state
+        return noise.on_output(data, fits), final_state
     leaves = [jnp.stack(each, 1) for each in zip(*states, strict=True)]
-    return data, final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
+    return noise.on_output(data, fits), final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
 
 
 def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells | BatchCells, jax.Array]:
@@ -156,10 +164,3 @@ def explain_forward_mode(what: str, call: str) -> Iterator[None]:
             f"{what} has its own derivative, which is for reverse mode. For jax.jvp, jax.jacfwd or jax.linearize of it "
             f"pass {call}(..., forward_mode=True)."
         ) from error
-
-
-def drop(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:
-    """Zeroes values with probability `rate`, and scales the others so that the mean stays."""
-    if rate == 1:
-        return jnp.zeros_like(data)
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, data.shape), data / (1 - rate), 0)

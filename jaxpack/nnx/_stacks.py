@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import ROLES, Initializer, InitializerByGate
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.packed_sequence import PackedSequence
@@ -50,9 +51,10 @@ class Options(TypedDict, total=False):
     recurrent_kernel_metadata: Mapping[str, Any]
     bias_metadata: Mapping[str, Any]
     deterministic: bool
+    regularization: Regularization | None
 
 
-_OF_LAYER = ("learned_initial_state", "merge")
+_OF_LAYER = ("learned_initial_state", "merge", "regularization")
 
 
 class _Stack(nnx.Module):
@@ -113,7 +115,7 @@ class _Stack(nnx.Module):
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
           fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
-          deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
+          deterministic: True to evaluate, without dropout. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
           return_sequences: set False to return the output after each sequence's own last step alone.
@@ -155,7 +157,7 @@ class _Stack(nnx.Module):
         """Sets the module's mode. nnx.view calls it.
 
         Args:
-          deterministic: True to leave out dropout between layers.
+          deterministic: True to evaluate, without dropout.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -175,8 +177,8 @@ class _Stack(nnx.Module):
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional, learned_initial_state
-    and merge are those of jaxpack.RNN.
+    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional,
+    learned_initial_state, merge and regularization are those of jaxpack.RNN.
 
     Examples:
       >>> from flax import nnx
@@ -186,7 +188,7 @@ class SimpleRNN(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       dtype: the dtype to compute in. Default: the result type of inputs and parameters.
       param_dtype: the dtype of the parameters. Default: JAX's float.
       kernel_init: initialises kernels (see jaxpack.RNN.init). nnx.with_partitioning may wrap it. Default: PyTorch's.
@@ -222,8 +224,8 @@ class SimpleRNN(_Stack):
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state
-    and merge are those of jaxpack.LSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state,
+    merge and regularization are those of jaxpack.LSTM.
 
     Examples:
       >>> from flax import nnx
@@ -233,7 +235,7 @@ class LSTM(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -259,8 +261,8 @@ class LSTM(_Stack):
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state
-    and merge are those of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state,
+    merge and regularization are those of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -270,7 +272,7 @@ class GRU(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 

@@ -15,8 +15,8 @@ __all__ = ["MGU", "IndRNN", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM"]
 class MGU(_Stack):
     """A stack of layers of minimal gated units. mgu(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset, learned_initial_state and
-    merge are those of jaxpack.MGU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset, learned_initial_state, merge
+    and regularization are those of jaxpack.MGU.
 
     Examples:
       >>> from flax import nnx
@@ -26,7 +26,7 @@ class MGU(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -53,7 +53,7 @@ class IndRNN(_Stack):
     """A stack of layers of independently recurrent units. rnn(packed) returns (output, h_n).
 
     The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, nonlinearity,
-    learned_initial_state and merge are those of jaxpack.IndRNN.
+    learned_initial_state, merge and regularization are those of jaxpack.IndRNN.
 
     Examples:
       >>> from flax import nnx
@@ -63,7 +63,7 @@ class IndRNN(_Stack):
       ((4, 4), (2, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers, metadata and deterministic are those of SimpleRNN.
     """
 
@@ -89,8 +89,8 @@ class IndRNN(_Stack):
 class PeepholeLSTM(_Stack):
     """A stack of LSTM layers whose gates see the memory. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state and merge are
-    those of jaxpack.PeepholeLSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.PeepholeLSTM.
 
     Examples:
       >>> from flax import nnx
@@ -100,7 +100,7 @@ class PeepholeLSTM(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -125,8 +125,8 @@ class PeepholeLSTM(_Stack):
 class LayerNormLSTM(_Stack):
     """A stack of LSTM layers with layer normalisation in each step. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state and merge are
-    those of jaxpack.LayerNormLSTM, which says where the norms are.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.LayerNormLSTM, which says where the norms are.
 
     Examples:
       >>> from flax import nnx
@@ -136,7 +136,7 @@ class LayerNormLSTM(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -161,8 +161,8 @@ class LayerNormLSTM(_Stack):
 class LayerNormGRU(_Stack):
     """A stack of GRU layers with layer normalisation in each step. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state and merge are
-    those of jaxpack.LayerNormGRU, which says where the norms are.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.LayerNormGRU, which says where the norms are.
 
     Examples:
       >>> from flax import nnx
@@ -172,7 +172,7 @@ class LayerNormGRU(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
