@@ -21,7 +21,7 @@ from jaxpack._packed.dropout import (
 )
 from jaxpack._packed.maps import take
 from jaxpack._packed.slack import poison
-from jaxpack._recurrence.derivative import Masks
+from jaxpack._recurrence.slots import Masks
 
 # Each has a stream of keys of its own, so that one does not change the masks of another.
 STREAMS = (

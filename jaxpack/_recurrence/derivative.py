@@ -26,7 +26,7 @@ from jaxpack._recurrence.buffers import StepLoop, buffer
 from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
 from jaxpack._recurrence.forward import forward
 from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, factors, widened
-from jaxpack._recurrence.slots import BatchCells, RealCells
+from jaxpack._recurrence.slots import BatchCells, Masks, RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
 
 KEPT_BYTES = 16 * 2**20  # of the activations of one direction that the backward pass finds kept
@@ -59,7 +59,8 @@ class Schedule(NamedTuple):
         unroll = max(1, min(self.steps.unroll, self.bodies // len(stairs)))
         steps = self.steps._replace(unroll=unroll)
         cell = recurrence.cell.on(self.platform)
-        return Loops(cell, stairs, steps, self.whole_buckets, real, recurrence.all_states, recurrence.final_only)
+        results = recurrence.all_states, recurrence.final_only
+        return Loops(cell, stairs, steps, self.whole_buckets, real, *results, recurrence.zoneout)
 
 
 CPU = Schedule(
@@ -155,19 +156,6 @@ def _bytes(tree: Any) -> int:
 Directions = tuple[Operands, ...]
 
 
-class Masks(NamedTuple):
-    """The random masks of one direction.
-
-    Attributes:
-      scale: [B, P], of each slot, by which h is multiplied where the gates see it; None for 1.
-      kept: bool [S, size] for each part of the carry with zoneout, where it keeps its value; None for nowhere. () for
-        the mean, which evaluation uses.
-    """
-
-    scale: jax.Array | None = None
-    kept: tuple[jax.Array | None, ...] = ()
-
-
 class Cells(NamedTuple):
     """The cells that a recurrence goes over.
 
@@ -216,9 +204,10 @@ def recur(
     carries, fresh = vary_like((tuple(carries), tuple(fresh)), inputs)
     weights = (vary_like(recurrence.cell.fuse(p), inputs) for p in params)
     directions = tuple(map(Operands, weights, inputs, carries, fresh or [()] * len(carries)))
-    if recurrence.zoneout or cells.masks:
-        return _plain(recurrence, directions, cells._replace(masks=vary_like(cells.masks, inputs)))
-    return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, cells)
+    cells = cells._replace(masks=vary_like(cells.masks, inputs))
+    scaled = any(masks.scale is not None for masks in cells.masks)
+    plain = recurrence.forward_mode or (scaled and not recurrence.cell.gates_apart)
+    return (_plain if plain else _fast)(recurrence, directions, cells)
 
 
 def _regularized(
@@ -365,12 +354,14 @@ def _on_each_platform(
     """
 
     def on(schedule: Schedule, cells: Cells, *operands: Any) -> Any:
-        real, resets, _ = cells
-        each = list(zip(resets or [None] * len(operands[0]), *operands, strict=True))
+        real, resets, masks = cells
+        number = len(operands[0])
+        each = list(zip(resets or [None] * number, masks or [Masks()] * number, *operands, strict=True))
 
         def run_all(stairs: tuple[Stair, ...], real: RealCells) -> tuple[Any, ...]:
-            def one(resets: jax.Array | None, *operands: Any) -> Any:
-                return run(schedule.loops(recurrence, stairs, real.with_resets(resets)), *operands)
+            def one(resets: jax.Array | None, masks: Masks, *operands: Any) -> Any:
+                seen = real.with_resets(resets).with_masks(masks)
+                return run(schedule.loops(recurrence, stairs, seen), *operands)
 
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))

@@ -17,6 +17,7 @@ from jax import lax
 from jaxpack._cells.cell import Carry, Fused
 from jaxpack._recurrence.buffers import Outputs, buffer, loop, run_steps, write
 from jaxpack._recurrence.loops import Kept, Loops, Operands, Results, factors, widened
+from jaxpack._recurrence.slots import zone
 from jaxpack._recurrence.windows import Stair
 
 
@@ -86,16 +87,17 @@ class _Forward(NamedTuple):
         live = window.read(real.mask)[:, None]
         projected = cell.project(self.weights, jnp.where(live, real.read(window, self.x), 0)).astype(carry[0].dtype)
         keeps, collects = bool(jax.tree.leaves(activations)), real.borders is not None
-        entry = real.at_begins(window, self.entering)
+        entry, scale = real.at_begins(window, self.entering), real.scale(window)
+        keeps_value = real.keeps(window, self.loops.zoneout, carry[0].dtype)
 
         def step(carry: Carry, xs: Any, _: Any) -> Any:
-            projected, live, cells = xs
+            projected, live, cells, scaled, keep = xs
             before = entry.step(cells, carry)
             if self.loops.steps.stacked:  # one kernel before each product: XLA would compute c again from earlier steps
                 before = lax.optimization_barrier(before)
-            seen = before[0].astype(self.x.dtype), *before[1:]
+            seen = scale.step(scaled, before[0]).astype(self.x.dtype), *before[1:]
             activations = cell.activate_from(self.weights, projected, seen)
-            after = cell.advance(self.weights, activations, before)
+            after = zone(keep, before, cell.advance(self.weights, activations, before))
             h, *memory = after
             # A row of its own keeps its carry in slack, so that its last one is final.
             first, kept = self.first_ended, after[self.first_ended :]
@@ -107,7 +109,7 @@ class _Forward(NamedTuple):
 
         first = self.first_ended
         history = tuple(buffer(c, (window.size, c.shape[1]), 5) for c in carry[first:]) if collects else ()
-        xs = projected, live, entry.cells
+        xs = projected, live, entry.cells, scale.cells, keeps_value
         outputs = Outputs((y, activations, states), history)
         carry, outputs = run_steps(window, step, carry, xs, outputs, self.loops.steps)
         y, activations, states = outputs.whole

@@ -85,6 +85,7 @@ class Loops(NamedTuple):
       real: the real cells, as the direction sees them.
       all_states: whether results have the memory after each step.
       final_only: whether results have no h after each step.
+      zoneout: the rate of zoneout of each part of the carry; () for none.
     """
 
     cell: Cell
@@ -94,6 +95,7 @@ class Loops(NamedTuple):
     real: RealCells
     all_states: bool
     final_only: bool
+    zoneout: tuple[float, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
