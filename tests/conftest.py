@@ -57,6 +57,7 @@ def x64():
 # XLA's older code generator for fusions, in one piece, a third of that. JAX has no public switch for the latter two.
 CHEAP_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 jax.config.update("jax_disable_most_optimizations", True)
+_PROGRAMS = {"cheap": True}  # whether these options apply, which change what XLA fuses
 
 
 def _is_known(name, value):
@@ -83,8 +84,7 @@ def _compile_cheaply():
     original = compiler.get_compile_options
 
     def get_compile_options(*args, **options):
-        cheap = known if jax.config.values["jax_disable_most_optimizations"] else {}
-        overrides = cheap | (options.pop("env_options_overrides", None) or {})
+        overrides = (known if _PROGRAMS["cheap"] else {}) | (options.pop("env_options_overrides", None) or {})
         return original(*args, **options | {"env_options_overrides": overrides})
 
     compiler.get_compile_options = get_compile_options
@@ -121,12 +121,18 @@ _share_contexts()
 
 @pytest.fixture(autouse=True)
 def _optimized(request):
-    """Compiles as users do where a test is marked so: equality with references, NaN in slack, compiled programs."""
-    if request.node.get_closest_marker("optimized") is None:
+    """Compiles as users do where a test is marked so: equality with references, NaN in slack, compiled programs.
+
+    With `optimized(code=False)` only the program is as users have it, which takes half the time.
+    """
+    mark = request.node.get_closest_marker("optimized")
+    if mark is None:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", False)
+    _PROGRAMS["cheap"] = False
+    jax.config.update("jax_disable_most_optimizations", not mark.kwargs.get("code", True))
     yield
+    _PROGRAMS["cheap"] = True
     jax.config.update("jax_disable_most_optimizations", True)
 
 
