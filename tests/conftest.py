@@ -15,20 +15,23 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Traces make many objects and few cycles: looking for cycles as often as Python does takes a seventh of the time.
 gc.set_threshold(500_000)
 
-import jax  # noqa: E402
-
-pytest.register_assert_rewrite("contract")
-
-# What one worker, or process that a test starts, has compiled the others read: a sixth less time from an empty folder.
+# Read when JAX is imported, here and in the processes that tests start.
+os.environ |= {
+    # Tests ask what goes where, not how fast.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # What one worker or process has compiled the others read, however small it is.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # No test asks for the lines of Python that a program was traced from, which are ten frames to each operation.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+}
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _folder = tempfile.TemporaryDirectory(prefix="jaxpack-tests-")  # gone when the first process ends
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
-# No test asks for the lines of Python that a program was traced from, which are ten frames to each operation.
-jax.config.update("jax_traceback_in_locations_limit", 0)
+import jax  # noqa: E402
+
+pytest.register_assert_rewrite("contract")
 
 # Two devices, so that shard_map has something to shard over.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -53,10 +56,9 @@ def x64():
         yield
 
 
-# Most tests ask what goes where, not how fast: compiled without optimisation they take two thirds of the time, and by
-# XLA's older code generator for fusions, in one piece, a third of that. JAX has no public switch for the latter two.
+# Compiled without optimisation tests take two thirds of the time, and by XLA's older code generator for fusions, in one
+# piece, a third of that. JAX has no public switch for the latter two.
 CHEAP_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-jax.config.update("jax_disable_most_optimizations", True)
 _PROGRAMS = {"cheap": True}  # whether these options apply, which change what XLA fuses
 
 
