@@ -327,7 +327,7 @@ ROWS = BucketPlan((400,), (4,), ((0, 200),) * 4)
     [(LSTM(8, 16), PADDED), (LSTM(8, 16), STAIRS), (LSTM(8, 16), ROWS), (GRU(8, 16), STAIRS), (RNN(8, 16), ROWS)],
     ids=["LSTM padded", "LSTM stairs", "LSTM rows", "GRU stairs", "RNN rows"],
 )
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 def test_one_dot_a_step_forward_and_one_backward(layer, plan):
     text = compiled_training(layer, plan, [200] * 8, 8).as_text()
     assert dots_in_innermost_loops(text) == 2 * plan.num_buckets
@@ -349,7 +349,7 @@ def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one():
     assert loops(plan_exact([40, 30, 20, 10] * 2)) > padded
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 @pytest.mark.parametrize(("steps", "kept"), [(400, True), (20_000, False)])
 def test_gates_are_kept_while_they_are_few(steps, kept):
     memory = compiled_training(LSTM(8, 64), plan_padded(8, steps), [steps] * 8, 8).memory_analysis().temp_size_in_bytes
@@ -368,7 +368,7 @@ def test_inference_keeps_no_more_than_the_outputs():
     assert memory.temp_size_in_bytes < 0.5 * 8 * steps * 64 * 4
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 def test_no_gate_is_recomputed_where_they_are_kept():
     text = compiled_training(LSTM(8, 16), plan_padded(8, 200), [200] * 8, 8).as_text()
     # Forward: of inputs, and of h in each step. Backward: of each step, and for x, W_x and W_h.
