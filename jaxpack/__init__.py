@@ -33,6 +33,7 @@ from jaxpack._packed.convert import (
     unpack_sequence,
     unpad_sequence,
 )
+from jaxpack._packed.dropout import dropout
 from jaxpack._packed.masks import compact, scatter_back
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.pool import avg_pool, max_pool, stack_steps, subsample, sum_pool
@@ -104,6 +105,7 @@ __all__ = [
     "compact",
     "concatenate",
     "conv",
+    "dropout",
     "first",
     "from_rows",
     "gated_delta_rule",

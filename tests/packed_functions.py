@@ -17,7 +17,8 @@ Array = Any
 
 
 LAYER = jaxpack.RNN(3, 2)
-PARAMS = LAYER.init(jax.random.key(0))
+KEY = jax.random.key(0)
+PARAMS = LAYER.init(KEY)
 
 
 class Function(NamedTuple):
@@ -98,6 +99,7 @@ FUNCTIONS = {
     "softmax": Function(lambda p, x: jaxpack.softmax(p)),
     "broadcast_to_steps": Function(lambda p, x: jaxpack.broadcast_to_steps(x[:, 0], p), programs=3),
     "concatenate": Function(lambda p, x: jaxpack.concatenate([p, p]), batches=2),
+    "dropout": Function(lambda p, x: jaxpack.dropout(p, 0.5, KEY)),
     "causal_conv": Function(lambda p, x: jaxpack.causal_conv(p, np.array([[2.0] * 3, [1.0] * 3], np.float32))),
     "conv": Function(
         lambda p, x: jaxpack.conv(p, np.arange(1, 7, dtype=np.float32).reshape(2, 3, 1), stride=2), resizes=True

@@ -9,7 +9,6 @@ Parameters are a plain pytree with one dict for each layer and direction, under 
 from __future__ import annotations
 
 import abc
-import numbers
 import sys
 import warnings
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.params import Drawing, InitializerByGate, check_params, draw
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.states import initial_shapes, learned_state
+from jaxpack._packed.dropout import check_rate
 
 LayerParams = dict[str, Params]
 
@@ -49,8 +49,7 @@ class Specification(abc.ABC):
     def __post_init__(self) -> None:
         for name in ("input_size", "hidden_size", "num_layers"):
             at_least_one(name, getattr(self, name))
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
+        check_rate("dropout", self.dropout)
         for name in ("bias", "bidirectional", "learned_initial_state"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
+from jaxpack._packed.dropout import Origins, drop_steps
 from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Resets, reversed_resets
@@ -75,6 +76,7 @@ def run_stack(
         empty = lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size))
         return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
     plan, real, reverse = _cells(packed, stack.planned)
+    origins = Origins.of(packed) if isinstance(plan, BucketPlan) else Origins.of_batch(*plan)
     cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
     recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
@@ -87,7 +89,7 @@ def run_stack(
     states: list[Carry] = []
     for first in range(0, len(params), num_directions):
         if first and dropout_key is not None:
-            data = drop(jax.random.fold_in(dropout_key, first), data, stack.dropout)
+            data = drop_steps(jax.random.fold_in(dropout_key, first), data, origins, stack.dropout)
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
         each = range(layer.start, layer.stop)
@@ -143,10 +145,3 @@ def explain_forward_mode(what: str, call: str) -> Iterator[None]:
             f"{what} has its own derivative, which is for reverse mode. For jax.jvp, jax.jacfwd or jax.linearize of it "
             f"pass {call}(..., forward_mode=True)."
         ) from error
-
-
-def drop(key: jax.Array, data: jax.Array, rate: float) -> jax.Array:
-    """Zeroes values with probability `rate`, and scales the others so that the mean stays."""
-    if rate == 1:
-        return jnp.zeros_like(data)
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, data.shape), data / (1 - rate), 0)
