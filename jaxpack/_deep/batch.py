@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpack._packed.dropout import Origins, drop_sequences, drop_steps
 from jaxpack._packed.gather import rearrange, reversed_cells
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import reversed_resets
@@ -56,6 +57,16 @@ class Batch(NamedTuple):
     def reversed(self) -> Batch:
         """Returns the batch with each sequence reversed, and the resets at which episodes begin that are read so."""
         return Batch(self.of(self.turned(self.data)), self.lengths, self._reversed_resets())
+
+    def dropped(self, key: jax.Array, data: jax.Array, rate: float, locked: bool) -> jax.Array:
+        """Zeroes features with probability `rate`: independently at each step, or locked at all steps of a sequence."""
+        drop = drop_sequences if locked else drop_steps
+        if not data.size:
+            return data
+        if isinstance(self.inputs, PackedSequence):
+            return drop(key, data, Origins.of(self.inputs), rate)
+        flat = data.reshape(-1, *data.shape[2:])
+        return drop(key, flat, Origins.of_batch(*data.shape[:2]), rate).reshape(data.shape)
 
     def _reversed_resets(self) -> Any:
         if self.resets is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from jaxpack._deep.connections import (
     normalized,
 )
 from jaxpack._linear.diagonal import split
+from jaxpack._packed.dropout import check_rate
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -95,8 +95,7 @@ class DeepRNN(ComposedLayer):
         for name in ("norm", "locked"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout <= 1:
-            raise ValueError(f"dropout must be a number in [0, 1], the probability of a zero, got {self.dropout!r}.")
+        check_rate("dropout", self.dropout)
         if not (self.connection is None or isinstance(self.connection, str)):
             object.__setattr__(self, "connection", tuple(self.connection))
         self._check_connection()
@@ -285,13 +284,15 @@ class DeepRNN(ComposedLayer):
         x = inputs = batch.zeroed(x) if carries else x
         outputs, finals = [], []
         for i, (name, layer) in enumerate(self.parts.items()):
-            own = given.to_part(i)
             taken = x
             if i and self.norm:
                 taken = normalized(params[f"norm_{i}"], taken)
+            if i and self.dropout and given.key is not None:
+                key = jax.random.fold_in(given.key, len(self.layers) + i)  # to_part takes the numbers below
+                taken = batch.dropped(key, taken, float(self.dropout), self.locked)
             if i and self._skips:
                 taken = jnp.concatenate([inputs, taken], axis=-1)
-            y, final = run_part(layer, params[name], batch._replace(inputs=batch.of(taken)), own)
+            y, final = run_part(layer, params[name], batch._replace(inputs=batch.of(taken)), given.to_part(i))
             x = connected(self._connections[i], params.get(f"highway_{i}"), x, y)
             outputs.append(x)
             finals.append(final)
