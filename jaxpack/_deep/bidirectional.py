@@ -88,7 +88,7 @@ class Bidirectional(ComposedLayer):
     def apply(
         self,
         params: PyTree,
-        inputs: PackedSequence | ArrayLike,
+        inputs: Any,
         initial_state: Any = None,
         dropout_key: jax.Array | None = None,
         *,
@@ -106,7 +106,7 @@ class Bidirectional(ComposedLayer):
         Args:
           params: {"forward": ..., "backward": ...}, as `init` returns them.
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths` or `mask`; or one sequence
-            [T, F].
+            [T, F]. Where the first layer takes a tuple, a tuple.
           initial_state: a pair, in the layout of the final states. Default: those of the layers.
           dropout_key: a JAX random key. Needed if a layer has dropout, unless deterministic.
           lengths: as in `jaxpack.DeepRNN.apply`, and so are the other arguments.

@@ -214,7 +214,7 @@ class DeepRNN(ComposedLayer):
     def apply(
         self,
         params: PyTree,
-        inputs: PackedSequence | ArrayLike,
+        inputs: Any,
         initial_state: Any = None,
         dropout_key: jax.Array | None = None,
         *,
@@ -242,7 +242,7 @@ class DeepRNN(ComposedLayer):
           params: the parameters, as `init` returns them: those of the layers under layer_0, layer_1, ..., of norms
             under norm_1, ..., and of highway gates under highway_0, ...
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths` or `mask`; or one sequence
-            [T, F].
+            [T, F]. Where the first layer takes a tuple, a tuple.
           initial_state: a tuple with a state for each layer, in the layout of its final state, or None for its default.
           dropout_key: a JAX random key. Needed if there is dropout, between layers or in one, unless deterministic.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
@@ -257,8 +257,7 @@ class DeepRNN(ComposedLayer):
           dtype: a floating dtype to compute in, for all layers. In mixed precision norms and highway gates are float32.
             Default: the result type of inputs and parameters.
           forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize).
-          return_layer_outputs: set True to return what each layer hands on as well. Otherwise nothing keeps it but, in
-            training, what the layers' derivatives need.
+          return_layer_outputs: set True to return what each layer hands on as well.
 
         Returns:
           A pair (output, states); with return_layer_outputs (output, states, outputs of the layers).
@@ -279,9 +278,10 @@ class DeepRNN(ComposedLayer):
 
     def run(self, params: PyTree, batch: Batch, given: Given) -> tuple[Any, ...]:
         """Runs the layers inside a program."""
-        carries = any(self._connections)  # then zeros past each length have to come in, and go out
-        x = batch.data if takes_tuple(self) else batch.data.astype(given.options.dtype)
-        x = inputs = batch.zeroed(x) if carries else x
+        carries = any(self._connections)  # then what comes in and goes out has to be zero past each length
+        x = inputs = batch.data
+        if not takes_tuple(self):
+            x = inputs = batch.zeroed(x.astype(given.options.dtype)) if carries else x.astype(given.options.dtype)
         outputs, finals = [], []
         for i, (name, layer) in enumerate(self.parts.items()):
             taken = x

@@ -71,7 +71,7 @@ class DeepRNN(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: PackedSequence | ArrayLike,
+        inputs: Any,
         initial_state: Any = None,
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,

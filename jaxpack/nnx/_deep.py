@@ -69,7 +69,7 @@ class DeepRNN(nnx.Module):
 
     def __call__(
         self,
-        inputs: PackedSequence | ArrayLike,
+        inputs: Any,
         initial_state: Any = None,
         *,
         seq_lengths: ArrayLike | Sequence[int] | None = None,
