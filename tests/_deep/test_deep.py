@@ -67,10 +67,11 @@ def test_a_stack_is_its_layers_one_after_the_other_and_the_outputs_of_each_are_t
     layers: list[Any] = [RNN(F, H, bidirectional=True), SLSTM(2 * H, 4, 2)]
     stack, plan = DeepRNN(layers), jaxpack.plan_padded(B, T)
     params, x = params_of(stack), random(B, T, F)
-    programs = _run._cache_size()
+    run: Any = _run
+    programs = run._cache_size()
     for lengths in (np.array([5, 0, 2]), LENGTHS):
         output, states, outputs = stack.apply(params, x, lengths=lengths, plan=plan, return_layer_outputs=True)
-    assert _run._cache_size() == programs + 1
+    assert run._cache_size() == programs + 1
     for i, layer in enumerate(layers):
         x, state = layer.apply(params[f"layer_{i}"], x, lengths=LENGTHS, plan=plan)
         close(outputs[i], x)
