@@ -63,6 +63,19 @@ def test_merges_of_directions_are_keras(merge):
     close(layer.apply(params, x)[0], theirs(x))
 
 
+def test_a_stack_is_keras_stack_of_cells():
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="keras, whose outputs this test compares with, is not installed")
+    rnn, gru = RNN(F, H), GRU(H, 4)
+    stack = DeepRNN([rnn, gru])
+    params, x = params_of(stack), random(B, T, F)
+    cells = [keras.layers.SimpleRNNCell(H), keras.layers.GRUCell(4)]
+    theirs = keras.layers.RNN(keras.layers.StackedRNNCells(cells), return_sequences=True, unroll=True)
+    theirs.build(x.shape)
+    theirs.set_weights([*to_keras(rnn, params["layer_0"])[0], *to_keras(gru, params["layer_1"])[0]])
+    close(stack.apply(params, x)[0], theirs(x))
+
+
 def test_a_stack_is_its_layers_one_after_the_other_and_the_outputs_of_each_are_there_on_request():
     layers: list[Any] = [RNN(F, H, bidirectional=True), SLSTM(2 * H, 4, 2)]
     stack, plan = DeepRNN(layers), jaxpack.plan_padded(B, T)
