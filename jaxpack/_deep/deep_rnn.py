@@ -96,7 +96,7 @@ class DeepRNN(ComposedLayer):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
         check_rate("dropout", self.dropout)
-        if not (self.connection is None or isinstance(self.connection, str)):
+        if isinstance(self.connection, Sequence) and not isinstance(self.connection, str):
             object.__setattr__(self, "connection", tuple(self.connection))
         self._check_connection()
         for i in range(1, len(self.layers)):

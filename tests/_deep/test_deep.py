@@ -233,6 +233,7 @@ def applied(*args, x=X, **options):
         (lambda: DeepRNN([GRU(2, 3)], connection="residual"), ValueError, "takes 2 features and gives 3 .* with None"),
         (lambda: DeepRNN([CfC(3, 3)], connection="highway"), ValueError, "takes a tuple of inputs"),
         (lambda: DeepRNN([GRU(2, 2)], connection="dense"), ValueError, "connection must be None, .* got 'dense'"),
+        (lambda: DeepRNN([GRU(2, 2)], connection=WRONG), ValueError, "connection must be None, .* got 3"),
         (lambda: DeepRNN([GRU(2, 2)], connection=("skip",)), ValueError, "one of the first three for each layer"),
         (lambda: DeepRNN([GRU(2, 2)] * 2, connection=("residual",)), ValueError, "each of the 2 layers"),
         (lambda: DeepRNN([GRU(2, 3), CfC(3, 3)]), ValueError, "only the first layer of a stack takes"),
