@@ -11,8 +11,10 @@ from jaxpack._cells.rnn import rnn_cell
 from jaxpack._deep.bidirectional import Bidirectional
 from jaxpack._deep.deep_rnn import DeepRNN
 from jaxpack._layers.layers import GRU, LSTM, RNN
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import Chrono
 from jaxpack._layers.variants import MGU, IndRNN, LayerNormGRU, LayerNormLSTM, PeepholeLSTM
+from jaxpack._layers.weight_norm import join_weight_norm, split_weight_norm
 from jaxpack._linear.lru import LRU
 from jaxpack._linear.minimal import MinGRU, MinLSTM
 from jaxpack._linear.rglru import RGLRU
@@ -96,6 +98,7 @@ __all__ = [
     "MinLSTM",
     "PackedSequence",
     "PeepholeLSTM",
+    "Regularization",
     "Rows",
     "TimeDecay",
     "attention",
@@ -111,6 +114,7 @@ __all__ = [
     "gated_delta_rule",
     "gru_cell",
     "ind_rnn_cell",
+    "join_weight_norm",
     "last",
     "layer_norm_gru_cell",
     "layer_norm_lstm_cell",
@@ -147,6 +151,7 @@ __all__ = [
     "segment_sum",
     "segment_var",
     "softmax",
+    "split_weight_norm",
     "stack_steps",
     "std",
     "subsample",

@@ -4,6 +4,7 @@ import collections
 import gc
 import os
 import tempfile
+import threading
 
 import hypothesis
 import pytest
@@ -12,22 +13,25 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Traces make many objects and few cycles: looking for cycles as often as Python does takes a seventh of the time.
-gc.set_threshold(100_000)
+gc.set_threshold(500_000)
+
+# Read when JAX is imported, here and in the processes that tests start.
+os.environ |= {
+    # Tests ask what goes where, not how fast.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # What one worker or process has compiled the others read, however small it is.
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # No test asks for the lines of Python that a program was traced from, which are ten frames to each operation.
+    "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
+}
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _folder = tempfile.TemporaryDirectory(prefix="jaxpack-tests-")  # gone when the first process ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
 
 import jax  # noqa: E402
 
 pytest.register_assert_rewrite("contract")
-
-# What one worker, or process that a test starts, has compiled the others read: a sixth less time from an empty folder.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _folder = tempfile.TemporaryDirectory(prefix="jaxpack-tests-")  # gone when the first process ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _folder.name
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-# No test asks for the lines of Python that a program was traced from, which are ten frames to each operation.
-jax.config.update("jax_traceback_in_locations_limit", 0)
 
 # Two devices, so that shard_map has something to shard over.
 jax.config.update("jax_num_cpu_devices", 2)
@@ -42,6 +46,7 @@ def _forget_programs():
     """Forgets the programs of a file: each takes memory mappings, and XLA dies where Linux gives no more (65,530)."""
     yield
     jax.clear_caches()
+    vars(_CONTEXTS).clear()
 
 
 @pytest.fixture
@@ -51,10 +56,10 @@ def x64():
         yield
 
 
-# Most tests ask what goes where, not how fast: compiled without optimisation they take two thirds of the time, and by
-# XLA's older code generator for fusions, in one piece, a third of that. JAX has no public switch for the latter two.
+# Compiled without optimisation tests take two thirds of the time, and by XLA's older code generator for fusions, in one
+# piece, a third of that. JAX has no public switch for the latter two.
 CHEAP_OPTIONS = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-jax.config.update("jax_disable_most_optimizations", True)
+_PROGRAMS = {"cheap": True}  # whether these options apply, which change what XLA fuses
 
 
 def _is_known(name, value):
@@ -81,8 +86,7 @@ def _compile_cheaply():
     original = compiler.get_compile_options
 
     def get_compile_options(*args, **options):
-        cheap = known if jax.config.values["jax_disable_most_optimizations"] else {}
-        overrides = cheap | (options.pop("env_options_overrides", None) or {})
+        overrides = (known if _PROGRAMS["cheap"] else {}) | (options.pop("env_options_overrides", None) or {})
         return original(*args, **options | {"env_options_overrides": overrides})
 
     compiler.get_compile_options = get_compile_options
@@ -90,15 +94,47 @@ def _compile_cheaply():
 
 _compile_cheaply()
 
+_CONTEXTS = threading.local()  # the MLIR context of each thread, until the end of a file
+
+
+def _share_contexts():
+    """Lowers all programs of a thread in one MLIR context, as JAX does from 0.11 or 0.12 on.
+
+    Before, it makes one for each program, whose dialects take 3 ms to load: a sixth of what a small program takes.
+    """
+    try:
+        from jax._src.interpreters import mlir
+    except ImportError:
+        return
+    if not hasattr(mlir, "make_ir_context") or hasattr(mlir, "_thread_local_context"):
+        return
+    original = mlir.make_ir_context
+
+    def make_ir_context():
+        if not hasattr(_CONTEXTS, "mlir"):
+            _CONTEXTS.mlir = original()
+        return _CONTEXTS.mlir
+
+    mlir.make_ir_context = make_ir_context
+
+
+_share_contexts()
+
 
 @pytest.fixture(autouse=True)
 def _optimized(request):
-    """Compiles as users do where a test is marked so: equality with references, NaN in slack, compiled programs."""
-    if request.node.get_closest_marker("optimized") is None:
+    """Compiles as users do where a test is marked so: equality with references, NaN in slack, compiled programs.
+
+    With `optimized(code=False)` only the program is as users have it, which takes half the time.
+    """
+    mark = request.node.get_closest_marker("optimized")
+    if mark is None:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", False)
+    _PROGRAMS["cheap"] = False
+    jax.config.update("jax_disable_most_optimizations", not mark.kwargs.get("code", True))
     yield
+    _PROGRAMS["cheap"] = True
     jax.config.update("jax_disable_most_optimizations", True)
 
 

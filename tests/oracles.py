@@ -11,7 +11,7 @@ import pytest
 from variant_oracles import VARIANTS, variant_step
 
 # Fields of a layer that are no keywords of torch.nn's.
-NOT_TORCHS = ("input_size", "hidden_size", "learned_initial_state", "reset_after")
+NOT_TORCHS = ("input_size", "hidden_size", "learned_initial_state", "reset_after", "merge", "regularization")
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # that programs are exported for
 
 torch: Any = None

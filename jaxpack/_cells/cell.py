@@ -104,6 +104,7 @@ class Cell:
     gates: ClassVar[tuple[str, ...]]  # in the order in which the parameters hold them
     reads_activations: ClassVar[bool] = True  # whether linearize does; otherwise none are kept for it
     gates_read_memory: ClassVar[bool] = False  # whether activate_from does; the activations are always kept then
+    gates_apart: ClassVar[bool] = False  # whether what linearize reads and returns of h is all past the gates
     # The gate that keeps the state: its name, and 1, or -1 if it is the share of the new state. None without one.
     forget_gate: ClassVar[tuple[str, int] | None] = None
     # How parameters are drawn by default, functions of (key, shape, dtype); the others as PyTorch draws them.

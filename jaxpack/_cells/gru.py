@@ -69,6 +69,7 @@ class GRUCell(TanhCell):
 
     gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
     forget_gate: ClassVar[tuple[str, int] | None] = ("z", 1)
+    gates_apart: ClassVar[bool] = True
 
     def fuse(self, params: Params) -> Fused:
         """Returns gate columns n, r, z, hn: the input reaches the first three, h the last three; r, z at half scale."""

@@ -65,6 +65,7 @@ class LayerNormGRUCell(Cell):
 
     gates: ClassVar[tuple[str, ...]] = ("r", "z", "n")
     forget_gate: ClassVar[tuple[str, int] | None] = ("z", 1)
+    gates_apart: ClassVar[bool] = True
     initializers: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType(
         {"scale_ih": ones, "scale_hh": ones, "bias_ih": zeros, "bias_hh": zeros}
     )

@@ -71,6 +71,7 @@ class LayerNormLSTMCell(Cell):
 
     gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
     forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
+    gates_apart: ClassVar[bool] = True
     initializers: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType(
         {"scale_ih": ones, "scale_hh": ones, "scale_c": ones, "bias_ih": zeros, "bias_hh": zeros, "bias_c": zeros}
     )

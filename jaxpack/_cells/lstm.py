@@ -43,6 +43,7 @@ class LSTMCell(Cell):
 
     gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
     forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
+    gates_apart: ClassVar[bool] = True
 
     @property
     def output_size(self) -> int:

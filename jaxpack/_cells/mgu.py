@@ -113,6 +113,7 @@ class FlaxMGUCell(TanhCell):
 
     gates: ClassVar[tuple[str, ...]] = ("f", "n")
     forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
+    gates_apart: ClassVar[bool] = True
 
     def fuse(self, params: Params) -> Fused:
         """Returns gate columns n, f, hn: the input reaches the first two, h the last two; f at half scale."""

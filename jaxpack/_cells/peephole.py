@@ -43,6 +43,7 @@ class PeepholeLSTMCell(Cell):
     gates: ClassVar[tuple[str, ...]] = ("i", "f", "g", "o")
     forget_gate: ClassVar[tuple[str, int] | None] = ("f", 1)
     gates_read_memory: ClassVar[bool] = True
+    gates_apart: ClassVar[bool] = True
 
     @property
     def state_sizes(self) -> tuple[int, int]:

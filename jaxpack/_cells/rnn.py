@@ -40,6 +40,7 @@ class RNNCell(Cell):
 
     gates: ClassVar[tuple[str, ...]] = ("",)  # the one gate needs no name
     reads_activations: ClassVar[bool] = False
+    gates_apart: ClassVar[bool] = True
 
     def fuse(self, params: Params) -> Fused:
         """Returns the weights with one bias, the sum of both."""

@@ -23,7 +23,7 @@ class Call(NamedTuple):
       params_dtype: the common dtype of the parameters.
       dtype: the dtype to compute in; None for the result type of data and parameters.
       dropout_key: a random key; None for no dropout.
-      initial_state, fresh_state, lengths, plan, forward_mode, return_all_states: as in `apply`.
+      initial_state, fresh_state, lengths, plan, forward_mode, return_all_states, return_sequences: as in `apply`.
     """
 
     params_dtype: Any
@@ -35,6 +35,7 @@ class Call(NamedTuple):
     plan: BucketPlan | None
     forward_mode: bool
     return_all_states: bool
+    return_sequences: bool
 
     @property
     def planned(self) -> bool:
@@ -57,6 +58,6 @@ def lay_out_with(
     return packed_beside(lay_out((batch, resets), lengths, plan, sort))
 
 
-def pad_states(packed: PackedSequence, length: int) -> Any:
-    """Returns states of packed sequences as arrays [B, T, ...]."""
+def pad_steps(packed: PackedSequence, length: int) -> Any:
+    """Returns what packed sequences have at each step as arrays [B, T, ...]."""
     return pad(packed, jax.tree.map(lambda _: 0, packed.data), length)

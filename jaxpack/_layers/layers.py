@@ -10,6 +10,7 @@ from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell, check_nonlinearity
 from jaxpack._checks import as_int
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,15 @@ class RNN(RecurrentLayer):
       num_layers: the number of stacked layers, at least 1.
       nonlinearity: "tanh" or "relu".
       bias: whether gates have biases (two, as in PyTorch).
-      dropout: the probability of zeroing each output between layers, in [0, 1].
+      dropout: the probability of zeroing each output between layers, in [0, 1], drawn anew at each step. Masks follow
+        the sequence's row, not the plan.
       bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
+      regularization: further regularisers, a jaxpack.Regularization. Default: none.
+      merge: how the outputs of both directions become one, also between layers: "concat" (side by side, [..., 2H]),
+        "sum", "mean" or "mul" ([..., H]), or None for a pair of outputs, of a single layer.
 
     Raises:
       TypeError: if an argument has another type.
@@ -50,6 +55,8 @@ class RNN(RecurrentLayer):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,11 +85,15 @@ class LSTM(RecurrentLayer):
       hidden_size: the width of h, at least 1.
       num_layers: the number of stacked layers, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
-      dropout: the probability of zeroing each output between layers, in [0, 1].
+      dropout: the probability of zeroing each output between layers, in [0, 1], drawn anew at each step. Masks follow
+        the sequence's row, not the plan.
       bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
+      regularization: further regularisers, a jaxpack.Regularization. Default: none.
+      merge: how the outputs of both directions become one, also between layers: "concat" (side by side, [..., 2H]),
+        "sum", "mean" or "mul" ([..., H]), or None for a pair of outputs, of a single layer.
       proj_size: if above 0, h is projected to that width, which must be below hidden_size.
 
     Raises:
@@ -99,6 +110,8 @@ class LSTM(RecurrentLayer):
     bidirectional: bool = False
     proj_size: int = 0
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,11 +143,15 @@ class GRU(RecurrentLayer):
       hidden_size: the width of h, at least 1.
       num_layers: the number of stacked layers, at least 1.
       bias: whether gates have biases (two, as in PyTorch).
-      dropout: the probability of zeroing each output between layers, in [0, 1].
+      dropout: the probability of zeroing each output between layers, in [0, 1], drawn anew at each step. Masks follow
+        the sequence's row, not the plan.
       bidirectional: whether a second direction reads each sequence backwards. `final_output(state)` has both
         directions after they have read the whole sequence; `last(output)` has the backward one after one step.
       learned_initial_state: whether the initial state is a parameter of each layer and direction, h_0 [H] (for LSTM
         h_0 and c_0), which all sequences begin with. An initial state given to `apply` comes first.
+      regularization: further regularisers, a jaxpack.Regularization. Default: none.
+      merge: how the outputs of both directions become one, also between layers: "concat" (side by side, [..., 2H]),
+        "sum", "mean" or "mul" ([..., H]), or None for a pair of outputs, of a single layer.
       reset_after: whether the gate r multiplies the recurrent product, as in PyTorch, or h before it, as in the paper
         (Cho et al. 2014), Haiku, and Keras with reset_after=False. That takes a second product in each step. The
         parameters have the same shapes, and no parameters make the two equal: torch.nn.GRU has only the first.
@@ -152,6 +169,8 @@ class GRU(RecurrentLayer):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
     reset_after: bool = dataclasses.field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:

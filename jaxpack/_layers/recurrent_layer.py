@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxpack._layers.call import Call, lay_out_with, pad_states
+from jaxpack._layers.call import Call, lay_out_with, pad_steps
 from jaxpack._layers.params import check_params, check_sharding, floating
 from jaxpack._layers.specification import LayerParams, Specification
 from jaxpack._layers.stack import Stack, explain_forward_mode, run_stack
 from jaxpack._layers.states import checked_state, first_of_state, shapes_of, zero_state
 from jaxpack._packed.inputs import as_batch, batch_plan, batch_shape, lengths_and_plan, padded_plan
-from jaxpack._packed.layout import pad
 from jaxpack._packed.masks import run_on_valid_steps
+from jaxpack._packed.merge import merge_directions
 from jaxpack._packed.packed_sequence import PackedSequence, check_packed
 from jaxpack._packed.resets import Resets, check_fresh, packed_resets, padded_resets
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -32,7 +32,8 @@ class RecurrentLayer(Specification):
     """A stack of layers of one cell, in one or both directions: the base class of RNN, LSTM, GRU and own layers.
 
     A subclass is a frozen dataclass with the fields input_size, hidden_size, num_layers, bias, dropout, bidirectional
-    and, if it has one, learned_initial_state, in any order and with any further ones, and the property `cell`.
+    and, if it has them, learned_initial_state and regularization, in any order and with any further ones, and the
+    property `cell`.
 
     Examples:
       >>> isinstance(jaxpack.GRU(2, 4), RecurrentLayer)
@@ -55,6 +56,7 @@ class RecurrentLayer(Specification):
         dtype: Any = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
+        return_sequences: bool = True,
     ) -> tuple[Any, ...]:
         """Runs the layer.
 
@@ -70,7 +72,7 @@ class RecurrentLayer(Specification):
           inputs: packed data [S, F]; or padded [B, T, F] (batch first), with `lengths` or `mask`; or one sequence
             [T, F].
           initial_state: h_0, for LSTM (h_0, c_0), in the layout of the final state. Default: the learned one, or zeros.
-          dropout_key: a JAX random key. Needed if there is dropout between layers, unless deterministic.
+          dropout_key: a JAX random key. Needed if there is dropout or another regulariser, unless deterministic.
           lengths: int [B], for padded inputs; a number for one sequence. They may be traced. Default: all T.
           mask: bool [B, T], in place of lengths, True at valid steps; [T] for one sequence. Padding may be anywhere:
             valid steps run as if they were next to each other, and the output is put back where they were, zero at
@@ -82,7 +84,7 @@ class RecurrentLayer(Specification):
             They may be traced. Default: each sequence is one episode.
           fresh_state: beside resets, the state with which episodes begin, in the layout of the initial state. Default:
             the initial state.
-          deterministic: set True to leave dropout out, as in evaluation.
+          deterministic: set True to evaluate: no dropout, and the mean of zoneout.
           dtype: a floating dtype to compute in, to which inputs, parameters and states are cast. Default: the result
             type of inputs and parameters. jnp.bfloat16 (or float16) with float32 parameters is mixed precision:
             products have bfloat16 factors, and the output is bfloat16; gates, states and the sums of gradients are
@@ -90,11 +92,15 @@ class RecurrentLayer(Specification):
           forward_mode: set True to differentiate this call in forward mode (jax.jvp, jacfwd, linearize). It then runs
             a plain scan, which trains more slowly. jax.hessian and forward over reverse do not need it.
           return_all_states: set True to return the state after each step as well.
+          return_sequences: set False to return, in place of the output of each step, that of the last layer after each
+            sequence's own last step, `final_output(state)`. The outputs of the last layer are then not kept in memory,
+            except for a derivative.
 
         Returns:
           A pair (output, final state); with return_all_states (output, final state, states).
 
-          The output has the layout of the inputs, [..., D*H] for D directions of width H, with zeros past each length.
+          The output has the layout of the inputs, [..., D*H] for D directions of width H, with zeros past each length;
+          if `merge` is not "concat", [..., H], and for None a pair of these. Without return_sequences it is [B, D*H].
           The final state is h_n [num_layers*D, B, H], for LSTM (h_n, c_n), in the caller's row order, after the last
           step of each sequence (its first, for the backward direction). For one sequence it has no batch axis.
           Sequences that do not fit the plan are NaN in both.
@@ -104,19 +110,27 @@ class RecurrentLayer(Specification):
 
         Raises:
           ValueError: if a shape does not match the layer or the batch, a concrete length does not fit, dropout is on
-            and there is no key, resets are not of the same sequences, there is a fresh state without resets, or a
-            parameter is sharded under an explicit mesh.
+            and there is no key, resets are not of the same sequences, there is a fresh state without resets, a
+            parameter is sharded under an explicit mesh, or return_all_states is set without return_sequences.
           TypeError: if inputs are packed and lengths, mask or plan are given too, both lengths and mask are given, one
             of inputs and resets is packed and the other padded, mask or resets are not bool, parameters have another
             structure, dtype is not floating, or the call is differentiated in forward mode without forward_mode.
         Source: torch.nn.RNN, LSTM and GRU.
         """
         name = f"{type(self).__name__}.apply"
+        returns = bool(return_all_states), bool(return_sequences)
+        if returns == (True, False):
+            raise ValueError("return_all_states=True returns each step's states: leave return_sequences at True.")
         if mask is not None:
             options = {"deterministic": deterministic, "dtype": dtype, "forward_mode": forward_mode}
             run = functools.partial(self.apply, params, initial_state=initial_state, dropout_key=dropout_key, plan=plan)
             run = functools.partial(run, fresh_state=fresh_state, return_all_states=return_all_states, **options)
-            return run_on_valid_steps(name, run, inputs, mask, lengths, resets)
+            if return_sequences:
+                return run_on_valid_steps(name, run, inputs, mask, lengths, resets)
+            final_only = functools.partial(run, return_sequences=False)
+            return run_on_valid_steps(name, lambda *x, **at: ((), final_only(*x, **at)), inputs, mask, lengths, resets)[
+                1
+            ]
         key = self._active_dropout_key(dropout_key, deterministic)
         params_dtype = check_params(params, self.shapes, self)
         check_sharding(params)
@@ -124,7 +138,7 @@ class RecurrentLayer(Specification):
             dtype = floating(dtype)
         check_fresh(fresh_state, resets)
         states = initial_state, fresh_state
-        call = Call(params_dtype, dtype, key, *states, lengths, plan, forward_mode, bool(return_all_states))
+        call = Call(params_dtype, dtype, key, *states, lengths, plan, forward_mode, *returns)
         if isinstance(inputs, PackedSequence):
             if lengths is not None or plan is not None:
                 raise TypeError("inputs are packed, and carry their lengths and plan: do not give lengths= or plan=.")
@@ -148,10 +162,12 @@ class RecurrentLayer(Specification):
         checked = lengths_and_plan(lengths, plan, batch_size, max_length)
         packed, cells = lay_out_with(batch, begins, *checked, sort)
         output, final, *after = self._apply_packed(params, packed, call, cells)
-        return pad(output, 0, max_length), final, *(pad_states(each, max_length) for each in after)
+        if not call.return_sequences:
+            return output, final
+        return pad_steps(output, max_length), final, *(pad_steps(each, max_length) for each in after)
 
-    def final_output(self, state: Any) -> jax.Array:
-        """Returns the last layer's output after each sequence's own last step, both directions side by side.
+    def final_output(self, state: Any) -> Any:
+        """Returns the last layer's output after each sequence's own last step, both directions joined as `merge` says.
 
         final_output(h_n) = [h_n[-2] h_n[-1]] if bidirectional, else h_n[-1]
 
@@ -171,14 +187,15 @@ class RecurrentLayer(Specification):
             it has no batch axis.
 
         Returns:
-          [B, D*H], in the caller's row order; [D*H] for one sequence.
+          [B, D*H], in the caller's row order; [D*H] for one sequence. If `merge` is not "concat", [B, H], and for None
+          a pair of these.
 
         Raises:
           ValueError: if the state does not have this layer's layout.
         Source: Keras's Bidirectional(LSTM(n))(x), where return_sequences=False.
         """
         h_n = first_of_state(state, self.cell.state_sizes, self.num_layers * self.num_directions, str(self))
-        return jnp.concatenate(list(h_n[-self.num_directions :]), axis=-1)
+        return merge_directions(list(h_n[-self.num_directions :]), self.merge)
 
     def _apply_packed(
         self, params: LayerParams, packed: PackedSequence, call: Call, resets: Resets | None
@@ -203,13 +220,19 @@ class RecurrentLayer(Specification):
         stack = Stack(
             self.cell,
             self.num_directions,
+            self.merge,
             float(self.dropout),
             call.planned,
             call.forward_mode,
             call.return_all_states,
+            not call.return_sequences,
+            regularization=self._regularizers,
         )
         with explain_forward_mode(f"{type(self).__name__}.apply", "apply"):
             outputs, final, *states = run_stack(stack, ordered, packed, state, call.dropout_key, resets, fresh)
+        if not call.return_sequences:
+            final_output = self.final_output(final)
+            return jax.tree.map(lambda leaf: leaf.astype(packed.data.dtype), final_output), final
         return packed.replace(data=outputs), final, *(packed.replace(data=each) for each in states)
 
     def _apply_unbatched(
@@ -232,8 +255,9 @@ class RecurrentLayer(Specification):
         lengths, plan = lengths_and_plan(lengths, padded_plan(1, max_length), 1, max_length)
         packed, cells = lay_out_with(sequence[None], None if resets is None else resets[None], lengths, plan)
         output, final, *states = self._apply_packed(params, packed, call._replace(plan=plan, **batched), cells)
-        of_one = (jax.tree.map(lambda leaf: leaf[0], pad_states(each, max_length)) for each in states)
-        return pad(output, 0, max_length)[0], jax.tree.map(lambda leaf: leaf[:, 0], final), *of_one
+        outputs = [pad_steps(each, max_length) for each in (output, *states)] if call.return_sequences else [output]
+        output, *states = jax.tree.map(lambda leaf: leaf[0], outputs)
+        return output, jax.tree.map(lambda leaf: leaf[:, 0], final), *states
 
     def _check_features(self, array: jax.Array, packed: bool = False) -> None:
         if (packed and array.ndim != 2) or array.shape[-1] != self.input_size:
@@ -251,8 +275,9 @@ class RecurrentLayer(Specification):
         if deterministic or not self.has_dropout:
             return None
         if key is None:
+            rates = [f"{name}={rate}" for name, rate in self._random.items()]
             raise ValueError(
-                f"dropout={self.dropout} is on, but there is no dropout_key. Pass dropout_key=jax.random.key(...) to "
-                f"train, or deterministic=True to evaluate."
+                f"{', '.join(rates)} {'is' if len(rates) == 1 else 'are'} on, but there is no dropout_key. Pass "
+                f"dropout_key=jax.random.key(...) to train, or deterministic=True to evaluate."
             )
         return key

@@ -23,9 +23,11 @@ from jaxpack._cells.cell import Cell, Params
 from jaxpack._checks import at_least_one
 from jaxpack._layers import state_dict as state_dicts
 from jaxpack._layers.params import Drawing, InitializerByGate, check_params, draw
+from jaxpack._layers.regularization import OFF, Regularization
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.states import initial_shapes, learned_state
 from jaxpack._packed.dropout import check_rate
+from jaxpack._packed.merge import check_merge, merged_width
 
 LayerParams = dict[str, Params]
 
@@ -39,7 +41,9 @@ class Specification(abc.ABC):
     bias: bool
     dropout: float
     bidirectional: bool
-    learned_initial_state: bool = False  # a subclass need not have it
+    learned_initial_state: bool = False  # a subclass need not have it, nor the next two
+    merge: str | None = "concat"
+    regularization: Regularization | None = None
 
     @property
     @abc.abstractmethod
@@ -53,11 +57,24 @@ class Specification(abc.ABC):
         for name in ("bias", "bidirectional", "learned_initial_state"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}.")
-        if self.dropout and self.num_layers == 1:
-            warnings.warn(
-                f"dropout acts between layers, so dropout={self.dropout} with num_layers=1 does nothing.",
-                stacklevel=_level_of_user(),
+        check_merge(self.merge)
+        if self.merge != "concat" and not self.bidirectional:
+            raise ValueError(f"merge={self.merge!r} joins the outputs of two directions: set bidirectional=True.")
+        if self.merge is None and self.num_layers > 1:
+            raise ValueError(
+                f"merge=None gives an output for each direction, which no next layer can read, but num_layers is "
+                f"{self.num_layers}. Choose another merge, or stack layers of num_layers=1."
             )
+        if not isinstance(self.regularization, (Regularization, type(None))):
+            raise TypeError(f"regularization must be a jaxpack.Regularization, got {self.regularization!r}.")
+        if isinstance(self._regularizers.zoneout, tuple):
+            self._regularizers.zoneout_of(self.cell)
+        for name, rate in (("dropout", self.dropout), ("hidden_dropout", self._regularizers.hidden_dropout)):
+            if rate and self.num_layers == 1:
+                warnings.warn(
+                    f"{name} acts between layers, so {name}={rate} with num_layers=1 does nothing.",
+                    stacklevel=_level_of_user(),
+                )
 
     @property
     def num_directions(self) -> int:
@@ -66,13 +83,25 @@ class Specification(abc.ABC):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether there is dropout between layers."""
-        return self.dropout > 0 and self.num_layers > 1
+        """Whether training draws random masks, for which it needs a key: of dropout, or of another regulariser."""
+        return bool(self._random)
+
+    @property
+    def _regularizers(self) -> Regularization:
+        return self.regularization or OFF
+
+    @property
+    def _random(self) -> dict[str, Any]:
+        """The rates of what draws masks, by name."""
+        rates = {"dropout": self.dropout} if self.dropout else {}
+        rates |= self._regularizers.active
+        between = ("dropout", "hidden_dropout")
+        return {name: rate for name, rate in rates.items() if self.num_layers > 1 or name not in between}
 
     @property
     def output_size(self) -> int:
-        """The width of the output, with both directions side by side."""
-        return self.num_directions * self.cell.output_size
+        """The width of the output; of each of two outputs if merge is None."""
+        return merged_width([self.cell.output_size] * self.num_directions, self.merge)
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:

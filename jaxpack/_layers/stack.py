@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpack._cells.cell import Carry, Cell, Params
-from jaxpack._packed.dropout import Origins, drop_steps
+from jaxpack._layers.regularization import OFF, Noise, Regularization
+from jaxpack._packed.dropout import Origins
 from jaxpack._packed.gather import CellMaps, rearrange, slot_spans
+from jaxpack._packed.merge import merge_directions
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Resets, reversed_resets
 from jaxpack._packed.slack import checked_slot_fits, poison
@@ -28,20 +30,26 @@ class Stack(NamedTuple):
     Attributes:
       cell: the cell that every layer and direction runs.
       num_directions: 1, or 2 for a bidirectional stack.
+      merge: how the outputs of directions are joined.
       dropout: the rate of dropout between layers.
       planned: whether the plan is a choice; otherwise it is the `batch_plan` of a padded batch.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       all_states: whether to return the states after each step.
+      final_only: whether to return no outputs of steps.
       schedules: how each platform runs the loops.
+      regularization: the regularisers, which act if there is a dropout key; zoneout acts without one, too.
     """
 
     cell: Cell
     num_directions: int
+    merge: str | None = "concat"
     dropout: float = 0.0
     planned: bool = True
     forward_mode: bool = False
     all_states: bool = False
+    final_only: bool = False
     schedules: Schedules = Schedules()
+    regularization: Regularization = OFF
 
 
 @functools.partial(jax.jit, static_argnames="stack")
@@ -62,52 +70,63 @@ def run_stack(
       packed: data [S, F], in the dtype of products and outputs.
       state: the initial state, leaves [num_layers * D, B, size] in the caller's row order; size 1 for zeros. It has the
         dtype of the parameters.
-      dropout_key: None for no dropout.
+      dropout_key: None for evaluation.
       resets: None for none.
       fresh: the state to which resets return, in the layout of the initial state; None for that.
 
     Returns:
-      The outputs of the last layer [S, D*H], and the final states of all layers; with all_states, the states after each
-      step too, leaves [S, num_layers * D, size], zero in slack.
+      The outputs of the last layer [S, D*H], or as merge says; None with final_only. The final states of all layers.
+      With all_states, the states after each step too, leaves [S, num_layers * D, size], zero in slack.
     """
     num_directions, sizes = stack.num_directions, stack.cell.state_sizes
     if not packed.plan.size:  # a batch of no sequences
         final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, sizes)
-        empty = lax.full_like(packed.data, 0, shape=(0, num_directions * stack.cell.output_size))
+        outputs = [lax.full_like(packed.data, 0, shape=(0, stack.cell.output_size))] * num_directions
+        empty = None if stack.final_only else merge_directions(outputs, stack.merge)
         return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
     plan, real, reverse = _cells(packed, stack.planned)
     origins = Origins.of(packed) if isinstance(plan, BucketPlan) else Origins.of_batch(*plan)
+    noise = Noise(stack.regularization, stack.dropout, dropout_key, origins)
     cells = Cells(real, _resets_of_directions(packed, real.mask, resets, num_directions))
-    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, stack.schedules)
+    zoneout = stack.regularization.zoneout_of(stack.cell)
+    recurrence = Recurrence(stack.cell, plan, stack.forward_mode, stack.all_states, False, stack.schedules, zoneout)
     # A sequence that does not fit starts from NaN in every layer, so all its results are NaN, gradients included.
     fits = checked_slot_fits(packed, None if resets is None else resets.agree)
     state, fresh = jax.tree.map(
         lambda leaf: jax.vmap(poison, (0, None))(leaf[:, packed.sorted_indices], fits), (state, fresh)
     )
-    data: jax.Array = packed.data
+    data: Any = packed.data
     finals: list[Carry] = []
     states: list[Carry] = []
     for first in range(0, len(params), num_directions):
-        if first and dropout_key is not None:
-            data = drop_steps(jax.random.fold_in(dropout_key, first), data, origins, stack.dropout)
+        data = noise.on_inputs(data, first)
         layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
         each = range(layer.start, layer.stop)
         carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in each]
         to_fresh = [] if fresh is None else [tuple(leaf[i] for leaf in jax.tree.leaves(fresh)) for i in each]
-        results = recur(recurrence, params[layer], inputs, carries, cells, to_fresh)
+        if stack.final_only and layer.stop == len(params):
+            recurrence = recurrence._replace(final_only=True)
+        weights = [noise.on_weights(params[i], i) for i in each]
+        masks = [mask for i in each if (mask := noise.masks(stack.cell, i, carries[0][0].dtype))]
+        results = recur(recurrence, weights, inputs, carries, cells._replace(masks=tuple(masks)), to_fresh)
         finals.extend(result.carry for result in results)
+        if recurrence.final_only:
+            break
         after = [(result.y, *result.memory) for result in results]
         after[1:] = [tuple(rearrange(leaf, reverse, reverse) for leaf in each) for each in after[1:]]
-        data = jnp.concatenate([y for y, *_ in after], axis=-1).astype(data.dtype)
+        merged = merge_directions([y for y, *_ in after], stack.merge)
+        data = jax.tree.map(lambda leaf, dtype=packed.data.dtype: leaf.astype(dtype), merged)
         states.extend(after)
     leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
     by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
+    if stack.final_only:
+        return None, final_state
     if not stack.all_states:
-        return data, final_state
+        return noise.on_output(data, fits), final_state
     leaves = [jnp.stack(each, 1) for each in zip(*states, strict=True)]
-    return data, final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
+    return noise.on_output(data, fits), final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
 
 
 def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells | BatchCells, jax.Array]:

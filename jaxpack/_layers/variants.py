@@ -12,6 +12,7 @@ from jaxpack._cells.mgu import mgu_of
 from jaxpack._cells.peephole import PeepholeLSTMCell
 from jaxpack._cells.rnn import check_nonlinearity
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +26,16 @@ class _Variant(RecurrentLayer):
     dropout: float = 0.0
     bidirectional: bool = False
     learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class MGU(_Variant):
     """A stack of layers of minimal gated units, which have one gate. Returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.GRU.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
@@ -69,8 +72,8 @@ class IndRNN(_Variant):
     """A stack of layers of independently recurrent units, each of which sees its own past alone. Returns (output, h_n).
 
     A step has no product with h, only one weight for each unit, so stacks of several layers mix units between layers.
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.RNN.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.RNN.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
@@ -106,8 +109,8 @@ class PeepholeLSTM(_Variant):
     """A stack of LSTM layers whose gates see the memory. Returns (output, (h_n, c_n)).
 
     The gates i and f see the memory before the step, and o the memory after it, each by one weight for each unit. The
-    arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.LSTM.
+    arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.LSTM.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
@@ -135,8 +138,8 @@ class LayerNormLSTM(_Variant):
 
     There are three norms: of the input's product and of h's product, each over all four gates together, and of the
     memory on its way to h. The memory that is handed on is not normalised. The arguments input_size, hidden_size,
-    num_layers, bias, dropout, bidirectional and learned_initial_state are those of jaxpack.LSTM. Biases are the shifts
-    of the norms.
+    num_layers, bias, dropout, bidirectional, learned_initial_state, merge and regularization are those of jaxpack.LSTM.
+    Biases are the shifts of the norms.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])
@@ -164,7 +167,8 @@ class LayerNormGRU(_Variant):
 
     There are four norms: of the input's and of h's products of the gates r and z, each over both gates together, and of
     those of n. r multiplies the normalised product of h. The arguments input_size, hidden_size, num_layers, bias,
-    dropout, bidirectional and learned_initial_state are those of jaxpack.GRU. Biases are the shifts of the norms.
+    dropout, bidirectional, learned_initial_state, merge and regularization are those of jaxpack.GRU. Biases are the
+    shifts of the norms.
 
     Examples:
       >>> packed = jaxpack.pack_sequence([np.ones((3, 2)), np.ones((1, 2))])

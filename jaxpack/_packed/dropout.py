@@ -89,9 +89,15 @@ def drop_sequences(key: jax.Array, data: jax.Array, origins: Origins, rate: floa
     return scale_kept(data, take(dropped, origins.slots), rate)
 
 
+def drop_weights(key: jax.Array, weights: jax.Array, rate: float) -> jax.Array:
+    """Zeroes entries [N, ...] with probability `rate`, and scales the others so that the mean stays."""
+    rows = lax.iota(jnp.int32, len(weights))
+    return scale_kept(weights, _draw(key, rate, rows, jnp.zeros_like(rows), weights.shape[1:]), rate)
+
+
 def scale_kept(data: jax.Array, dropped: jax.Array, rate: float) -> jax.Array:
     """Returns zeros where a mask, drawn with this rate, is True, and the data over 1 - rate elsewhere."""
-    return jnp.where(dropped, 0, data / (1 - rate)) if rate < 1 else jnp.zeros_like(data)
+    return jnp.where(dropped, 0, data / (1 - rate) if rate < 1 else data)
 
 
 def dropout(packed: PackedSequence, rate: float, key: jax.Array, *, locked: bool = False) -> PackedSequence:

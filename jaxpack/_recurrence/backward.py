@@ -17,7 +17,7 @@ from jax import lax
 from jaxpack._cells.cell import Carry, Fused, Linearization, transpose
 from jaxpack._recurrence.buffers import Outputs, buffer, loop, read, run_steps, write
 from jaxpack._recurrence.loops import Loops, Operands, Residuals, Results, factors, widened
-from jaxpack._recurrence.slots import Entry
+from jaxpack._recurrence.slots import Entry, Keeps, Scale
 from jaxpack._recurrence.windows import Stair, Window
 from jaxpack._types import PyTree
 
@@ -142,22 +142,21 @@ class _Backward(NamedTuple):
         own = live & window.own
         x = jnp.where(live, real.read(window, self.residuals.operands.x), 0)
         entry = real.at_begins(window, self.entering)
+        scale, keeps = real.scale(window), real.keeps(window, self.loops.zoneout, y.dtype)
         before: Carry = entry.window((real.before(window, y, first),))
+        seen = scale.window(before[0])
         activations = jax.tree.map(window.read, kept.activations)
         if not jax.tree.leaves(activations):
             projected = cell.project(self.weights, x).astype(y.dtype)
-            activations = cell.activate(self.weights, projected, before[0].astype(x.dtype))
-        after: Carry = (real.read(window, y),)
+            activations = cell.activate(self.weights, projected, seen.astype(x.dtype))
+        after: Carry = (_unzoned(keeps, before[0], real.read(window, y)),)
         if kept.checkpoints:
             update = cell.update(activations)
             start = read(kept.checkpoints[0], stair.checkpoint_row(index), stair.rows)
-            memory = self._recall(window, entry.memory, update, own, start)
+            memory = self._recall(window, entry.memory, _zoned(keeps, update), own, start)
             before, after = (*before, memory), (*after, update[0] * memory + update[1])
-        point = _Point(activations, before, after, own, live)
-        d, *dmemory = (
-            jnp.where(own, real.read(window, leaf), 0) for leaf in (self.cotangents.y, *self.cotangents.memory)
-        )
-        rows, da, d, history = self._pull_back(window, point, (d, *dmemory), rows)
+        point = _Point(activations, before, after, own, live, seen, keeps)
+        rows, da, d, history = self._pull_back(window, point, scale, self._douts(window, own), rows)
         dprojected = cell.pull_back_projected(self.weights, x, da)
         dx = window.write(dx, dprojected.astype(x.dtype) @ self.transposed.w_x)
         h, out = self._multiplied(point)
@@ -173,16 +172,24 @@ class _Backward(NamedTuple):
         )
         return _BackwardState(rows, dbegun, dx, dweights)
 
+    def _douts(self, window: Window, own: jax.Array) -> Carry:
+        """Returns the cotangents of h [M, P] after each step and, if it is a result, of c, zero in slack."""
+        if self.loops.final_only:
+            return (jnp.zeros((window.size, self.loops.sizes[0]), self.residuals.y.dtype),)
+        leaves = self.cotangents.y, *self.cotangents.memory
+        return tuple(jnp.where(own, self.loops.real.read(window, leaf), 0) for leaf in leaves)
+
     def _multiplied(self, point: _Point) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns what a chunk multiplies with w_h and w_out; None for weights that the cell does not have."""
-        h = None if self.weights.w_h is None else point.owned(point.before[0])
+        h = None if self.weights.w_h is None else point.owned(point.seen)
         return h, None if self.weights.w_out is None else point.owned(self._linearize(point).out)
 
     def _more_gradients(self, point: _Point, x: jax.Array, da: jax.Array) -> PyTree:
         """Returns a chunk's share of the cotangents of the cell's further weights."""
         if not jax.tree.leaves(self.weights.more):
             return ()
-        activations, before, after = point.owned((point.activations, point.before, point.after))
+        before = point.seen, *point.before[1:]
+        activations, before, after = point.owned((point.activations, before, point.after))
         return self.loops.cell.more_gradients(self.weights, x, activations, before, after, da)
 
     def _linearize(self, point: _Point) -> Linearization:
@@ -210,13 +217,14 @@ class _Backward(NamedTuple):
         return run_steps(window, step, start, (update, own, entry.cells), outputs, self.loops.steps)[1].own
 
     def _pull_back(
-        self, window: Window, point: _Point, douts: Carry, rows: _RowCotangents
+        self, window: Window, point: _Point, scale: Scale, douts: Carry, rows: _RowCotangents
     ) -> tuple[_RowCotangents, jax.Array, jax.Array, Carry]:
         """Runs the backward recurrence over a chunk, last step first.
 
         Args:
           window: the chunk.
           point: its cells.
+          scale: of h, where the gates see it.
           douts: the cotangents of h [M, P] and, if it is a result, of c [M, H] after each step, zero in slack.
           rows: the rows' cotangents after the chunk.
 
@@ -230,13 +238,20 @@ class _Backward(NamedTuple):
         collects, has_fresh = self.wide and real.borders is not None, bool(self.residuals.operands.fresh)
 
         def step(rows: _RowCotangents, xs: Any, old: Any) -> Any:
-            (at, d, dmemory, ends, reset), (da_gates, old_d, _) = xs, old
+            (at, d, dmemory, ends, reset, scaled, keep), (da_gates, old_d, _) = xs, old
             at = self._linearize(at) if in_steps else at._replace(da_gates=da_gates)
             rows = rows.enter(entry, ends)
             dh, *dc = rows.carry
             dc = list(map(jnp.add, dc, dmemory)) if dmemory else dc
-            total = dh + (old_d if projects else d)
-            da, dcarry = cell.step_back(transposed, at, total, dc[0] if dc else None)
+            dcarry: Carry = (dh + (old_d if projects else d), *dc)
+            dkept, (total, *dc) = _split(keep, dcarry)
+            if scale.values is None:
+                da, dcarry = cell.step_back(transposed, at, total, dc[0] if dc else None)
+            else:  # the part of dh that comes through the gates is scaled
+                through = at._replace(dh_dh=jnp.zeros_like(at.dh_dh))
+                da, (dh, *dc) = cell.step_back(transposed, through, total, dc[0] if dc else None)
+                dcarry = scale.step(scaled, dh) + at.dh_dh * total, *dc
+            dcarry = tuple(map(jnp.add, dcarry, dkept)) if keep else dcarry
             rows = rows._replace(carry=dcarry).leave(reset)
             return rows, (), (da, total if projects else (), rows.begun(has_fresh) if collects else ())
 
@@ -252,7 +267,7 @@ class _Backward(NamedTuple):
         begun = rows.begun(has_fresh) if collects else ()
         history = tuple(buffer(leaf, (window.size, leaf.shape[1]), 6) for leaf in begun)
         outputs = Outputs((), (da_gates, d if projects else (), history))
-        xs = at, None if projects else d, dmemory, entry.cells, real.resets_of(window)
+        xs = at, None if projects else d, dmemory, entry.cells, real.resets_of(window), scale.cells, point.keeps
         rows, outputs = run_steps(window, step, rows, xs, outputs, self.loops.steps, reverse=True)
         da, total, history = outputs.own
         return rows, da, total if projects else d, history
@@ -265,6 +280,8 @@ class _Point(NamedTuple):
       activations, before, after: as `Cell.linearize` takes them.
       own: bool [M, 1], which cells are real and belong to the chunk.
       live: bool [M, 1], which are real.
+      seen: [M, P], h before as the gates see it.
+      keeps: the share of its value that each part of the carry keeps.
     """
 
     activations: PyTree
@@ -272,10 +289,37 @@ class _Point(NamedTuple):
     after: Carry
     own: jax.Array
     live: jax.Array
+    seen: jax.Array
+    keeps: Keeps
 
     def owned(self, tree: Any) -> Any:
         """Returns arrays [M, ...] with zeros in the other cells. The initial state of an empty sequence may be NaN."""
         return jax.tree.map(lambda leaf: jnp.where(self.own, leaf, 0), tree)
+
+
+def _zoned(keeps: Keeps, update: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Returns decay and inject of the memory with zoneout."""
+    if not keeps or keeps[1] is None:
+        return update
+    (decay, inject), keep = update, keeps[1]
+    return keep + (1 - keep) * decay, (1 - keep) * inject
+
+
+def _unzoned(keeps: Keeps, before: jax.Array, after: jax.Array) -> jax.Array:
+    """Returns h after a step without zoneout, from that with it; where all of h is kept, anything finite."""
+    if not keeps or keeps[0] is None:
+        return after
+    keep = keeps[0]
+    return jnp.where(keep < 1, (after - keep * before) / jnp.where(keep < 1, 1 - keep, 1), 0)
+
+
+def _split(keeps: Keeps, dcarry: Carry) -> tuple[Carry, Carry]:
+    """Returns the parts of a carry's cotangent that zoneout hands to the carry before, and to the step's result."""
+    if not keeps:
+        return (), dcarry
+    pairs = zip(keeps, dcarry, strict=True)
+    dkept = tuple(jnp.zeros_like(d) if keep is None else keep * d for keep, d in pairs)
+    return dkept, tuple(d - kept for d, kept in zip(dcarry, dkept, strict=True))
 
 
 def _weight_gradient(dtype: Any, operand: jax.Array, cotangent: jax.Array) -> jax.Array:

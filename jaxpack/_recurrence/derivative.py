@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from jax import lax
 
-from jaxpack._cells.cell import Carry, Cell, Params
+from jaxpack._cells.cell import Carry, Cell, Fused, Params
 from jaxpack._packed.broadcast import vary_like
 from jaxpack._packed.scan import Starts, scan_of, scan_slots
 from jaxpack._plans.bucket_plan import BucketPlan
@@ -26,7 +26,7 @@ from jaxpack._recurrence.buffers import StepLoop, buffer
 from jaxpack._recurrence.deals import Deal, best_deal, deals_of, dealt_cells
 from jaxpack._recurrence.forward import forward
 from jaxpack._recurrence.loops import Kept, Loops, Operands, Residuals, Results, factors, widened
-from jaxpack._recurrence.slots import BatchCells, RealCells
+from jaxpack._recurrence.slots import BatchCells, Masks, RealCells
 from jaxpack._recurrence.windows import Stair, checkpoint_rows, stairs_of
 
 KEPT_BYTES = 16 * 2**20  # of the activations of one direction that the backward pass finds kept
@@ -59,7 +59,8 @@ class Schedule(NamedTuple):
         unroll = max(1, min(self.steps.unroll, self.bodies // len(stairs)))
         steps = self.steps._replace(unroll=unroll)
         cell = recurrence.cell.on(self.platform)
-        return Loops(cell, stairs, steps, self.whole_buckets, real, recurrence.all_states)
+        results = recurrence.all_states, recurrence.final_only
+        return Loops(cell, stairs, steps, self.whole_buckets, real, *results, recurrence.zoneout)
 
 
 CPU = Schedule(
@@ -97,14 +98,18 @@ class Recurrence(NamedTuple):
       plan: the plan of the cells, or the shape of a padded batch, of which each row is followed by the next.
       forward_mode: whether to run the plain scan, which JAX differentiates in forward mode too.
       all_states: whether results have the memory after each step.
+      final_only: whether results have no h after each step.
       schedules: how each platform runs the loops.
+      zoneout: the rate with which each part of the carry keeps its value at a step; () for none.
     """
 
     cell: Cell
     plan: BucketPlan | BatchShape
     forward_mode: bool = False
     all_states: bool = False
+    final_only: bool = False
     schedules: Schedules = Schedules()
+    zoneout: tuple[float, ...] = ()
 
     def stairs(self, schedule: Schedule) -> tuple[Stair, ...]:
         """Returns the stairs of a plan on a schedule."""
@@ -157,10 +162,12 @@ class Cells(NamedTuple):
     Attributes:
       real: the real ones, under a plan or of a batch without one.
       resets: of each direction, bool [S], the real cells at which its carry is the initial one again; () for none.
+      masks: of each direction; () for none.
     """
 
     real: RealCells | BatchCells
     resets: tuple[jax.Array, ...] = ()
+    masks: tuple[Masks, ...] = ()
 
 
 def unplanned_cells(lengths: npt.ArrayLike, max_length: int) -> int:
@@ -191,13 +198,41 @@ def recur(
       The results of each direction.
     """
     # Under shard_map all take on what any of them varies over, outside the derivative: autodiff sums it up again.
-    inputs = vary_like(tuple(inputs), (params, carries, cells.resets, fresh))
+    inputs = vary_like(tuple(inputs), (params, carries, cells.resets, cells.masks, fresh))
     if fresh:
         carries = [widened(recurrence.cell, carry) for carry in carries]
     carries, fresh = vary_like((tuple(carries), tuple(fresh)), inputs)
     weights = (vary_like(recurrence.cell.fuse(p), inputs) for p in params)
     directions = tuple(map(Operands, weights, inputs, carries, fresh or [()] * len(carries)))
-    return (_plain if recurrence.forward_mode else _fast)(recurrence, directions, cells)
+    cells = cells._replace(masks=vary_like(cells.masks, inputs))
+    scaled = any(masks.scale is not None for masks in cells.masks)
+    plain = recurrence.forward_mode or (scaled and not recurrence.cell.gates_apart)
+    return (_plain if plain else _fast)(recurrence, directions, cells)
+
+
+def _regularized(
+    recurrence: Recurrence, weights: Fused, state: tuple[Carry, Any], projected: jax.Array, kept: tuple[Any, ...]
+) -> Carry:
+    """Runs one step, in which the gates see a scaled h, and some units keep their value.
+
+    Args:
+      recurrence: the static part.
+      weights: of one direction.
+      state: the carry [rows, ...], and the scale [rows, P] or None.
+      projected: [rows, X].
+      kept: as in `Masks`, [rows, size].
+    """
+    (h, *memory), scale = state
+    before = (h, *memory)
+    seen = (h if scale is None else h * scale, *memory)
+    activations = recurrence.cell.activate_from(weights, projected, seen)
+    after = list(recurrence.cell.advance(weights, activations, before))
+    for i, rate in enumerate(recurrence.zoneout):
+        if rate and kept:
+            after[i] = jnp.where(kept[i], before[i], after[i])
+        elif rate:
+            after[i] = rate * before[i] + (1 - rate) * after[i]
+    return tuple(after)
 
 
 def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tuple[Results, ...]:
@@ -205,30 +240,36 @@ def _plain(recurrence: Recurrence, directions: Directions, cells: Cells) -> tupl
     cell, real_mask, resets = recurrence.cell, cells.real.mask, cells.resets or None
     mask = real_mask[:, None]
     weights, inputs, carries, fresh = zip(*directions, strict=True)
+    scales, kept = zip(*(cells.masks or [Masks()] * len(directions)), strict=True)
 
-    def step(carries: tuple[Carry, ...], projected: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+    def step(states: tuple[tuple[Carry, Any], ...], xs: Any) -> tuple[Any, Any]:
         # In the step, so that the gradients of weights are summed in their own dtype.
         rounded = tuple(factors(w, x.dtype) for w, x in zip(weights, inputs, strict=True))
-        stepped = tuple(cell.step(*each) for each in zip(rounded, carries, projected, strict=True))
-        return stepped, stepped if recurrence.all_states else tuple(carry[:1] for carry in stepped)
+        stepped = tuple(_regularized(recurrence, *each) for each in zip(rounded, states, *xs, strict=True))
+        first, end = 1 if recurrence.final_only else 0, None if recurrence.all_states else 1
+        return tuple(zip(stepped, (scale for _, scale in states), strict=True)), tuple(
+            carry[first:end] for carry in stepped
+        )
 
     projected = tuple(
         cell.project(factors(w, x.dtype), jnp.where(mask, x, 0)).astype(carry[0].dtype)
         for w, x, carry in zip(weights, inputs, carries, strict=True)
     )
-    carries = tuple(widened(cell, carry) for carry in carries)
-    starts = Starts(carries, jax.tree.map(jnp.zeros_like, carries), fresh if any(fresh) else carries)
+    initial = tuple(zip((widened(cell, carry) for carry in carries), scales, strict=True))
+    begun = tuple(zip(fresh, scales, strict=True)) if any(fresh) else initial
+    starts, xs = Starts(initial, jax.tree.map(jnp.zeros_like, initial), begun), (projected, kept)
     if isinstance(recurrence.plan, BucketPlan):
-        carries, outputs = scan_slots(scan_of(step), starts, projected, real_mask, recurrence.plan, resets)
+        states, outputs = scan_slots(scan_of(step), starts, xs, real_mask, recurrence.plan, resets)
     else:
         number, length = recurrence.plan
-        cellwise = projected, real_mask, resets
-        projected, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), cellwise)
+        xs, real_mask, resets = jax.tree.map(lambda leaf: _swapped(leaf, number), (xs, real_mask, resets))
         plan = BucketPlan((length,), (number,))
-        carries, outputs = scan_slots(scan_of(step), starts, projected, real_mask, plan, resets)
+        states, outputs = scan_slots(scan_of(step), starts, xs, real_mask, plan, resets)
         outputs = jax.tree.map(lambda leaf: _swapped(leaf, length), outputs)
-    states = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
-    return tuple(Results(y, carry, tuple(memory)) for (y, *memory), carry in zip(states, carries, strict=True))
+    outputs = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), outputs)
+    if recurrence.final_only:
+        return tuple(Results((), carry) for carry, _ in states)
+    return tuple(Results(y, carry, tuple(memory)) for (y, *memory), (carry, _) in zip(outputs, states, strict=True))
 
 
 def _swapped(leaf: jax.Array, rows: int) -> jax.Array:
@@ -242,8 +283,10 @@ def _fast(recurrence: Recurrence, directions: Directions, cells: Cells) -> tuple
 
 
 def _fast_fwd(recurrence: Recurrence, directions: Directions, cells: Cells) -> Any:
-    results, kept = _forward(recurrence, True, directions, cells)
+    results, kept = _forward(recurrence._replace(final_only=False), True, directions, cells)
     outputs = [result.y for result in results]
+    if recurrence.final_only:
+        results = tuple(result._replace(y=()) for result in results)
     return results, (tuple(map(Residuals, directions, outputs, kept)), cells)
 
 
@@ -311,12 +354,14 @@ def _on_each_platform(
     """
 
     def on(schedule: Schedule, cells: Cells, *operands: Any) -> Any:
-        real, resets = cells
-        each = list(zip(resets or [None] * len(operands[0]), *operands, strict=True))
+        real, resets, masks = cells
+        number = len(operands[0])
+        each = list(zip(resets or [None] * number, masks or [Masks()] * number, *operands, strict=True))
 
         def run_all(stairs: tuple[Stair, ...], real: RealCells) -> tuple[Any, ...]:
-            def one(resets: jax.Array | None, *operands: Any) -> Any:
-                return run(schedule.loops(recurrence, stairs, real.with_resets(resets)), *operands)
+            def one(resets: jax.Array | None, masks: Masks, *operands: Any) -> Any:
+                seen = real.with_resets(resets).with_masks(masks)
+                return run(schedule.loops(recurrence, stairs, seen), *operands)
 
             if not schedule.fuse_directions or len(each) == 1:
                 return tuple(itertools.starmap(one, each))

@@ -38,12 +38,12 @@ class Results(NamedTuple):
     """The results of one direction.
 
     Attributes:
-      y: [S, P], h after each cell's step, zero in slack.
+      y: [S, P], h after each cell's step, zero in slack; () unless it is asked for.
       carry: the carry after the last step of each slot, leaves [B, ...].
       memory: the memory c after each cell's step, leaves [S, H], zero in slack; () unless it is asked for.
     """
 
-    y: jax.Array
+    y: Any
     carry: Carry
     memory: Carry = ()
 
@@ -84,6 +84,8 @@ class Loops(NamedTuple):
       wide: whether the platform wants few and large operations, and need not keep a chunk in cache.
       real: the real cells, as the direction sees them.
       all_states: whether results have the memory after each step.
+      final_only: whether results have no h after each step.
+      zoneout: the rate of zoneout of each part of the carry; () for none.
     """
 
     cell: Cell
@@ -92,6 +94,8 @@ class Loops(NamedTuple):
     wide: bool
     real: RealCells
     all_states: bool
+    final_only: bool
+    zoneout: tuple[float, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ backward pass its cotangent leaves, and none goes on to the step before.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,10 @@ class Borders(NamedTuple):
     begins: jax.Array
     ends: jax.Array
     slots: jax.Array
+
+
+# The share of its value that each part of the carry keeps: [M, size], [M, 1], or None for 0; () for no zoneout.
+Keeps = tuple[jax.Array | None, ...]
 
 
 class Places(NamedTuple):
@@ -86,8 +90,49 @@ class Entry(NamedTuple):
         return tuple(jnp.tile(leaf, (len(self.here) // len(leaf), 1)) for leaf in self.values)
 
 
+class Masks(NamedTuple):
+    """The random masks of one direction.
+
+    Attributes:
+      scale: [B, P], of each slot, by which h is multiplied where the gates see it; None for 1.
+      kept: bool [S, size] for each part of the carry with zoneout, where it keeps its value; None for nowhere. () for
+        the mean, which evaluation uses.
+    """
+
+    scale: jax.Array | None = None
+    kept: tuple[jax.Array | None, ...] = ()
+
+
+class Scale(NamedTuple):
+    """By what h is multiplied where the gates see it, in the cells of a window.
+
+    Attributes:
+      values: of each cell [M, P], or of each row [rows, P]; None for 1.
+      by_cell: whether values are those of cells.
+    """
+
+    values: jax.Array | None = None
+    by_cell: bool = True
+
+    @property
+    def cells(self) -> jax.Array | None:
+        """The part that steps read, [M, P]."""
+        return self.values if self.by_cell else None
+
+    def step(self, cells: jax.Array | None, h: jax.Array) -> jax.Array:
+        """Returns h [rows, P] of a step, or a cotangent of it, scaled; `cells` are those of the step."""
+        scale = cells if self.by_cell else self.values
+        return h if scale is None else h * scale
+
+    def window(self, h: jax.Array) -> jax.Array:
+        """Returns h of all cells [M, P] scaled."""
+        if self.values is None or self.by_cell:
+            return self.step(self.values, h)
+        return h * jnp.tile(self.values, (len(h) // len(self.values), 1))
+
+
 class RealCells(NamedTuple):
-    """The real cells of a batch, as all directions see them, or as one sees them that has resets.
+    """The real cells of a batch, as all directions see them, or as one sees them that has resets and masks.
 
     Attributes:
       mask: bool [S].
@@ -97,6 +142,7 @@ class RealCells(NamedTuple):
       places: where the cells of dealt rows are in the batch; None where both are the same.
       resets: bool [S], the real cells at which the carry is the slot's initial one again, or its fresh one; None for
         none.
+      masks: the random masks.
     """
 
     mask: jax.Array
@@ -106,6 +152,7 @@ class RealCells(NamedTuple):
     borders: Borders | None
     places: Places | None = None
     resets: jax.Array | None = None
+    masks: Masks = Masks()
 
     @classmethod
     def of(cls, packed: Indexed, maps: CellMaps) -> RealCells:
@@ -126,6 +173,27 @@ class RealCells(NamedTuple):
         resets = resets if self.places is None else _get(resets, self.places.sources)
         borders = self.borders and self.borders._replace(begins=self.borders.begins | resets)
         return self._replace(borders=borders, resets=resets)
+
+    def with_masks(self, masks: Masks) -> RealCells:
+        """Returns the cells as a direction sees them that has these masks."""
+        return self._replace(masks=masks)
+
+    def scale(self, window: Window) -> Scale:
+        """Returns the scale of h in a window."""
+        values = self.masks.scale
+        if values is None:
+            return Scale()
+        if self.borders is None:
+            return Scale(values[: window.stair.rows], by_cell=False)
+        return Scale(values.at[window.read(self.borders.slots)].get(mode="promise_in_bounds"))
+
+    def keeps(self, window: Window, rates: tuple[float, ...], dtype: Any) -> Keeps:
+        """Returns which share of its value each part of the carry keeps in a window, at these rates of zoneout."""
+        if not any(rates):
+            return ()
+        if not self.masks.kept:
+            return tuple(jnp.full((window.size, 1), rate, dtype) if rate else None for rate in rates)
+        return tuple(None if kept is None else self.read(window, kept).astype(dtype) for kept in self.masks.kept)
 
     def read(self, window: Window, leaf: jax.Array) -> jax.Array:
         """Returns a window's cells [M, ...] out of all cells of the batch [S, ...]."""
@@ -205,6 +273,14 @@ class BatchCells(NamedTuple):
     def ranked(self) -> jax.Array:
         """The spans, longest first."""
         return self.spans[self.order]
+
+
+def zone(keeps: Keeps, before: Carry, after: Carry) -> Carry:
+    """Returns the carry after a step with zoneout (Krueger et al. 2017)."""
+    return tuple(
+        new if keep is None else keep * old + (1 - keep) * new
+        for keep, old, new in zip(keeps or (None,) * len(after), before, after, strict=True)
+    )
 
 
 def _where(here: jax.Array | None, values: Carry, carry: Carry) -> Carry:

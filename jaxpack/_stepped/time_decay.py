@@ -46,7 +46,7 @@ class TimeDecay(TimedLayer):
 
     Raises:
       TypeError: if base is no stack.
-      ValueError: if base has several layers or directions, or a learned initial state.
+      ValueError: if base has several layers or directions, a learned initial state, or regularization.
     Source: Che et al. 2018, "Recurrent neural networks for multivariate time series with missing values", whose hidden
       state decays, too.
     """
@@ -56,10 +56,11 @@ class TimeDecay(TimedLayer):
     def __post_init__(self) -> None:
         if not isinstance(self.base, RecurrentLayer):
             raise TypeError(f"base must be a stack such as jaxpack.LSTM(2, 4), got {self.base!r}.")
-        if self.base.num_layers * self.base.num_directions != 1 or self.base.learned_initial_state:
+        several = self.base.num_layers * self.base.num_directions != 1
+        if several or self.base.learned_initial_state or self.base.has_dropout:
             raise ValueError(
-                f"base must have one layer, one direction and no learned initial state, got {self.base}. Run layers "
-                f"one after the other, and the other direction with reverse=True."
+                f"base must have one layer, one direction and no learned initial state or regularization, got "
+                f"{self.base}. Run layers one after the other, and the other direction with reverse=True."
             )
 
     @property

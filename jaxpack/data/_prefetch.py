@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import collections
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from jaxpack._checks import at_least_one
 from jaxpack.data._batcher import BatchIterator
 
 _POLL = 0.1  # seconds between checks that the thread is alive, while a caller waits
+_LAST_ITEM = 5.0  # seconds that a process which ends waits for a thread to put its last item on a device
 
 
 def prefetch_to_device(iterator: Iterable[Any], size: int = 2, *, device: Any = None) -> PrefetchIterator:
@@ -71,6 +74,8 @@ class PrefetchIterator:
         self._state = _state(iterator)
         self._process = os.getpid()
         self._thread: threading.Thread | None = None
+        _open.add(self)
+        weakref.finalize(self, _stop, self._shared, self._process).atexit = False
 
     def __iter__(self) -> PrefetchIterator:
         return self
@@ -104,12 +109,7 @@ class PrefetchIterator:
 
     def close(self) -> None:
         """Ends the thread and the iteration, also for callers that wait for an item."""
-        if os.getpid() == self._process:
-            self._shared.stop()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_process"):
-            self.close()
+        _stop(self._shared, self._process)
 
     def _wait(self) -> _Entry:
         """Waits for an entry and takes it. Starts the thread first, and again after an error."""
@@ -173,6 +173,24 @@ class _Shared:
             while len(self.ready) >= self.size and not (self.ended or self.left):
                 self.changed.wait()
             return not (self.ended or self.left)
+
+
+_open = weakref.WeakSet[PrefetchIterator]()
+
+
+@atexit.register
+def _join_all() -> None:
+    """Ends all threads before the interpreter does, which would abort the process within a device transfer."""
+    for iterator in list(_open):
+        iterator.close()
+        if iterator._thread is not None and os.getpid() == iterator._process:
+            iterator._thread.join(_LAST_ITEM)
+
+
+def _stop(shared: _Shared, process: int) -> None:
+    """Ends a thread and its iteration, in the process that has it: a fork may have inherited its locks."""
+    if os.getpid() == process:
+        shared.stop()
 
 
 def _fill(shared: _Shared) -> None:

@@ -20,6 +20,7 @@ from jaxpack._cells.rnn import RNNCell
 from jaxpack._flax.known import LINEN_CELLS, NNX_CELLS, Tree, from_cell
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._layers.specification import LayerParams
+from jaxpack._packed.merge import merge_directions
 from jaxpack.interop._weights import (
     Weights,
     check_convertible,
@@ -99,7 +100,7 @@ def from_nnx(layer: RecurrentLayer, modules: Any) -> LayerParams:
 
     Two options of Flax's modules are not part of the weights. They say how to run the layer:
 
-    - merge_fn: the output has both directions side by side. Merge its halves.
+    - merge_fn: give the layer the merge that does the same. Below the last module it must be the same.
     - reverse of the first RNN: run the layer on jaxpack.reverse_sequences(packed). With keep_order=True reverse the
       output too.
 
@@ -218,12 +219,12 @@ def _unboxed(tree: Any) -> Any:
 
 
 def _check_order(layer: RecurrentLayer, modules: list[tuple[str, Any]]) -> None:
-    """Raises ValueError unless each module passes on its outputs side by side and in order, as the layer does."""
+    """Raises ValueError unless each module passes on its outputs joined and in order as the layer does."""
     for i, (where, module) in enumerate(modules):
         if i and getattr(module, "reverse", False):
             raise reversed_error(layer, f"{where} has reverse=True", "module")
         bidirectional = isinstance(module, nnx.Bidirectional)
-        if bidirectional and i < len(modules) - 1 and not _concatenates(module.merge_fn):
+        if bidirectional and i < len(modules) - 1 and not _merges(module.merge_fn, layer.merge):
             raise merged_error(layer, f"{where}.merge_fn is {_name(module.merge_fn)}", "module")
 
 
@@ -238,11 +239,11 @@ def _params_of(layer: RecurrentLayer, entry: Any, where: str) -> Any:
     return _cell_params(layer, entry, where)
 
 
-def _concatenates(merge_fn: Callable[[Any, Any], Any]) -> bool:
-    """Returns True if a function puts two arrays side by side, tested on two arrays, since it may be the user's own."""
+def _merges(merge_fn: Callable[[Any, Any], Any], merge: str | None) -> bool:
+    """Returns True if a function joins two arrays as merge says, tested on two arrays: it may be the user's own."""
     with jax.ensure_compile_time_eval():
-        forward, backward = jnp.array([[-0.5, 0.25, 0.0]]), jnp.array([[0.75, -0.125, -1.0]])
-        return np.array_equal(merge_fn(forward, backward), jnp.concatenate([forward, backward], axis=-1))
+        arrays = jnp.array([[-0.5, 0.25, 0.0]]), jnp.array([[0.75, -0.125, -1.0]])
+        return np.array_equal(merge_fn(*arrays), merge_directions(arrays, merge))
 
 
 def _cell_params(layer: RecurrentLayer, module: Any, where: str) -> Any:

@@ -63,7 +63,7 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
     Weights do not depend on dropout (which is off in inference), return_sequences, return_state, stateful and masking.
     Nor do they depend on two options that say how to run the layer:
 
-      merge_mode      The output has both directions side by side: add its halves for "sum", and so on.
+      merge_mode      Give the layer the same merge ("mean" for "ave"). Below the last Keras layer it must be the same.
       go_backwards    If the first Keras layer has it, run the layer on jaxpack.reverse_sequences(packed).
 
     Examples:
@@ -160,7 +160,7 @@ def _unwrapped(entry: Any, where: str) -> list[tuple[str, Any]]:
 
 
 def _check_order(layer: RecurrentLayer, entries: list[tuple[str, Any]]) -> None:
-    """Raises ValueError unless each Keras layer passes on its outputs side by side and in order, as the layer does."""
+    """Raises ValueError unless each Keras layer passes on its outputs joined and in order as the layer does."""
     for i, (where, entry) in enumerate(entries):
         parts = [each for _, each in _halves(layer, entry, where)] if layer.bidirectional else [entry]
         backwards = [bool(getattr(part, "go_backwards", False)) for part in parts]
@@ -169,7 +169,7 @@ def _check_order(layer: RecurrentLayer, entries: list[tuple[str, Any]]) -> None:
         if i and backwards[0]:
             raise reversed_error(layer, f"{where} has go_backwards=True", "Keras layer")
         merge_mode = getattr(entry, "merge_mode", "concat")
-        if i < len(entries) - 1 and merge_mode != "concat":
+        if i < len(entries) - 1 and merge_mode != {"mean": "ave"}.get(str(layer.merge), layer.merge):
             raise merged_error(layer, f"{where} has merge_mode={merge_mode!r}", "Keras layer")
 
 

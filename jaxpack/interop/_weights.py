@@ -118,10 +118,10 @@ def reversed_error(layer: RecurrentLayer, found: str, unit: str) -> ValueError:
 
 
 def merged_error(layer: RecurrentLayer, found: str, unit: str) -> ValueError:
-    """Returns the error for a module below the last one that merges its directions. Arguments as `reversed_error`."""
+    """Returns the error for a module below the last one that joins directions otherwise. As `reversed_error`."""
     return ValueError(
-        f"{found}, but {layer} passes both directions side by side to the next layer. "
-        f"{_split(unit, 'merge the halves')}"
+        f"{found}, but {layer} joins both directions by merge={layer.merge!r} for the next layer. Give it the merge "
+        f"that does the same. If there is none: {_split(unit, 'merge the halves')}"
     )
 
 

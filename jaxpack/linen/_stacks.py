@@ -29,6 +29,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import InitializerByGate
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.inputs import as_batch, padded_plan
@@ -43,6 +44,8 @@ _INITIALIZERS = ("kernel_init", "recurrent_kernel_init", "bias_init")
 class _Stack(nn.Module):
     """Base of the stacks. A subclass has the options of its layer class, except input_size."""
 
+    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
+    merge: str | None = dataclasses.field(default="concat", kw_only=True)
     dtype: Any = dataclasses.field(default=None, kw_only=True)
     param_dtype: Any = dataclasses.field(default=None, kw_only=True)
     kernel_init: InitializerByGate = dataclasses.field(default=None, kw_only=True)
@@ -51,6 +54,7 @@ class _Stack(nn.Module):
     scheme: str = dataclasses.field(default="pytorch", kw_only=True)
     forget_bias: ForgetBias = dataclasses.field(default=None, kw_only=True)
     deterministic: bool | None = dataclasses.field(default=None, kw_only=True)
+    regularization: Regularization | None = dataclasses.field(default=None, kw_only=True)
 
     layer_class: ClassVar[Any]
 
@@ -81,6 +85,7 @@ class _Stack(nn.Module):
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
+        return_sequences: bool = True,
     ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
 
@@ -92,10 +97,11 @@ class _Stack(nn.Module):
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
           fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
-          deterministic: True to leave out dropout between layers. The attribute or the call must say it if there
-            is such dropout, whose key comes from the rng "dropout".
+          deterministic: True to evaluate, without dropout. The attribute or the call must say it if there is dropout
+            or another regulariser, whose key comes from the rng "dropout".
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
+          return_sequences: set False to return the output after each sequence's own last step alone.
 
         Returns:
           The output in the layout of the inputs, and the final state: h_n, for LSTM (h_n, c_n). With return_all_states,
@@ -123,6 +129,7 @@ class _Stack(nn.Module):
             dtype=self.dtype,
             forward_mode=forward_mode,
             return_all_states=return_all_states,
+            return_sequences=return_sequences,
         )
 
     @nn.nowrap
@@ -163,8 +170,8 @@ def _padded_plan(inputs: PackedSequence | ArrayLike) -> BucketPlan | None:
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and learned_initial_state are
-    those of jaxpack.RNN.
+    The attributes hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.RNN.
 
     Examples:
       >>> rnn = jaxpack.linen.SimpleRNN(4, nonlinearity="relu")
@@ -181,7 +188,7 @@ class SimpleRNN(_Stack):
       bias_init: likewise for biases.
       scheme: the library whose defaults apply to what these leave open: "pytorch", "keras", "flax" or "haiku".
       forget_bias: the bias of the gate that keeps the state, a number or a jaxpack.Chrono (not for SimpleRNN).
-      deterministic: True to leave out dropout between layers. Default: as the call says.
+      deterministic: True to evaluate, without dropout. Default: as the call says.
     """
 
     layer_class = layers.RNN
@@ -192,14 +199,14 @@ class SimpleRNN(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size and learned_initial_state are those
-    of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state, merge and
+    regularization are those of jaxpack.LSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are
+    those of SimpleRNN.
 
     Examples:
       >>> from flax import linen as nn
@@ -218,14 +225,14 @@ class LSTM(_Stack):
     dropout: float = 0.0
     bidirectional: bool = False
     proj_size: int = 0
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after and learned_initial_state are
-    those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state, merge and
+    regularization are those of jaxpack.GRU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are
+    those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.GRU(4)
@@ -242,5 +249,4 @@ class GRU(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
     reset_after: bool = dataclasses.field(default=True, kw_only=True)

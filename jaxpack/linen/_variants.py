@@ -18,14 +18,14 @@ class _Variant(_Stack):
     bias: bool = True
     dropout: float = 0.0
     bidirectional: bool = False
-    learned_initial_state: bool = dataclasses.field(default=False, kw_only=True)
 
 
 class MGU(_Variant):
     """A stack of layers of minimal gated units. mgu.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset and learned_initial_state are those of
-    jaxpack.MGU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, reset, learned_initial_state, merge and
+    regularization are those of jaxpack.MGU. dtype, param_dtype, initialisers (also gate by gate) and deterministic are
+    those of SimpleRNN.
 
     Examples:
       >>> mgu = jaxpack.linen.MGU(4)
@@ -43,8 +43,9 @@ class MGU(_Variant):
 class IndRNN(_Variant):
     """A stack of layers of independently recurrent units. rnn.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional, nonlinearity and learned_initial_state are
-    those of jaxpack.IndRNN. dtype, param_dtype, initialisers and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, nonlinearity, learned_initial_state, merge and
+    regularization are those of jaxpack.IndRNN. dtype, param_dtype, initialisers and deterministic are those of
+    SimpleRNN.
 
     Examples:
       >>> rnn = jaxpack.linen.IndRNN(4, num_layers=2)
@@ -62,8 +63,9 @@ class IndRNN(_Variant):
 class PeepholeLSTM(_Variant):
     """A stack of LSTM layers whose gates see the memory. lstm.apply(variables, packed) returns (output, (h_n, c_n)).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.PeepholeLSTM. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.PeepholeLSTM. dtype, param_dtype, initialisers (also gate by gate) and
+    deterministic are those of SimpleRNN.
 
     Examples:
       >>> lstm = jaxpack.linen.PeepholeLSTM(4)
@@ -80,8 +82,8 @@ class LayerNormLSTM(_Variant):
     """A stack of LSTM layers with layer normalisation in each step.
 
     lstm.apply(variables, packed) returns (output, (h_n, c_n)). The attributes hidden_size, num_layers, bias, dropout,
-    bidirectional and learned_initial_state are those of jaxpack.LayerNormLSTM, which says where the norms are. dtype,
-    param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
+    bidirectional, learned_initial_state, merge and regularization are those of jaxpack.LayerNormLSTM, which says where
+    the norms are. dtype, param_dtype, initialisers (also gate by gate) and deterministic are those of SimpleRNN.
 
     Examples:
       >>> lstm = jaxpack.linen.LayerNormLSTM(4)
@@ -97,9 +99,9 @@ class LayerNormLSTM(_Variant):
 class LayerNormGRU(_Variant):
     """A stack of GRU layers with layer normalisation in each step. gru.apply(variables, packed) returns (output, h_n).
 
-    The attributes hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those of
-    jaxpack.LayerNormGRU, which says where the norms are. dtype, param_dtype, initialisers (also gate by gate) and
-    deterministic are those of SimpleRNN.
+    The attributes hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.LayerNormGRU, which says where the norms are. dtype, param_dtype, initialisers
+    (also gate by gate) and deterministic are those of SimpleRNN.
 
     Examples:
       >>> gru = jaxpack.linen.LayerNormGRU(4)

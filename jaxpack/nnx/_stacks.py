@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import jax
 from flax import nnx
@@ -26,6 +26,7 @@ from jax.typing import ArrayLike
 from jaxpack._layers import layers
 from jaxpack._layers.params import ROLES, Initializer, InitializerByGate
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import ForgetBias
 from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.packed_sequence import PackedSequence
@@ -35,8 +36,10 @@ __all__ = ["GRU", "LSTM", "SimpleRNN"]
 
 
 class Options(TypedDict, total=False):
-    """The keywords that all stacks take, as SimpleRNN documents them."""
+    """The keywords that all stacks take: those of the layer, then those that SimpleRNN documents."""
 
+    learned_initial_state: bool
+    merge: str | None
     dtype: Any
     param_dtype: Any
     kernel_init: InitializerByGate
@@ -48,15 +51,23 @@ class Options(TypedDict, total=False):
     recurrent_kernel_metadata: Mapping[str, Any]
     bias_metadata: Mapping[str, Any]
     deterministic: bool
+    regularization: Regularization | None
+
+
+_OF_LAYER = ("learned_initial_state", "merge", "regularization")
 
 
 class _Stack(nnx.Module):
     """Base of the stacks: a layer spec with its parameters as nnx.Param, and a stream of keys for dropout."""
 
-    def __init__(self, layer: RecurrentLayer, rngs: nnx.Rngs, **options: Unpack[Options]) -> None:
+    layer_class: ClassVar[Callable[..., RecurrentLayer]]
+
+    def _set_up(self, sizes: tuple[Any, ...], keywords: dict[str, Any], rngs: nnx.Rngs, options: Options) -> None:
+        """Makes the layer and its parameters, from the layer's arguments and the options of all stacks."""
         for name in options.keys() - Options.__annotations__.keys():
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {name!r}.")
-        self.layer = layer
+        of_layer = {name: value for name, value in options.items() if name in _OF_LAYER}
+        self.layer = layer = type(self).layer_class(*sizes, **keywords, **of_layer)
         self.dtype = options.get("dtype")
         params = layer.init(
             rngs.params(),
@@ -91,6 +102,7 @@ class _Stack(nnx.Module):
         deterministic: bool | None = None,
         forward_mode: bool = False,
         return_all_states: bool = False,
+        return_sequences: bool = True,
         rngs: nnx.Rngs | nnx.RngStream | jax.Array | None = None,
     ) -> tuple[Any, ...]:
         """Runs the layer as `jaxpack.LSTM.apply` does.
@@ -103,9 +115,10 @@ class _Stack(nnx.Module):
           plan: the jaxpack.BucketPlan for padded inputs. Default: no plan, one program for all lengths.
           resets: one bool a step, laid out as the inputs: True where an episode begins, from the fresh state.
           fresh_state: beside resets, the state with which episodes begin. Default: the initial state.
-          deterministic: True to leave out dropout between layers. Default: as `train()` or `eval()` has set the module.
+          deterministic: True to evaluate, without dropout. Default: as `train()` or `eval()` has set the module.
           forward_mode: Set True to differentiate this call in forward mode.
           return_all_states: set True to return the state after each step as well.
+          return_sequences: set False to return the output after each sequence's own last step alone.
           rngs: the source of dropout's key, or a key. Default: the module's own stream.
 
         Returns:
@@ -132,6 +145,7 @@ class _Stack(nnx.Module):
             dtype=self.dtype,
             forward_mode=forward_mode,
             return_all_states=return_all_states,
+            return_sequences=return_sequences,
         )
 
     @property
@@ -143,7 +157,7 @@ class _Stack(nnx.Module):
         """Sets the module's mode. nnx.view calls it.
 
         Args:
-          deterministic: True to leave out dropout between layers.
+          deterministic: True to evaluate, without dropout.
         """
         if deterministic is not None:
             self.deterministic = deterministic
@@ -163,8 +177,8 @@ class _Stack(nnx.Module):
 class SimpleRNN(_Stack):
     """A stack of simple (Elman) recurrent layers. rnn(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional and
-    learned_initial_state are those of jaxpack.RNN.
+    The arguments input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional,
+    learned_initial_state, merge and regularization are those of jaxpack.RNN.
 
     Examples:
       >>> from flax import nnx
@@ -174,7 +188,7 @@ class SimpleRNN(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       dtype: the dtype to compute in. Default: the result type of inputs and parameters.
       param_dtype: the dtype of the parameters. Default: JAX's float.
       kernel_init: initialises kernels (see jaxpack.RNN.init). nnx.with_partitioning may wrap it. Default: PyTorch's.
@@ -188,6 +202,8 @@ class SimpleRNN(_Stack):
       deterministic: True to start in the mode that `eval()` sets, without dropout. Default: False.
     """
 
+    layer_class = layers.RNN
+
     def __init__(
         self,
         input_size: int,
@@ -198,19 +214,18 @@ class SimpleRNN(_Stack):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, nonlinearity, bias, dropout, bidirectional
-        super().__init__(layers.RNN(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
+        self._set_up(sizes, {}, rngs, options)
 
 
 class LSTM(_Stack):
     """A stack of long short-term memory layers. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size and
-    learned_initial_state are those of jaxpack.LSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size, learned_initial_state,
+    merge and regularization are those of jaxpack.LSTM.
 
     Examples:
       >>> from flax import nnx
@@ -220,9 +235,11 @@ class LSTM(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
+
+    layer_class = layers.LSTM
 
     def __init__(
         self,
@@ -234,19 +251,18 @@ class LSTM(_Stack):
         bidirectional: bool = False,
         proj_size: int = 0,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional, proj_size
-        super().__init__(layers.LSTM(*sizes, learned_initial_state=learned_initial_state), rngs, **options)
+        self._set_up(sizes, {}, rngs, options)
 
 
 class GRU(_Stack):
     """A stack of gated recurrent layers. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after and
-    learned_initial_state are those of jaxpack.GRU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset_after, learned_initial_state,
+    merge and regularization are those of jaxpack.GRU.
 
     Examples:
       >>> from flax import nnx
@@ -256,9 +272,11 @@ class GRU(_Stack):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
+
+    layer_class = layers.GRU
 
     def __init__(
         self,
@@ -270,13 +288,11 @@ class GRU(_Stack):
         bidirectional: bool = False,
         *,
         reset_after: bool = True,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        layer = layers.GRU(*sizes, learned_initial_state=learned_initial_state, reset_after=reset_after)
-        super().__init__(layer, rngs, **options)
+        self._set_up(sizes, {"reset_after": reset_after}, rngs, options)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["metadata"])

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Unpack
+from typing import Unpack
 
 from flax import nnx
 
 from jaxpack._layers import variants
-from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack.nnx._stacks import Options, _Stack
 
 __all__ = ["MGU", "IndRNN", "LayerNormGRU", "LayerNormLSTM", "PeepholeLSTM"]
 
 
-class _Variant(_Stack):
-    """Base of these stacks."""
-
-    layer_class: ClassVar[type[RecurrentLayer]]
-
-    def _set_up(self, sizes: tuple[Any, ...], keywords: dict[str, Any], rngs: nnx.Rngs, options: Options) -> None:
-        make: Any = self.layer_class
-        super().__init__(make(*sizes, **keywords), rngs, **options)
-
-
-class MGU(_Variant):
+class MGU(_Stack):
     """A stack of layers of minimal gated units. mgu(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset and learned_initial_state are
-    those of jaxpack.MGU.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, reset, learned_initial_state, merge
+    and regularization are those of jaxpack.MGU.
 
     Examples:
       >>> from flax import nnx
@@ -37,7 +26,7 @@ class MGU(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -53,19 +42,18 @@ class MGU(_Variant):
         bidirectional: bool = False,
         *,
         reset: str | None = "before",
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        self._set_up(sizes, {"reset": reset, "learned_initial_state": learned_initial_state}, rngs, options)
+        self._set_up(sizes, {"reset": reset}, rngs, options)
 
 
-class IndRNN(_Variant):
+class IndRNN(_Stack):
     """A stack of layers of independently recurrent units. rnn(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, nonlinearity and
-    learned_initial_state are those of jaxpack.IndRNN.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, nonlinearity,
+    learned_initial_state, merge and regularization are those of jaxpack.IndRNN.
 
     Examples:
       >>> from flax import nnx
@@ -75,7 +63,7 @@ class IndRNN(_Variant):
       ((4, 4), (2, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers, metadata and deterministic are those of SimpleRNN.
     """
 
@@ -91,20 +79,18 @@ class IndRNN(_Variant):
         bidirectional: bool = False,
         *,
         nonlinearity: str = "relu",
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        keywords = {"nonlinearity": nonlinearity, "learned_initial_state": learned_initial_state}
-        self._set_up(sizes, keywords, rngs, options)
+        self._set_up(sizes, {"nonlinearity": nonlinearity}, rngs, options)
 
 
-class PeepholeLSTM(_Variant):
+class PeepholeLSTM(_Stack):
     """A stack of LSTM layers whose gates see the memory. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.PeepholeLSTM.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.PeepholeLSTM.
 
     Examples:
       >>> from flax import nnx
@@ -114,7 +100,7 @@ class PeepholeLSTM(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -129,19 +115,18 @@ class PeepholeLSTM(_Variant):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)
+        self._set_up(sizes, {}, rngs, options)
 
 
-class LayerNormLSTM(_Variant):
+class LayerNormLSTM(_Stack):
     """A stack of LSTM layers with layer normalisation in each step. lstm(packed) returns (output, (h_n, c_n)).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.LayerNormLSTM, which says where the norms are.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.LayerNormLSTM, which says where the norms are.
 
     Examples:
       >>> from flax import nnx
@@ -151,7 +136,7 @@ class LayerNormLSTM(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -166,19 +151,18 @@ class LayerNormLSTM(_Variant):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)
+        self._set_up(sizes, {}, rngs, options)
 
 
-class LayerNormGRU(_Variant):
+class LayerNormGRU(_Stack):
     """A stack of GRU layers with layer normalisation in each step. gru(packed) returns (output, h_n).
 
-    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional and learned_initial_state are those
-    of jaxpack.LayerNormGRU, which says where the norms are.
+    The arguments input_size, hidden_size, num_layers, bias, dropout, bidirectional, learned_initial_state, merge and
+    regularization are those of jaxpack.LayerNormGRU, which says where the norms are.
 
     Examples:
       >>> from flax import nnx
@@ -188,7 +172,7 @@ class LayerNormGRU(_Variant):
       ((4, 4), (1, 2, 4))
 
     Args:
-      rngs: the random streams: `params` draws the parameters, `dropout` the masks between layers.
+      rngs: the random streams: `params` draws the parameters, `dropout` the masks.
       options: dtype, param_dtype, initialisers (also gate by gate), metadata and deterministic are those of SimpleRNN.
     """
 
@@ -203,9 +187,8 @@ class LayerNormGRU(_Variant):
         dropout: float = 0.0,
         bidirectional: bool = False,
         *,
-        learned_initial_state: bool = False,
         rngs: nnx.Rngs,
         **options: Unpack[Options],
     ) -> None:
         sizes = input_size, hidden_size, num_layers, bias, dropout, bidirectional
-        self._set_up(sizes, {"learned_initial_state": learned_initial_state}, rngs, options)
+        self._set_up(sizes, {}, rngs, options)

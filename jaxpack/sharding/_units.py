@@ -60,7 +60,7 @@ class UnitShards:
     Raises:
       TypeError: if the layer is not an RNN, LSTM or GRU.
       ValueError: if the mesh does not have the axis or it is not automatic, the axis does not divide the units, or the
-        layer has a projection or a learned initial state.
+        layer has a projection, a learned initial state, a merge other than "concat", or regularization.
     """
 
     layer: RecurrentLayer
@@ -85,10 +85,17 @@ class UnitShards:
                 f"hidden_size={units} is not a multiple of the {parts} devices along the mesh axis {self.axis!r}: make "
                 f"it {units + -units % parts}, so that each device has whole units."
             )
-        if self.layer.cell.output_size != units or self.layer.learned_initial_state:
+        layer = self.layer
+        if (
+            layer.cell.output_size != units
+            or layer.learned_initial_state
+            or layer.merge != "concat"
+            or layer.regularization
+        ):
             raise ValueError(
-                "the layer has a projection or a learned initial state, which UnitShards does not split: use "
-                "proj_size=0, and pass a state as initial_state."
+                "the layer has a projection, a learned initial state, a merge or regularization, which UnitShards does "
+                'not split: use proj_size=0 and merge="concat", pass a state as initial_state, and drop inputs and '
+                "outputs by jaxpack.dropout."
             )
 
     def split(self, params: LayerParams) -> LayerParams:

@@ -75,6 +75,30 @@ def test_step_by_step_equals_the_layer_and_numpy(name):
 
 
 @each_cell
+@pytest.mark.usefixtures("x64")
+def test_cells_say_whether_gates_may_see_another_h(name):
+    cell, rng = CELLS[name][1].cell, np.random.default_rng(0)
+    fused = cell.fuse(oracles.random_params(CELLS[name][1])["l0"])
+    seen, *carry = (rng.standard_normal((2, size)) for size in (cell.output_size, *CELLS[name][2]))
+    projected = cell.project(fused, rng.standard_normal((2, F)))
+
+    def activate(seen, carry):
+        return cell.activate_from(fused, projected, (seen, *carry[1:]))
+
+    after, pull_back = jax.vjp(
+        lambda seen, carry: cell.advance(fused, activate(seen, carry), carry), seen, tuple(carry)
+    )
+    cotangents = tuple(rng.standard_normal(leaf.shape) for leaf in after)
+    dseen, (dh, *dmemory) = pull_back(cotangents)
+    at = cell.linearize(fused, activate(seen, carry), carry, after)
+    transposed = jax.tree.map(lambda weights: weights.T, fused)
+    through = at._replace(dh_dh=jnp.zeros_like(at.dh_dh))
+    _, ours = cell.step_back(transposed, through, cotangents[0], [*cotangents, None][1])
+    pairs = zip((*ours, at.dh_dh * cotangents[0]), (dseen, *dmemory, dh), strict=True)
+    assert cell.gates_apart == all(np.allclose(a, b, atol=1e-12) for a, b in pairs)
+
+
+@each_cell
 def test_a_cell_is_a_step_for_packed_scan(name):
     cell, layer, sizes = CELLS[name]
     params = layer.init(jax.random.key(0))

@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxpack.linen
 import jaxpack.nnx
-from jaxpack import GRU, LSTM, RNN, plan_padded, plan_rows
+from jaxpack import GRU, LSTM, RNN, BucketPlan, plan_padded, plan_rows
 
 F, H = 3, 4
 KINDS = ("tanh", "relu", "lstm", "projected", "gru")
@@ -86,3 +86,60 @@ def test_the_stacks_of_flax_hold_the_layer_whose_final_output_theirs_is():
 def test_final_output_refuses_what_is_not_the_final_state(layer, state, got):
     with pytest.raises(ValueError, match=rf"beside the output, h_n \[.*, got {re.escape(got)}. Under more axes"):
         layer.final_output(state)
+
+
+FINAL_ONLY = {
+    "none": (GRU(F, H, num_layers=2, bidirectional=True), None),
+    "rows": (LSTM(F, H, proj_size=2, bidirectional=True), plan_rows([2, 4, 0])),
+    "stairs": (GRU(F, H), BucketPlan((1, 4), (3, 2))),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(("layer", "plan"), FINAL_ONLY.values(), ids=FINAL_ONLY)
+def test_without_sequences_the_output_is_the_final_output_with_its_derivatives(layer, plan):
+    params, lengths = layer.init(jax.random.key(0)), np.array([2, 4, 0])
+    batch, resets = oracles.random_batch([4, 4, 4], F), np.zeros((3, 4), bool)
+    resets[1, 2] = True
+
+    def full(params):
+        state = layer.apply(params, batch, lengths=lengths, plan=plan, resets=resets)[1]
+        return layer.final_output(state), state
+
+    def final(params, **options):
+        return layer.apply(params, batch, lengths=lengths, plan=plan, resets=resets, return_sequences=False, **options)
+
+    def assert_equal(ours, theirs):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), ours, theirs)
+
+    weights = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape), jax.eval_shape(full, params))
+    expected, pull_back = jax.vjp(jax.jit(full), params)
+    assert_equal(final(params), expected)
+    ours, our_pull_back = jax.vjp(jax.jit(final), params)
+    assert_equal(ours, expected)
+    assert_equal(our_pull_back(weights), pull_back(weights))
+    if plan is not None:
+        assert_equal(final(params, forward_mode=True), expected)
+
+
+def test_without_sequences_the_outputs_take_no_memory_and_masks_compact():
+    layer = LSTM(F, 64)
+    params, batch = layer.init(jax.random.key(0)), np.ones((2, 2048, F), np.float32)
+
+    def bytes_of(**options):
+        apply = jax.jit(lambda params, batch: layer.apply(params, batch, plan=plan_padded(2, 2048), **options)[1])
+        return apply.lower(params, batch).compile().memory_analysis().temp_size_in_bytes  # type: ignore[union-attr]
+
+    assert bytes_of() - bytes_of(return_sequences=False) >= batch.size // F * 64 * 4
+    mask = np.array([[False, True, True], [True, False, False]])
+    expected = layer.apply(params, batch[:, :2], lengths=[2, 1], return_sequences=False)
+    masked = layer.apply(params, batch[:, :3], mask=mask, return_sequences=False)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), masked, expected)
+    one = layer.apply(params, batch[0, :2], return_sequences=False)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs[..., 0, :], atol=1e-6), one, expected)
+
+
+def test_states_of_steps_need_sequences():
+    layer = GRU(F, H)
+    with pytest.raises(ValueError, match="leave return_sequences at True"):
+        layer.apply(layer.init(jax.random.key(0)), np.ones((2, F)), return_all_states=True, return_sequences=False)

@@ -193,7 +193,7 @@ def test_rglru_starts_in_its_ring():
     assert not params["input_gate"]["b"].any()
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 @pytest.mark.parametrize("kind", ["lru", "min_gru"])
 def test_memory_of_training_does_not_grow_with_gates_or_states(kind):
     layer = type(LAYERS[kind])(64, 64)

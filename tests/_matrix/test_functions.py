@@ -156,7 +156,7 @@ def test_half_and_single_precision_stay_near_the_double_with_gates_at_50(kind, d
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final))
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 @pytest.mark.parametrize("kind", ["linear", "delta"])
 def test_memory_of_the_backward_pass_does_not_grow_with_a_matrix_a_step(kind):
     """Temporaries of four times the steps: what a step adds is far less than a state of heads * K * V numbers."""

@@ -32,7 +32,7 @@ LARGE = {
 B, T = 16_384, 400  # of a batch whose maps took 315 MB of text
 HUGE = {
     "padded": plan_padded(B, T),
-    "buckets": BucketPlan(tuple(range(50, 401, 50)), tuple(range(B, 0, -B // 8))),
+    "buckets": BucketPlan((T // 2, T), (B, B // 2)),
     "rows": BucketPlan((T,), (B // 4,), ((0, 100, 200, 300),) * (B // 4)),
 }
 MOST_TEXT = 1_000_000

@@ -20,6 +20,7 @@ from jaxpack import (
     LayerNormGRU,
     LayerNormLSTM,
     PeepholeLSTM,
+    Regularization,
     pack_padded_sequence,
     plan_exact,
     plan_padded,
@@ -91,18 +92,22 @@ def operands(name, plan, num_directions, poison):
 
 
 @functools.cache
-def program(name, plan, num_directions, schedule=None, optimized=False, with_resets=False):
+def program(name, plan, num_directions, schedule=None, optimized=False, with_resets=False, regularized=""):
     """Returns outputs, final states and pulled-back cotangents, on a schedule or by the plain scan."""
     every = Schedules(*[SCHEDULES[schedule]] * 3) if schedule else Schedules()
     cell, planned = (LAYERS | VARIANTS)[name].cell, PLANS[plan] is not None
     stack = Stack(cell, num_directions, planned=planned, forward_mode=not schedule, schedules=every)
+    if regularized:
+        zoneout: Any = (0.3, 0.4) if len(jax.tree.leaves(cell.state_sizes)) == 2 else 0.3
+        stack = stack._replace(regularization=Regularization(recurrent_dropout=0.4, zoneout=zoneout))
+    key = jax.random.key(0) if regularized == "training" else None
 
     @jax.jit
     def run(params, packed, states, cotangents):
         resets = Resets(jnp.arange(len(packed.data)) % 3 == 1) if with_resets else None
 
         def apply(params, data, states):
-            return run_stack(stack, params, packed.replace(data=data), states, resets=resets)
+            return run_stack(stack, params, packed.replace(data=data), states, key, resets)
 
         values, vjp = jax.vjp(apply, params, packed.data, states)
         return values, vjp(cotangents)
@@ -161,6 +166,21 @@ def test_further_cells_equal_autodiff_with_resets_and_nan_in_slack(name, plan, s
     case = (name, plan, directions_of(schedule))
     ours = pulled_back(*case, schedule, poison=np.nan, with_resets=True)
     assert_close(ours, pulled_back(*case, with_resets=True))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("name", "plan", "schedule", "regularized"),
+    [
+        ("projected", "rows", "small chunks", "training"),
+        ("gru", "none", "small chunks", "training"),
+        ("lstm", "stairs", "accelerator", "training"),
+        ("tanh", "stairs", "small chunks", "evaluation"),
+    ],
+)
+def test_masks_of_the_recurrence_equal_autodiff(name, plan, schedule, regularized):
+    case, options = (name, plan, directions_of(schedule)), {"with_resets": True, "regularized": regularized}
+    assert_close(pulled_back(*case, schedule, poison=np.nan, **options), pulled_back(*case, **options))
 
 
 @pytest.mark.usefixtures("x64")
@@ -307,7 +327,7 @@ ROWS = BucketPlan((400,), (4,), ((0, 200),) * 4)
     [(LSTM(8, 16), PADDED), (LSTM(8, 16), STAIRS), (LSTM(8, 16), ROWS), (GRU(8, 16), STAIRS), (RNN(8, 16), ROWS)],
     ids=["LSTM padded", "LSTM stairs", "LSTM rows", "GRU stairs", "RNN rows"],
 )
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 def test_one_dot_a_step_forward_and_one_backward(layer, plan):
     text = compiled_training(layer, plan, [200] * 8, 8).as_text()
     assert dots_in_innermost_loops(text) == 2 * plan.num_buckets
@@ -329,7 +349,7 @@ def test_a_row_plan_lowers_to_as_many_loops_as_a_padded_one():
     assert loops(plan_exact([40, 30, 20, 10] * 2)) > padded
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 @pytest.mark.parametrize(("steps", "kept"), [(400, True), (20_000, False)])
 def test_gates_are_kept_while_they_are_few(steps, kept):
     memory = compiled_training(LSTM(8, 64), plan_padded(8, steps), [steps] * 8, 8).memory_analysis().temp_size_in_bytes
@@ -348,7 +368,7 @@ def test_inference_keeps_no_more_than_the_outputs():
     assert memory.temp_size_in_bytes < 0.5 * 8 * steps * 64 * 4
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 def test_no_gate_is_recomputed_where_they_are_kept():
     text = compiled_training(LSTM(8, 16), plan_padded(8, 200), [200] * 8, 8).as_text()
     # Forward: of inputs, and of h in each step. Backward: of each step, and for x, W_x and W_h.

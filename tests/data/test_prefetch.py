@@ -4,6 +4,8 @@ import ctypes
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -282,3 +284,15 @@ def test_bad_arguments_are_named():
         prefetch_to_device([1.0], 0)
     with pytest.raises(AttributeError, match="no get_state"):
         prefetch_to_device([1.0]).get_state()
+
+
+def test_a_process_may_end_while_items_are_left():
+    code = """
+import itertools
+import numpy as np
+from jaxpack.data import prefetch_to_device
+iterator = prefetch_to_device(np.ones(1 << 20) for _ in itertools.count())
+print(next(iterator).shape)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS * 6)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(1048576,)\n", "")

@@ -217,12 +217,16 @@ def test_two_directions_may_share_one_cell():
     same(params["l0"], params["l0_reverse"])
 
 
-def test_any_function_that_concatenates_may_stand_between_layers():
+def test_any_function_that_merges_as_the_layer_does_may_stand_between_layers():
     cells = [nnx.GRUCell(size, H, **QUICK, rngs=nnx.Rngs(size)) for size in (F, 2 * H)]
     below, above = (nnx.RNN(cell) for cell in cells)
     mine = nnx.Bidirectional(below, below, merge_fn=lambda a, b: jnp.concatenate([a, b], axis=-1))
     params = from_nnx(GRU(F, H, num_layers=2, bidirectional=True), [mine, nnx.Bidirectional(above, above)])
     same(params["l0"], from_nnx(GRU(F, H), below)["l0"])
+    summed = nnx.Bidirectional(below, below, merge_fn=lambda a, b: a + b)
+    above = nnx.RNN(nnx.GRUCell(H, H, **QUICK, rngs=nnx.Rngs(0)))
+    layer = GRU(F, H, num_layers=2, bidirectional=True, merge="sum")
+    same(from_nnx(layer, [summed, nnx.Bidirectional(above, above)])["l1"], from_nnx(GRU(H, H), above)["l0"])
 
 
 MERGES = {"sum": lambda a, b: a + b, "swapped": lambda a, b: jnp.concatenate([b, a], axis=-1)}
@@ -390,7 +394,7 @@ def test_nnx_modules_that_compute_something_else_are_refused():
     layer = GRU(F, H, num_layers=2, bidirectional=True)
     for merge_fn in (lambda a, b: a + b, lambda a, b: jnp.concatenate([b, a], axis=-1)):
         merged = nnx.Bidirectional(rnn, rnn, merge_fn=merge_fn)
-        match = r"modules\[0\].merge_fn is <lambda>, but GRU.* side by side to the next layer. " + apart + "merge"
+        match = r"modules\[0\].merge_fn is <lambda>, but GRU.* by merge='concat' for.*" + apart + "merge"
         refused(from_nnx, layer, [merged, nnx.Bidirectional(rnn, rnn)], match=match)
     backwards = nnx.RNN(nnx.GRUCell(H, H, **QUICK, rngs=rngs), reverse=True)
     match = r"modules\[1\] has reverse=True, but GRU.* in one order. " + apart + "call jaxpack.reverse_sequences"

@@ -184,23 +184,17 @@ def test_other_kinds_sizes_and_counts_are_refused():
         from_keras(LSTM(F, H), keras.layers.LSTM(H))
 
 
-MERGES = {
-    "concat": lambda forward, backward: np.concatenate([forward, backward], axis=-1),
-    "sum": lambda forward, backward: forward + backward,
-    "ave": lambda forward, backward: (forward + backward) / 2,
-    "mul": lambda forward, backward: forward * backward,
-    None: lambda forward, backward: (forward, backward),
-}
+MERGES = {"sum": "sum", "mean": "ave", "mul": "mul"}  # Keras's name for each
 LENGTHS = [5, 3, 1]
 X = oracles.random_batch(LENGTHS, F, dtype=np.float32)
 MASK = np.arange(T) < np.array(LENGTHS)[:, None]
 
 
-def keras_bidirectional(kind=None, merge_mode="concat", **options):
+def keras_bidirectional(kind=None, merge_mode="concat", features=F, **options):
     """Returns a built Bidirectional with random weights, by default of an LSTM."""
     kind = keras.layers.LSTM if kind is None else kind
     theirs = keras.layers.Bidirectional(kind(H, **QUICK, **options), merge_mode=merge_mode)
-    theirs.build((3, T, F))
+    theirs.build((3, T, features))
     return with_weights(theirs)
 
 
@@ -223,13 +217,13 @@ def apply(layer, params, x=X):
     return jitted(layer)(params, x, lengths=np.array(LENGTHS))
 
 
-@pytest.mark.parametrize("merge_mode", MERGES)
-def test_halves_merged_are_the_outputs_of_every_merge_mode(merge_mode):
-    layer = LSTM(F, H, bidirectional=True)
-    theirs = keras_bidirectional(merge_mode=merge_mode, return_sequences=True)
-    output, _ = apply(layer, from_keras(layer, theirs))
-    merged = MERGES[merge_mode](*np.split(output, 2, axis=-1))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, run(theirs))
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_stack_merges_directions_as_keras_layers_of_that_merge_mode_do(merge):
+    layer = LSTM(F, H, num_layers=2, bidirectional=True, merge=merge)
+    below = keras_bidirectional(merge_mode=MERGES[merge], return_sequences=True)
+    above = keras_bidirectional(merge_mode=MERGES[merge], return_sequences=True, features=H)
+    output, _ = apply(layer, from_keras(layer, [below, above]))
+    np.testing.assert_allclose(output, above(run(below), mask=jnp.asarray(MASK)), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "SimpleRNN"])
@@ -359,7 +353,7 @@ def test_options_that_change_the_next_layers_inputs_are_refused():
         from_keras(deep, [below, above])
     layer = GRU(F, H, num_layers=2, bidirectional=True)
     theirs = [keras_bidirectional(keras.layers.GRU, "sum", return_sequences=True), keras_layers(layer)[1]]
-    match = r"keras_layers\[0\] has merge_mode='sum', but GRU.* side by side .* num_layers=1, and merge the halves"
+    match = r"keras_layers\[0\] has merge_mode='sum', but GRU.* by merge='concat' .* num_layers=1, and merge the halves"
     with pytest.raises(ValueError, match=match):
         from_keras(layer, theirs)
     both = keras_layers(GRU(F, H), go_backwards=True) * 2

@@ -127,7 +127,8 @@ def test_a_train_state_learns_with_one_program():
 
 
 def test_dropout_is_decided_by_the_attribute_or_the_call_as_in_flax():
-    make = functools.partial(jaxpack.linen.GRU, 8, 2, dropout=0.5)
+    regularization = jaxpack.Regularization(input_dropout=0.5)
+    make = functools.partial(jaxpack.linen.GRU, 8, 2, dropout=0.5, regularization=regularization)
     variables = {"params": make().layer(F).init(KEY)}
     packed = packed_batch()
     without = jaxpack.GRU(F, 8, 2).apply(variables["params"], packed)

@@ -12,6 +12,7 @@ import jaxpack.linen
 
 F, H = 3, 4
 OPTIONS: dict[str, Any] = {"num_layers": 2, "bias": False, "bidirectional": True, "learned_initial_state": True}
+OPTIONS |= {"regularization": jaxpack.Regularization(zoneout=0.1)}
 OWN: dict[str, dict[str, Any]] = {
     "GRU": {"reset_after": False},
     "MGU": {"reset": "after"},

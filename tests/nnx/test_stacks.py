@@ -151,7 +151,8 @@ def test_eval_train_and_view_switch_dropout():
 
 
 def test_rngs_in_the_call_decide_the_dropout():
-    rnn = jaxpack.nnx.GRU(F, 8, 2, dropout=0.5, rngs=nnx.Rngs(0))
+    regularization = jaxpack.Regularization(input_dropout=0.5)
+    rnn = jaxpack.nnx.GRU(F, 8, 2, dropout=0.5, regularization=regularization, rngs=nnx.Rngs(0))
     packed = packed_batch()
     key = nnx.Rngs(dropout=7).dropout()
     expected = rnn.layer.apply(plain(rnn), packed, dropout_key=key)

@@ -13,6 +13,7 @@ import jaxpack.nnx
 
 F, H = 3, 4
 OPTIONS: dict[str, Any] = {"num_layers": 2, "bias": False, "bidirectional": True, "learned_initial_state": True}
+OPTIONS |= {"regularization": jaxpack.Regularization(zoneout=0.1)}
 OWN: dict[str, dict[str, Any]] = {
     "GRU": {"reset_after": False},
     "MGU": {"reset": "after"},
@@ -27,6 +28,7 @@ def test_a_module_is_its_layer(name):
     module = getattr(jaxpack.nnx, name)(F, H, dropout=0.5, **options, rngs=nnx.Rngs(0))
     layer = getattr(jaxpack, name)(F, H, dropout=0.5, **options)
     assert module.layer == layer
+    assert module.rngs is not None  # the stream of its masks
     params = nnx.to_pure_dict(nnx.state(module.params))
     assert jax.tree.map(np.shape, params) == layer.shapes
     plain = getattr(jaxpack.nnx, name)(F, H, rngs=nnx.Rngs(0))

@@ -117,7 +117,7 @@ def test_the_gated_delta_rule_is_memaxs_algebra_with_a_reset_where_each_sequence
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.optimized
+@pytest.mark.optimized(code=False)
 def test_training_takes_less_than_a_twentieth_of_memaxs_temporaries():
     """On one sequence of 1,024 steps, 8 heads of 64."""
     needs("memax")
