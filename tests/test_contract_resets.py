@@ -28,13 +28,13 @@ from contract import (
     stacked,
     tangent_like,
 )
-from contract_subjects import FLAX, LAYERS, LINEAR, STEPS, B, T, one_call, subject_of
+from contract_subjects import DEEP, FLAX, LAYERS, LINEAR, STEPS, B, T, one_call, subject_of
 
 # Of a few lengths: where PyTorch does not have the layer, the oracle compiles a program for all episodes.
 LENGTHS = (3, 5, 0)
 RESETS = np.array([[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1]], bool)
 STEPWISE = LAYERS | FLAX | STEPS
-each_subject = pytest.mark.parametrize("subject", STEPWISE | LINEAR)
+each_subject = pytest.mark.parametrize("subject", STEPWISE | LINEAR | DEEP)
 
 
 @pytest.fixture(autouse=True)
