@@ -15,6 +15,7 @@ from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, of_cell
 from jaxpack.cli.bench.further_cells import FURTHER_CELLS
 from jaxpack.cli.bench.stepped_cells import CONVOLUTIONAL, STEPPED_LAYERS, SteppedCell, side_by_side
 from jaxpack.cli.bench.workloads import Workload
+from jaxpack.interop import to_linen
 
 _CELLS: Mapping[str, str] = MappingProxyType({"lstm": "OptimizedLSTMCell", "gru": "GRUCell", "rnn": "SimpleCell"})
 _LINEN_CELLS: Mapping[str, str] = MappingProxyType({**_CELLS, "convlstm": "ConvLSTMCell"})
@@ -110,6 +111,9 @@ def linen_calls(workload: Workload) -> Calls:
     keys = jax.random.split(jax.random.key(workload.seed), workload.num_layers)
     examples = [jnp.zeros((1, 1, *workload.input_shape[:-1], features)) for features in workload.input_sizes]
     params = [layer.init(key, example) for layer, key, example in zip(layers, keys, examples, strict=True)]
+    same_weights = workload.cell in CONVOLUTIONAL
+    if same_weights:
+        params = [{"params": tree} for tree in to_linen(workload.layer, workload.params)]
 
     def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
         outputs = inputs
@@ -118,4 +122,4 @@ def linen_calls(workload: Workload) -> Calls:
         return outputs
 
     arrays = workload.inputs, workload.int32_lengths, workload.cotangent
-    return jax_calls(apply, params, *arrays, workload.padded_plan.size)
+    return jax_calls(apply, params, *arrays, workload.padded_plan.size, same_weights=same_weights)
