@@ -292,7 +292,6 @@ def test_sizes_that_a_layer_refuses_are_an_error_of_its_option(tmp_path):
     [
         ("ConvGRU", "small: ConvGRU on images of 8 x 8, 4 features, hidden size 8, float32"),
         ("RGLRU", "small: RGLRU, 32 features, hidden size 32, float32"),
-        ("GRUD", "small: GRUD, 32 features, hidden size 32, float32"),
     ],
 )
 def test_a_workload_runs_any_cell_in_sizes_that_it_can_have(toys, tmp_path, cell, title):
