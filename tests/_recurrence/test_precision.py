@@ -187,8 +187,8 @@ def in_guide():
 def test_errors_of_sensitive_cells_are_no_more_than_those_of_rounded_weights(name, x64):
     for steps in STEPS:
         found, said = errors(name, "mixed", steps), in_guide()[name, "mixed", steps]
-        np.testing.assert_array_less(found, 3 * np.array(errors_of_rounded_weights(name, steps)))
-        np.testing.assert_array_less(found, 3 * np.array(said))
+        for each in (found, said):
+            np.testing.assert_array_less(each, 3 * np.array(errors_of_rounded_weights(name, steps)))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name not in SENSITIVE])
