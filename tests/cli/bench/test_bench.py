@@ -381,8 +381,8 @@ def test_the_products_of_convolutions_are_those_of_all_places_with_the_kernel():
 
 
 def test_a_layer_that_runs_step_by_step_has_peers_that_compute_its_loss():
-    workload = tiny(cell="grud")
-    assert [array.shape for array in workload.beside] == [workload.inputs.shape, workload.mask.shape]
+    assert [array.shape[2:] for array in tiny(cell="grud").beside] == [(FEATURES,), ()]
+    workload = tiny(cell="cfc")
     output, _ = workload.layer.apply(
         workload.params, workload.joined(workload.inputs, workload.beside), lengths=LENGTHS
     )
