@@ -46,6 +46,7 @@ contents = {
             "packed",
             "cells",
             "linear",
+            "stacks",
             "hybrids",
             "speech",
             "state",

@@ -8,6 +8,8 @@ from jaxpack._cells.lstm import lstm_cell
 from jaxpack._cells.mgu import mgu_cell
 from jaxpack._cells.peephole import peephole_lstm_cell
 from jaxpack._cells.rnn import rnn_cell
+from jaxpack._deep.bidirectional import Bidirectional
+from jaxpack._deep.deep_rnn import DeepRNN
 from jaxpack._layers.layers import GRU, LSTM, RNN
 from jaxpack._layers.regularization import Regularization
 from jaxpack._layers.schemes import Chrono
@@ -79,12 +81,14 @@ __all__ = [
     "RGLRU",
     "RNN",
     "SLSTM",
+    "Bidirectional",
     "BucketPlan",
     "CfC",
     "Chrono",
     "ConvGRU",
     "ConvLSTM",
     "CostModel",
+    "DeepRNN",
     "GatedDeltaNet",
     "IndRNN",
     "LayerNormGRU",

@@ -1,7 +1,8 @@
 """The subjects of the contract: layers, stacks, drop-ins and users' steps, each as pure functions.
 
-One joins by an entry in `LAYERS`, `FLAX`, `STEPS`, `LINEAR`, `MATRIX` or `STEPPED`. A module of Flax that hands its
-parameters to a layer joins by an entry in `MODULES`: it runs the layer's program, and so keeps what the layer promises.
+One joins by an entry in `LAYERS`, `FLAX`, `STEPS`, `LINEAR`, `MATRIX`, `STEPPED` or `DEEP`. A module of Flax that hands
+its parameters to a layer joins by an entry in `MODULES`: it runs the layer's program, and so keeps what the layer
+promises.
 """
 
 from __future__ import annotations
@@ -209,6 +210,59 @@ def of_linear(kind, layer, api=None, module=None, step=oracles.linear_step, shap
     return Subject(params, apply, state, one, own_derivative=step is oracles.linear_step, takes_fresh=True)
 
 
+def of_deep(api=None):
+    """A stack over two directions of different kinds, with all that stands between layers; or a module that holds it.
+
+    Args:
+      api: "linen" or "nnx", if it is a module.
+    """
+    both = jaxpack.Bidirectional(jaxpack.MinGRU(F, H), RNN(F, H), merge="mean")
+    layers, options = [both, RNN(H, H)], {"connection": ("residual", "highway"), "norm": True}
+    modules: dict[str, Any] = {
+        "nnx": functools.partial(jaxpack.nnx.DeepRNN, **FLOAT64),
+        "linen": functools.partial(jaxpack.linen.DeepRNN, param_dtype=float),
+    }
+    make: Any = modules.get(api or "", jaxpack.DeepRNN)
+    layer = make(layers, **options)
+    apply, params = APIS[api].pure(layer, jit=False) if api else (layer.apply, oracles.random_params(layer))
+
+    def turned(state):  # an RNN has its batch axis behind that of layers
+        (forward, backward), last = state
+        return (forward, jnp.swapaxes(backward, 0, 1)), jnp.swapaxes(last, 0, 1)
+
+    def run(params, inputs, state, fresh_state=None, **options):
+        if fresh_state is not None:
+            options["fresh_state"] = turned(fresh_state)
+        if api and "lengths" in options:
+            options["seq_lengths"] = options.pop("lengths")
+        outputs, final = apply(params, inputs, turned(state), **options)
+        return outputs, turned(final)
+
+    def one(params, xs, state):
+        params = params["params"] if api == "linen" else nnx.to_pure_dict(params) if api else params
+        (forward, backward), last = state
+        min_gru = functools.partial(oracles.linear_step, "min_gru", both.forward, params["layer_0"]["forward"], xp=jnp)
+        rnn = functools.partial(oracles.cell_step, "tanh", xp=jnp)
+        forward, ahead = jax.lax.scan(min_gru, forward, xs)
+        from_end, (backward,) = oracles.scanned(rnn, params["layer_0"]["backward"], xs[::-1], (backward,))
+        x = xs + (ahead + from_end[::-1]) / 2
+        norm, gate = params["norm_1"], params["highway_1"]
+
+        def normed(x):
+            return (x - x.mean()) / jnp.sqrt(x.var() + 1e-5) * norm["scale"] + norm["bias"]
+
+        def carried(x, y):
+            t = 1 / (1 + jnp.exp(-(x @ gate["weight"] + gate["bias"])))
+            return t * y + (1 - t) * x
+
+        y, (last,) = oracles.scanned(rnn, params["layer_1"], jax.vmap(normed)(x), (last,))
+        return jax.vmap(carried)(x, y), ((forward, backward), last)
+
+    state = (np.zeros(H), np.zeros((1, H))), np.zeros((1, H))
+    backward = (np.bool_(False), np.bool_(True)), np.bool_(False)
+    return Subject(params, run, state, one, backward=backward, takes_fresh=True)
+
+
 def of_step(step, params, state):
     """A user's step in packed_scan.
 
@@ -299,6 +353,7 @@ STEPPED: dict[str, Callable[[], Subject]] = {
         "decay", jaxpack.TimeDecay(LSTM(2, H)), step=stepped_step, shaped=lambda x: (x[..., :2], abs(x[..., 2]))
     ),
 }
+DEEP: dict[str, Callable[[], Subject]] = {"DeepRNN": of_deep}
 MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the layer, and the module that holds it
     "nnx.GRU": ("GRU", lambda: of_stack("gru", "nnx", lambda: jaxpack.nnx.GRU(F, H, **FLOAT64), GRU(F, H))),
     "linen.LSTM": (
@@ -343,8 +398,10 @@ MODULES: dict[str, tuple[str, Callable[[], Subject]]] = {  # the name of the lay
             stepped_step,
         ),
     ),
+    "nnx.DeepRNN": ("DeepRNN", lambda: of_deep("nnx")),
+    "linen.DeepRNN": ("DeepRNN", lambda: of_deep("linen")),
 }
-SUBJECTS = LAYERS | FLAX | STEPS | LINEAR | MATRIX | STEPPED
+SUBJECTS = LAYERS | FLAX | STEPS | LINEAR | MATRIX | STEPPED | DEEP
 FLOAT64: dict[str, Any] = {"param_dtype": float, "rngs": nnx.Rngs(0)}
 MAMBA2: dict[str, Any] = {"head_size": 2, "state_size": 3, "num_groups": 2, "kernel_size": 3}
 MLSTM: dict[str, Any] = {"block_size": 2, "kernel_size": 3}

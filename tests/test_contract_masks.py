@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CALLS, Results, assert_close, operands, oracle, rows_of
-from contract_subjects import FLAX, LAYERS, LINEAR, B, F, T, one_call, subject_of
+from contract import CALLS, Results, assert_close, dot, operands, oracle, rows_of, tangent_like
+from contract_subjects import DEEP, FLAX, LAYERS, LINEAR, B, F, T, one_call, subject_of
 from flax import linen as nn
 from flax import nnx
 from test_contract_resets import by_episodes
@@ -24,7 +24,7 @@ import jaxpack.nnx
 # Padding on the left, a hole, and both; 2, 5 and 2 valid steps.
 MASK = np.array([[0, 0, 0, 0, 1, 1], [1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0]], bool)
 RESETS = np.array([[1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1]], bool)
-SUBJECTS = [*LAYERS, *FLAX, *LINEAR, "Mamba2"]
+SUBJECTS = [*LAYERS, *FLAX, *LINEAR, *DEEP, "Mamba2"]
 each_subject = pytest.mark.parametrize("subject", SUBJECTS)
 
 
@@ -228,6 +228,67 @@ def test_outputs_in_the_order_of_reading_fill_the_valid_steps_in_turn(api):
         np.testing.assert_allclose(read[row, valid], kept[row, valid][::-1], atol=1e-6)
 
 
+def _scanned(h, decay, inputs):
+    h = decay * h + inputs
+    return h, h
+
+
+def _attended(state, query, key, value, log_decay):
+    """Gated linear attention, a group of heads with one key and query."""
+    state = np.exp(log_decay)[:, None, None] * state + key[0][:, None] * value[:, None]
+    return state, np.einsum("hkv,k->hv", state, query[0])
+
+
+def _replaced(state, query, key, value, beta, log_decay):
+    """The gated delta rule, in the same layout."""
+    held = np.einsum("hkv,k->hv", state, key[0])
+    state = np.exp(log_decay)[:, None, None] * (state - beta[:, None, None] * key[0][:, None] * held[:, None])
+    state = state + beta[:, None, None] * key[0][:, None] * value[:, None]
+    return state, np.einsum("hkv,k->hv", state, query[0])
+
+
+# A function, the shapes of its arguments at each step, that of its state, and one step of it in NumPy.
+FUNCTIONS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], tuple[int, ...], Callable[..., Any]]] = {
+    "linear_scan": (jaxpack.linear_scan, [(2,), (2,)], (2,), _scanned),
+    "linear_attention": (jaxpack.linear_attention, [(1, 2), (1, 2), (2, 3), (2,)], (2, 2, 3), _attended),
+    "gated_delta_rule": (jaxpack.gated_delta_rule, [(1, 2), (1, 2), (2, 3), (2,), (2,)], (2, 2, 3), _replaced),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_padded_arrays_see_valid_steps_alone(name):
+    function, shapes, state_shape, step = FUNCTIONS[name]
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((B, T, *shape)) for shape in shapes] + [rng.standard_normal((B, *state_shape))]
+    poisoned = [np.where(MASK.reshape(B, T, *[1] * (a.ndim - 2)), a, np.nan) for a in arrays[:-1]] + arrays[-1:]
+    resets = RESETS if name == "linear_scan" else np.zeros((B, T), bool)
+    options = {"resets": resets} if name == "linear_scan" else {}
+
+    @jax.jit
+    def run(arrays, mask):
+        def loss(arrays):
+            outputs, final = function(*arrays, mask=mask, **options)
+            return jnp.sum(jnp.sin(outputs)) + jnp.sum(final**2), (outputs, final)
+
+        return jax.value_and_grad(loss, has_aux=True)(arrays)
+
+    (_, (outputs, final)), gradient = jax.device_get(run(poisoned, MASK))
+    for row, begins in enumerate(compacted_resets(resets, MASK)):
+        state = arrays[-1][row]
+        for t, begin in zip(np.flatnonzero(MASK[row]), begins, strict=False):
+            state = arrays[-1][row] if begin else state
+            state, expected = step(state, *(array[row, t] for array in arrays[:-1]))
+            np.testing.assert_allclose(outputs[row, t], expected, atol=1e-10)
+        np.testing.assert_allclose(final[row], state, atol=1e-10)
+    assert (outputs[~MASK] == 0).all()
+    tangents = tangent_like(arrays)
+    high, low = (
+        run([a + eps * d for a, d in zip(poisoned, tangents, strict=True)], MASK)[0][0] for eps in (1e-6, -1e-6)
+    )
+    np.testing.assert_allclose(dot(gradient, tangents), (high - low) / 2e-6, rtol=1e-6)
+    assert all((leaf[~MASK] == 0).all() for leaf in gradient[:-1])
+
+
 LSTM = jaxpack.LSTM(F, 2)
 PARAMS = LSTM.init(jax.random.key(0), np.float32)
 ENTRANCES: dict[str, Callable[..., Any]] = {
@@ -235,6 +296,7 @@ ENTRANCES: dict[str, Callable[..., Any]] = {
     "linear layer": functools.partial(
         jaxpack.MinGRU(F, 2).apply, jaxpack.MinGRU(F, 2).init(jax.random.key(0), np.float32)
     ),
+    "linear_scan": functools.partial(jaxpack.linear_scan, 0.5),
     "nnx stack": jaxpack.nnx.LSTM(F, 2, rngs=nnx.Rngs(0)),
     "nnx.RNN": jaxpack.nnx.RNN(nnx.GRUCell(F, 2, rngs=nnx.Rngs(0))),
 }

@@ -28,13 +28,16 @@ from contract import (
     stacked,
     tangent_like,
 )
-from contract_subjects import FLAX, LAYERS, LINEAR, STEPS, B, T, one_call, subject_of
+from contract_subjects import DEEP, FLAX, LAYERS, LINEAR, STEPPED, STEPS, B, T, one_call, subject_of
 
 # Of a few lengths: where PyTorch does not have the layer, the oracle compiles a program for all episodes.
 LENGTHS = (3, 5, 0)
 RESETS = np.array([[0, 1, 0, 1, 0, 1], [1, 0, 1, 0, 0, 1], [1, 0, 1, 1, 0, 1]], bool)
+# All episodes have two steps, so that the oracle of a layer that compiles slowly is one program.
+EVEN_LENGTHS = (4, 2, 0)
+EVEN_RESETS = np.array([[0, 0, 1, 0, 0, 1], [1, 0, 1, 0, 1, 0], [1, 0, 1, 1, 0, 1]], bool)
 STEPWISE = LAYERS | FLAX | STEPS
-each_subject = pytest.mark.parametrize("subject", STEPWISE | LINEAR)
+each_subject = pytest.mark.parametrize("subject", STEPWISE | LINEAR | DEEP)
 
 
 @pytest.fixture(autouse=True)
@@ -142,11 +145,16 @@ def by_episodes(name, given):
     )
 
 
-@each_subject
+def episodes_for(subject):
+    """Lengths and resets for a subject."""
+    return (EVEN_LENGTHS, EVEN_RESETS) if subject in STEPPED else (LENGTHS, RESETS)
+
+
+@pytest.mark.parametrize("subject", STEPWISE | LINEAR | STEPPED)
 def test_values_and_gradients_are_those_of_the_episodes_alone(subject):
     by_torch = subject_of(subject).layer is not None and oracles.torch is not None
     for seed in range(4 if by_torch else 1):
-        lengths, resets = (LENGTHS, RESETS) if seed == 0 else (random_lengths(seed), random_resets(seed))
+        lengths, resets = episodes_for(subject) if seed == 0 else (random_lengths(seed), random_resets(seed))
         given = operands_with_resets(subject, lengths, seed, np.nan, resets)
         expected = by_episodes(subject, jax.tree.map(np.nan_to_num, given))
         found = program_with_resets(subject)(given)
@@ -157,9 +165,10 @@ def random_resets(seed):
     return np.random.default_rng(seed).random((B, T)) < 0.4
 
 
-@pytest.mark.parametrize("subject", STEPWISE)
+@pytest.mark.parametrize("subject", STEPWISE | STEPPED)
 def test_nothing_of_an_episode_reaches_another_bit_for_bit(subject):
-    given = operands_with_resets(subject, LENGTHS)
+    lengths, resets = episodes_for(subject)
+    given = operands_with_resets(subject, lengths, resets=resets)
     expected = program_with_resets(subject)(given)
     for row, start, stop in episodes_of(given):
         inside = np.zeros((B, T), bool)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import ones, zeros
 
 from jaxpack._cells.cell import Carry, Cell, Fused, Linearization, Params, expand_leading, step_from_input
-from jaxpack._cells.norm import Normalized, normalize
+from jaxpack._cells.norm import Normalized, normalize, product_for_norm
 
 
 class Scales(NamedTuple):
@@ -100,7 +100,7 @@ class LayerNormGRUCell(Cell):
 
     def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> LayerNormGRUGates:
         """Returns the gates, and the normalised product of h."""
-        size, s = self.hidden_size, h @ fused.w_h
+        size, s = self.hidden_size, product_for_norm(h, fused.w_h, fused.more.h)
         of_rz, of_n = normalize(s[..., : 2 * size]), normalize(s[..., 2 * size :])
         product = jnp.concatenate([of_rz.values, of_n.values], axis=-1)
         scaled, bias = product * expand_leading(fused.more.h, s), expand_leading(fused.bias, s)
@@ -159,7 +159,7 @@ class LayerNormGRUCell(Cell):
 
     def _of_input(self, fused: Fused, x: jax.Array) -> tuple[Normalized, Normalized]:
         """Returns the norms of the input's products with the weights of n, and of r and z."""
-        s, size = x @ fused.w_x, self.hidden_size
+        s, size = product_for_norm(x, fused.w_x, fused.more.x), self.hidden_size
         return normalize(s[..., :size]), normalize(s[..., size:])
 
 

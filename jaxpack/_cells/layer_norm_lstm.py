@@ -32,7 +32,7 @@ from jaxpack._cells.cell import (
     total_bias,
 )
 from jaxpack._cells.lstm import LSTMState, lstm_gates
-from jaxpack._cells.norm import Normalized, normalize
+from jaxpack._cells.norm import Normalized, normalize, product_for_norm
 
 
 class Scales(NamedTuple):
@@ -104,12 +104,12 @@ class LayerNormLSTMCell(Cell):
 
     def project(self, fused: Fused, x: jax.Array) -> jax.Array:
         """Returns the norm of the input's product, scaled."""
-        product = normalize(x @ fused.w_x).values
+        product = normalize(product_for_norm(x, fused.w_x, fused.more.x)).values
         return product * expand_leading(fused.more.x, product)
 
     def activate(self, fused: Fused, projected: jax.Array, h: jax.Array) -> LayerNormLSTMGates:
         """Returns one tanh for all gates, and the normalised product of h."""
-        product = normalize(h @ fused.w_h)
+        product = normalize(product_for_norm(h, fused.w_h, fused.more.h))
         bias = fused.bias[: 4 * self.hidden_size]
         scale, bias = (expand_leading(vector, projected) for vector in (fused.more.h, bias))
         return LayerNormLSTMGates(jnp.tanh(projected + product.values * scale + bias), product)
@@ -156,7 +156,7 @@ class LayerNormLSTMCell(Cell):
     def pull_back_projected(self, fused: Fused, x: jax.Array, da: jax.Array) -> jax.Array:
         """Pulls da back through the norm of the input's product."""
         da = da[:, : 4 * self.hidden_size]
-        return normalize(x @ fused.w_x).pull_back(da * expand_leading(fused.more.x, da))
+        return normalize(product_for_norm(x, fused.w_x, fused.more.x)).pull_back(da * expand_leading(fused.more.x, da))
 
     def more_gradients(
         self,
@@ -169,7 +169,7 @@ class LayerNormLSTMCell(Cell):
     ) -> Scales:
         """Returns the cotangents of the scales."""
         da, dm, _ = jnp.split(da, [4 * self.hidden_size, 5 * self.hidden_size], axis=-1)
-        from_x, memory = normalize(x @ fused.w_x).values, normalize(after[1]).values
+        from_x, memory = normalize(product_for_norm(x, fused.w_x, fused.more.x)).values, normalize(after[1]).values
         return Scales((da * from_x).sum(0), (da * activations.product.values).sum(0), (dm * memory).sum(0))
 
     def _seen(self, fused: Fused, memory: Normalized) -> jax.Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 EPSILON = 1e-5  # PyTorch's and Keras's default
@@ -28,6 +29,16 @@ class Normalized(NamedTuple):
         """Returns the cotangent of the array before, from that of the values."""
         along = (d * self.values).mean(-1, keepdims=True)
         return self.inverse * (d - d.mean(-1, keepdims=True) - self.values * along)
+
+
+def product_for_norm(x: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+    """Multiplies, and returns the product in the dtype of the scale if that is wider.
+
+    In mixed precision the factors are bfloat16 and the scale is float32. Means and variances of bfloat16 numbers would
+    be bfloat16, and what the norm divides by a small deviation would have lost its digits.
+    """
+    product = x @ weight
+    return product.astype(jnp.result_type(product, scale))
 
 
 def normalize(s: jax.Array) -> Normalized:

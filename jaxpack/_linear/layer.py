@@ -231,8 +231,8 @@ class LinearLayer(abc.ABC):
             options = {"reverse": reverse, "dtype": dtype, "forward_mode": forward_mode}
             run = functools.partial(self.apply, params, initial_state=initial_state, fresh_state=fresh_state, plan=plan)
             name = f"{type(self).__name__}.apply"
-            output, final = run_on_valid_steps(name, functools.partial(run, **options), inputs, mask, lengths, resets)
-            return output, final
+            run = functools.partial(run, **options)
+            return run_on_valid_steps(name, run, inputs, mask, lengths, resets, len(self.input_shape))
         params_dtype = self._checked_dtype(params)
         check_sharding(params)
         batch = inputs if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")

@@ -28,6 +28,7 @@ def linear_scan(
     initial_state: ArrayLike | None = None,
     *,
     lengths: Lengths = None,
+    mask: ArrayLike | None = None,
     plan: BucketPlan | None = None,
     resets: PackedSequence | ArrayLike | None = None,
     fresh_state: ArrayLike | None = None,
@@ -50,6 +51,12 @@ def linear_scan(
       >>> states.tolist(), final.tolist()
       ([[3.0, 2.5, 1.0], [5.0, 0.0, 0.0]], [1.0, 5.0])
 
+      Padding in front, which a mask leaves out:
+
+      >>> states, final = jaxpack.linear_scan(0.5, jnp.ones((1, 3)), mask=jnp.array([[False, True, True]]))
+      >>> states.tolist(), final.tolist()
+      ([[0.0, 1.0, 1.5]], [1.5])
+
     CPUs go step by step over the rows of the plan. Accelerators compose the steps of each row in a tree. Both forms
     give the same to rounding. The derivative is the recurrence in the other direction: for the backward pass the
     decays and the states are saved, each once, and it holds as much again while it runs. Half-precision states are kept
@@ -58,9 +65,11 @@ def linear_scan(
     Args:
       decay: one value a step, laid out as the inputs ([S, *F] packed under the same plan, or [B, T, *F]); axes of F may
         be 1. Or an array that broadcasts to one step's features *F, which all steps share.
-      inputs: packed data [S, *F]; or padded [B, T, *F] (batch first), with `lengths`. Real or complex.
+      inputs: packed data [S, *F]; or padded [B, T, *F] (batch first), with `lengths` or `mask`. Real or complex.
       initial_state: [B, *F], in the caller's row order. Default: zeros.
       lengths: int [B], for padded inputs. They may be traced. Default: all T.
+      mask: bool [B, T], in place of lengths, True at valid steps. Padding may be anywhere; states there are 0. A reset
+        at a masked step acts at the next valid one. The mask may be traced.
       plan: for padded inputs, the static shape to run under. Default: the padded batch.
       resets: bool, one a step, laid out as the inputs: True where an episode begins, which starts from the fresh state.
         They count beside the borders of the plan. Default: each sequence is one episode.
@@ -73,8 +82,8 @@ def linear_scan(
       which JAX promotes decay, inputs and initial state, at least a float. Sequences that do not fit are NaN in both.
 
     Raises:
-      TypeError: if inputs are packed and lengths or plan are given too, one of inputs, decay and resets is packed and
-        another padded, or resets are not bool.
+      TypeError: if inputs are packed and lengths, mask or plan are given too, both lengths and mask are given, one of
+        inputs, decay and resets is packed and another padded, or mask or resets are not bool.
       ValueError: if decay or a state have another shape, the arrays are not of the same sequences, there is a fresh
         state without resets, or a concrete length does not fit.
     Source: Martin & Cundy 2018 (https://arxiv.org/abs/1709.04057), Blelloch 1990.
@@ -85,7 +94,7 @@ def linear_scan(
         lead = jnp.shape(inputs)[:2]
         per_step = given.ndim == jnp.ndim(inputs) and given.shape[:2] == lead
     others = {"decay": given if per_step else None, "resets": resets}
-    aligned = align("linear_scan", inputs, others, lengths, plan)
+    aligned = align("linear_scan", inputs, others, lengths, plan, mask)
     check_resets(aligned.others["resets"], ("S",))
     features = aligned.packed.data.shape[1:]
     _check_decay(aligned.others["decay"][:0] if per_step else given[None], given, features)
@@ -100,7 +109,7 @@ def linear_scan(
     dtype = jnp.result_type(*arrays)
     dtype = dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(dtype, float)
     shared = None if per_step else given.reshape((1,) * (1 + len(features) - given.ndim) + given.shape)
-    states, final = _scan(bool(reverse), jnp.dtype(dtype).name, aligned._replace(length=None), shared, entering)
+    states, final = _scan(bool(reverse), jnp.dtype(dtype).name, aligned.as_cells, shared, entering)
     return aligned.laid_out(aligned.packed.replace(data=states)), final
 
 

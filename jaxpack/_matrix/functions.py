@@ -30,6 +30,7 @@ def linear_attention(
     initial_state: ArrayLike | None = None,
     *,
     lengths: Lengths = None,
+    mask: ArrayLike | None = None,
     plan: BucketPlan | None = None,
 ) -> tuple[Any, jax.Array]:
     """Runs gated linear attention over the steps of each sequence, with a matrix as the state of each head.
@@ -49,12 +50,14 @@ def linear_attention(
     dtype too.
 
     Args:
-      query: packed data [S, G, K], G heads of size K; or padded [B, T, G, K] (batch first), with `lengths`.
+      query: packed data [S, G, K], G heads of size K; or padded [B, T, G, K] (batch first), with `lengths` or `mask`.
       key: like the query.
       value: [S, H, V] or [B, T, H, V]. G divides H: H / G heads in a row share a key and a query.
       log_decay: [S, H] or [B, T, H] for a decay of each head, [..., H, K] for one of each of its keys. Default: zeros.
       initial_state: [B, H, K, V], in the caller's row order. Default: zeros.
       lengths: int [B], for padded inputs. They may be traced. Default: all T.
+      mask: bool [B, T], in place of lengths, True at valid steps. Padding may be anywhere; outputs there are 0. It may
+        be traced.
       plan: for padded inputs, the static shape to run under. Default: the padded batch.
 
     Returns:
@@ -62,14 +65,14 @@ def linear_attention(
       that do not fit are NaN in both.
 
     Raises:
-      TypeError: if some arguments are packed and others padded, lengths or plan are given beside packed ones, or an
-        argument is complex.
+      TypeError: if some arguments are packed and others padded, lengths, mask or plan are given beside packed ones,
+        both lengths and mask are given, the mask is not bool, or an argument is complex.
       ValueError: if sequences or shapes differ, or heads do not divide.
     Source: Katharopoulos et al. 2020, "Transformers are RNNs"; Yang et al. 2023, "Gated linear attention"; Dao & Gu
     2024, "Transformers are SSMs".
     """
     given = {"query": query, "key": key, "log_decay": log_decay}
-    aligned = align("linear_attention", value, given, lengths, plan)
+    aligned = align("linear_attention", value, given, lengths, plan, mask)
     return _call("linear_attention", linear_rule, aligned, initial_state)
 
 
@@ -82,6 +85,7 @@ def gated_delta_rule(
     initial_state: ArrayLike | None = None,
     *,
     lengths: Lengths = None,
+    mask: ArrayLike | None = None,
     plan: BucketPlan | None = None,
 ) -> tuple[Any, jax.Array]:
     """Runs the gated delta rule over the steps of each sequence: a state that replaces what it holds for a key.
@@ -99,7 +103,7 @@ def gated_delta_rule(
       [5.0, 7.0]
 
     Args:
-      query, key, value, initial_state, lengths, plan: as in `linear_attention`.
+      query, key, value, initial_state, lengths, mask, plan: as in `linear_attention`.
       beta: [S, H] or [B, T, H], how much of a value to replace.
       log_decay: [S, H] or [B, T, H]. Default: zeros.
 
@@ -113,7 +117,7 @@ def gated_delta_rule(
     delta networks".
     """
     given = {"query": query, "key": key, "beta": beta, "log_decay": log_decay}
-    aligned = align("gated_delta_rule", value, given, lengths, plan)
+    aligned = align("gated_delta_rule", value, given, lengths, plan, mask)
     return _call("gated_delta_rule", delta_rule, aligned, initial_state)
 
 
@@ -133,7 +137,7 @@ def _call(name: str, rule: Rule, aligned: Aligned, initial_state: Any) -> tuple[
             raise ValueError(
                 f"{name}: initial_state must be [B, H, K, V] = {list(expected)}, got shape {list(initial_state.shape)}."
             )
-    output, state = _run(rule, heads, aligned._replace(length=None), initial_state)
+    output, state = _run(rule, heads, aligned.as_cells, initial_state)
     return aligned.laid_out(aligned.packed.replace(data=output)), state
 
 

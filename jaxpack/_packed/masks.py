@@ -168,27 +168,31 @@ def run_on_valid_steps(
     mask: ArrayLike,
     lengths: ArrayLike | Sequence[int] | None,
     resets: Any,
+    feature_axes: int = 1,
 ) -> tuple[Any, ...]:
     """Runs a layer on the valid steps of padded inputs, and puts what it returns for each step back in place.
 
     Args:
       function: the name of the function in errors.
       run: run(inputs, lengths=, resets=) -> (outputs, final state, *states after each step).
-      inputs: [B, T, F], or one sequence [T, F].
+      inputs: [B, T, F], or one sequence [T, F]; or a pytree of arrays, of which the first has these axes.
       mask: bool [B, T], or [T].
       lengths: as a user passed them: None, or this raises.
       resets: as a user passed them, [B, T], [T] or None.
+      feature_axes: the number of axes of one step of the inputs.
 
     Raises:
       TypeError, ValueError: as `refuse_beside_mask`, `checked_mask` and `padded_resets` do.
     """
     refuse_beside_mask(inputs, lengths)
     batch = as_batch(inputs, "inputs")
-    if not hasattr(batch, "ndim") or batch.ndim not in (2, 3):
+    shape = jnp.shape(jax.tree.leaves(batch)[0])
+    lead = shape[: len(shape) - feature_axes]
+    if len(lead) not in (1, 2):
         return run(inputs, resets=resets)  # raises: these are no inputs of a layer
-    valid = checked_mask(function, mask, batch.shape[:-1])
-    begins = padded_resets(function, resets, batch.shape[:-1])
-    alone = batch.ndim == 2
+    valid = checked_mask(function, mask, lead)
+    begins = padded_resets(function, resets, lead)
+    alone = len(lead) == 1
     batch, valid, begins = jax.tree.map(lambda leaf: leaf[None] if alone else leaf, (batch, valid, begins))
     batch_shape(batch, "inputs")
     steps = _valid_steps(valid)

@@ -21,6 +21,8 @@ from jaxpack._flax.known import LINEN_CELLS, NNX_CELLS, Tree, from_cell
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._layers.specification import LayerParams
 from jaxpack._packed.merge import merge_directions
+from jaxpack._stepped.conv import ConvLSTM
+from jaxpack.interop._conv_lstm import from_two_convolutions, one_entry, to_two_convolutions
 from jaxpack.interop._weights import (
     Weights,
     check_convertible,
@@ -40,12 +42,15 @@ from jaxpack.interop._weights import (
 _DIRECTIONS = ("forward_rnn", "backward_rnn")
 
 
-def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree | Sequence[Tree]]) -> LayerParams:
-    """Returns a layer's parameters from those of linen's LSTMCells, GRUCell, MGUCell or SimpleCell. Exact.
+def from_linen(layer: RecurrentLayer | ConvLSTM, trees: Tree | Iterable[Tree | Sequence[Tree]]) -> Any:
+    """Returns a layer's parameters from those of linen's LSTMCells, GRUCell, MGUCell, SimpleCell or ConvLSTMCell.
+
+    Exact, except that the sum of a ConvLSTMCell's two biases and the 1 that it adds to f is rounded once.
 
     A tree does not hold its cell's attributes, so they are not checked. gate_fn and activation_fn must be Flax's
     defaults, except that a SimpleCell's activation_fn must be the layer's nonlinearity; residual must be False. An
-    MGUCell's reset_gate must be True for a jaxpack.MGU with reset="after", and False for one with reset=None.
+    MGUCell's reset_gate must be True for a jaxpack.MGU with reset="after", and False for one with reset=None. A
+    ConvLSTMCell's strides must be 1 and its padding "SAME".
 
     Examples:
       >>> from flax import linen as nn
@@ -55,7 +60,7 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree | Sequence[Tre
       (2, 12)
 
     Args:
-      layer: a jaxpack.RNN, LSTM, GRU or MGU.
+      layer: a jaxpack.RNN, LSTM, GRU, MGU or ConvLSTM.
       trees: a tree for each layer of the stack, from the input up; a single layer's tree needs no list. A tree holds
         the parameters of a cell, an nn.RNN or an nn.Bidirectional, inside {"params": ...} or not, boxed for
         partitioning or not. For a bidirectional layer it may be a pair (forward, backward) of trees, as a compact
@@ -67,16 +72,18 @@ def from_linen(layer: RecurrentLayer, trees: Tree | Iterable[Tree | Sequence[Tre
         shape is not the layer's; a layer without biases is given some; or JAX would round a weight.
       TypeError: if an entry is not a tree of parameters, or is traced.
     """
+    if isinstance(layer, ConvLSTM):
+        return _from_conv_cell(layer, *one_entry(trees, "trees"))
     check_convertible(layer, "Flax", set(LINEN_CELLS.values()))
     return _from_trees(layer, name_layer_entries(layer, trees, "trees"))
 
 
-def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any], ...]:
+def to_linen(layer: RecurrentLayer | ConvLSTM, params: Any) -> tuple[dict[str, Any], ...]:
     """Returns a layer's parameters for linen: a tree for the nn.RNN or nn.Bidirectional of each layer of the stack.
 
     A tree holds the sum of the layer's two biases, which computes the same, and zeros if the layer has no biases. The
-    cells are LSTMCell or OptimizedLSTMCell, GRUCell, MGUCell, and SimpleCell with activation_fn=nn.relu for
-    nonlinearity="relu".
+    cells are LSTMCell or OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell with activation_fn=nn.relu for
+    nonlinearity="relu", and ConvLSTMCell, whose second bias is -1 at f, to which the cell adds 1.
 
     Examples:
       >>> gru = jaxpack.GRU(2, 4)
@@ -91,6 +98,9 @@ def to_linen(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, Any]
       ValueError: if no Flax cell has the layer's equations, or the layer has a projection, which none has.
       TypeError: if params are not the layer's, or are traced.
     """
+    if isinstance(layer, ConvLSTM):
+        of_x, of_h = (dict(zip(("kernel", "bias"), part, strict=True)) for part in to_two_convolutions(layer, params))
+        return ({"cell": {"ih": of_x, "hh": of_h}},)
     check_convertible(layer, "Flax", set(LINEN_CELLS.values()))
     return _to_trees(layer, params, _by_gate)
 
@@ -164,6 +174,15 @@ def to_nnx(layer: RecurrentLayer, params: LayerParams, *, optimized: bool = True
 def _from_trees(layer: RecurrentLayer, entries: list[tuple[str, Any]]) -> LayerParams:
     found = [cell for where, tree in entries for cell in _cell_trees(layer, _unboxed(tree), where)]
     return params_from_weights(layer, [(where, _weights(layer.cell, tree, where)) for where, tree in found])
+
+
+def _from_conv_cell(layer: ConvLSTM, where: str, tree: Any) -> dict[str, jax.Array]:
+    """Returns parameters from the tree of a ConvLSTMCell."""
+    cell = _cell_tree(_unboxed(tree), where)
+    missing = [name for name in ("ih", "hh") if not isinstance(cell.get(name), Mapping) or "kernel" not in cell[name]]
+    if missing:
+        raise KeyError(f"{where} has no kernel under {missing[0]!r}, as a ConvLSTMCell has, but {sorted(cell)}.")
+    return from_two_convolutions(layer, cell["ih"], cell["hh"], where)
 
 
 def _cell_trees(layer: RecurrentLayer, tree: Any, where: str) -> list[tuple[str, Tree]]:

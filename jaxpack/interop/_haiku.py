@@ -1,4 +1,4 @@
-"""Weights from and to Haiku's LSTM, GRU and VanillaRNN. Their parameters are dicts, so Haiku is never imported.
+"""Weights from and to Haiku's recurrent cores. Their parameters are dicts, so Haiku is never imported.
 
     LSTM         one linear for [x, h], its gates in the order i, g, f, o. It adds 1 to f, so b_f = b_ih + b_hh - 1.
     VanillaRNN   linear for x, linear_1 for h, each with a bias; always relu.
@@ -6,7 +6,8 @@
                  jaxpack.GRU(..., reset_after=False), and z is the share of the new state, PyTorch's that of the old
                  one: since 1 - sigmoid(x) = sigmoid(-x), the weights of z change their sign.
 
-Haiku has no stacks and no bidirectional layers, so there is one dict for each layer and direction.
+The convolutional LSTMs are in _conv_lstm.py. Haiku has no stacks and no bidirectional layers, so there is one dict for
+each layer and direction.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from jaxpack._cells.gru import ResetBeforeGRUCell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._layers.recurrent_layer import RecurrentLayer
-from jaxpack._layers.specification import LayerParams
+from jaxpack._stepped.conv import ConvLSTM
+from jaxpack.interop._conv_lstm import from_two_convolutions, one_entry, to_two_convolutions
 from jaxpack.interop._weights import (
     Weights,
     check_convertible,
@@ -36,12 +38,14 @@ CoreParams = Mapping[str, Mapping[str, Any]]
 _LSTM_GATES = ("i", "g", "f", "o")
 _GRU_GATES = ("z", "r", "n")
 _GRU_NAMES = ("w_i", "w_h", "b")
+_CONVOLUTIONS = ("input_to_hidden", "hidden_to_hidden")
 
 
-def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) -> LayerParams:
-    """Returns a layer's parameters from those of Haiku's LSTM, GRU or VanillaRNN. Exact.
+def from_haiku(layer: RecurrentLayer | ConvLSTM, cells: CoreParams | Iterable[CoreParams]) -> Any:
+    """Returns a layer's parameters from those of Haiku's LSTM, GRU, VanillaRNN, Conv1DLSTM, Conv2DLSTM or Conv3DLSTM.
 
-    Haiku's bias goes to bias_ih, and the 1 that Haiku adds to the forget gate to bias_hh, so no bit is lost.
+    Exact, except that the sum of a convolutional LSTM's two biases and the 1 added to f is rounded once. An LSTM's
+    bias goes to bias_ih, and the 1 that Haiku adds to the forget gate to bias_hh, so no bit is lost.
 
     Examples:
       >>> linear = {"w": np.zeros((2 + 4, 16), np.float32), "b": np.zeros(16, np.float32)}
@@ -50,7 +54,8 @@ def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) 
       [1.0, 1.0, 1.0, 1.0]
 
     Args:
-      layer: a jaxpack.LSTM, a jaxpack.GRU with reset_after=False, or a jaxpack.RNN with nonlinearity="relu".
+      layer: a jaxpack.LSTM or ConvLSTM, a jaxpack.GRU with reset_after=False, or a jaxpack.RNN with
+        nonlinearity="relu".
       cells: the parameters of one core for each layer and direction, in the order l0, l0_reverse, l1, ...; a single
         core needs no list. Only the last part of a name such as "my_net/~/lstm/linear" is read.
 
@@ -61,6 +66,10 @@ def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) 
         weight.
       TypeError: if a core is not a dict, or its parameters are traced.
     """
+    if isinstance(layer, ConvLSTM):
+        where, cell = one_entry(cells, "cells")
+        of_x, of_h = _linears(cell, _CONVOLUTIONS, where)
+        return from_two_convolutions(layer, of_x, of_h, where)
     _check(layer)
     found = name_entries(cells, "cells")
     check_count(len(found), len(layer.shapes), "cells", "layer and direction")
@@ -73,12 +82,13 @@ def from_haiku(layer: RecurrentLayer, cells: CoreParams | Iterable[CoreParams]) 
     return params_from_weights(layer, weights, _LSTM_GATES)
 
 
-def to_haiku(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, dict[str, np.ndarray]], ...]:
+def to_haiku(layer: RecurrentLayer | ConvLSTM, params: Any) -> tuple[dict[str, dict[str, np.ndarray]], ...]:
     """Returns a layer's parameters for Haiku, a dict for each layer and direction (l0, l0_reverse, l1, ...).
 
     Exact, except that an LSTM's b_ih + b_hh, less the 1 that Haiku adds to the forget gate, is rounded once, as is
     Haiku's own sum; and a GRU's b_ih + b_hh. Parameters from `from_haiku` come back bit for bit. A VanillaRNN has its
-    default double_bias=True. The parameters of a GRU are those of the core itself, under "gru".
+    default double_bias=True. The second bias of a convolutional LSTM is -1 at f. The parameters of a GRU are those of
+    the core itself, under "gru".
 
     Examples:
       >>> lstm = jaxpack.LSTM(2, 4)
@@ -91,6 +101,9 @@ def to_haiku(layer: RecurrentLayer, params: LayerParams) -> tuple[dict[str, dict
       ValueError: if no core has the layer's equations.
       TypeError: if params are not the layer's, or are traced.
     """
+    if isinstance(layer, ConvLSTM):
+        parts = [dict(zip(("w", "b"), part, strict=True)) for part in to_two_convolutions(layer, params)]
+        return (dict(zip(_CONVOLUTIONS, parts, strict=True)),)
     _check(layer)
     if isinstance(layer.cell, RNNCell):
         return tuple(
@@ -159,7 +172,10 @@ def _from_vanilla(cell: CoreParams, where: str) -> Weights:
 
 
 def _linears(cell: CoreParams, names: tuple[str, ...], where: str) -> list[Weights]:
-    """Returns a core's hk.Linear modules, found by the last part of their names, with zeros where there is no bias."""
+    """Returns the linear or convolution modules of a core, found by the last part of their names.
+
+    Where there is no bias it is zeros.
+    """
     _check_core(cell, where)
     if sorted(name.rpartition("/")[2] for name in cell) != sorted(names):
         raise KeyError(
@@ -172,7 +188,7 @@ def _linears(cell: CoreParams, names: tuple[str, ...], where: str) -> list[Weigh
         }
         for name, part in cell.items()
     }
-    return [{"b": np.zeros_like(found[name]["w"][0]), **found[name]} for name in names]
+    return [{"b": np.zeros_like(found[name]["w"], shape=found[name]["w"].shape[-1]), **found[name]} for name in names]
 
 
 def _check_core(cell: object, where: str) -> None:

@@ -1,10 +1,11 @@
-"""Weights from and to Keras 3's LSTM, GRU and SimpleRNN, read through the layers given: Keras is never imported.
+"""Weights from and to Keras 3's recurrent layers, read through the layers given: Keras is never imported.
 
     LSTM        kernel, recurrent_kernel, bias with the gates i, f, c, o (PyTorch's g is Keras's c). unit_forget_bias
                 only says how the bias is drawn.
     GRU         kernel, recurrent_kernel, bias [2, 3H] with the gates z, r, h. reset_after=True is PyTorch's equation.
                 With reset_after=False, jaxpack.GRU(..., reset_after=False), there is one bias, [3H].
     SimpleRNN   kernel, recurrent_kernel, bias.
+    ConvLSTMs   are in _conv_lstm.py.
 
 A Bidirectional holds the forward layer's arrays, then the backward layer's. A StackedRNNCells holds those of one cell
 after the other. A cell has the weights of the layer of its name. Weights do not tell how outputs are returned
@@ -24,7 +25,8 @@ from jaxpack._cells.gru import GRUCell, ResetBeforeGRUCell
 from jaxpack._cells.lstm import LSTMCell
 from jaxpack._cells.rnn import RNNCell
 from jaxpack._layers.recurrent_layer import RecurrentLayer
-from jaxpack._layers.specification import LayerParams
+from jaxpack._stepped.conv import ConvLSTM
+from jaxpack.interop._conv_lstm import from_keras_layer, one_entry, to_keras_layer
 from jaxpack.interop._weights import (
     Weights,
     check_convertible,
@@ -57,7 +59,7 @@ _WAYS_OUT = {
 }
 
 
-def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> LayerParams:
+def from_keras(layer: RecurrentLayer | ConvLSTM, keras_layers: Any | Iterable[Any]) -> Any:
     """Returns a layer's parameters from those of Keras layers. Exact.
 
     Weights do not depend on dropout (which is off in inference), return_sequences, return_state, stateful and masking.
@@ -75,11 +77,11 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
       (2, 4)
 
     Args:
-      layer: a jaxpack.RNN, LSTM or GRU.
+      layer: a jaxpack.RNN, LSTM, GRU or ConvLSTM.
       keras_layers: a Keras layer for each layer of the stack, from the input up; a single one needs no list. It is an
         LSTM, GRU or SimpleRNN, their cell (LSTMCell, ...), or a keras.layers.RNN of such a cell. A StackedRNNCells, or
         an RNN of it, counts as one layer for each of its cells. For a bidirectional layer each is a Bidirectional, or
-        a pair (forward, backward) of the above.
+        a pair (forward, backward) of the above. For a ConvLSTM it is a ConvLSTM1D, 2D or 3D with padding="same".
 
     Raises:
       ValueError: if a Keras layer computes another function than the layer, or has no weights yet; if merge_mode
@@ -87,6 +89,9 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
         is not the layer's, a layer without biases is given some, or JAX would round a weight.
       TypeError: if a Keras layer is of another class.
     """
+    if isinstance(layer, ConvLSTM):
+        where, keras_layer = one_entry(keras_layers, "keras_layers")
+        return from_keras_layer(layer, keras_layer, where)
     check_convertible(layer, "Keras", _KINDS)
     entries = name_entries(keras_layers, "keras_layers", one_pair=layer.bidirectional and layer.num_layers == 1)
     found = [cell for where, entry in entries for cell in _cells(layer, entry, where)]
@@ -97,14 +102,14 @@ def from_keras(layer: RecurrentLayer, keras_layers: Any | Iterable[Any]) -> Laye
     )
 
 
-def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarray], ...]:
+def to_keras(layer: RecurrentLayer | ConvLSTM, params: Any) -> tuple[list[np.ndarray], ...]:
     """Returns a layer's parameters for Keras: for each layer of the stack the list that `set_weights` takes.
 
     The Keras layers are LSTM, GRU with the layer's reset_after, and SimpleRNN with activation=nonlinearity, or an RNN
-    of such a cell; with use_bias=False if the layer has no biases. A bidirectional layer's list is for a Bidirectional:
-    its first half for the forward layer, its second for the backward one. An RNN of StackedRNNCells takes the lists of
-    all layers, one after the other. All but a GRU with reset_after=True hold the sum of the two biases, which computes
-    the same.
+    of such a cell; and ConvLSTM1D, 2D or 3D with padding="same"; with use_bias=False if the layer has no biases. A
+    bidirectional layer's list is for a Bidirectional: its first half for the forward layer, its second for the backward
+    one. An RNN of StackedRNNCells takes the lists of all layers, one after the other. All but a GRU with
+    reset_after=True hold the sum of the two biases, which computes the same.
 
     Examples:
       >>> gru = jaxpack.GRU(2, 4)
@@ -116,6 +121,8 @@ def to_keras(layer: RecurrentLayer, params: LayerParams) -> tuple[list[np.ndarra
       ValueError: if no Keras layer has the layer's equations, or the layer has a projection, which none has.
       TypeError: if params are not the layer's, or are traced.
     """
+    if isinstance(layer, ConvLSTM):
+        return (to_keras_layer(layer, params),)
     check_convertible(layer, "Keras", _KINDS)
     weights = weights_from_params(layer, params, _gates(layer.cell))
     arrays = [_arrays(layer, each) for each in weights.values()]

@@ -1,6 +1,7 @@
 """jaxpack in flax.nnx: the stacks SimpleRNN, LSTM and GRU, and Flax's RNN and Bidirectional for ragged batches."""
 
 from jaxpack._namespace import publish as _publish
+from jaxpack.nnx._deep import DeepRNN
 from jaxpack.nnx._linear import LRU, RGLRU, MinGRU, MinLSTM
 from jaxpack.nnx._matrix import MLSTM, GatedDeltaNet, Mamba2
 from jaxpack.nnx._rnn import RNN, Bidirectional
@@ -22,6 +23,7 @@ __all__ = [
     "CfC",
     "ConvGRU",
     "ConvLSTM",
+    "DeepRNN",
     "GatedDeltaNet",
     "IndRNN",
     "LayerNormGRU",

@@ -241,6 +241,20 @@ def test_a_module_of_a_layer_that_decays_is_its_layer():
     jax.tree.map(np.testing.assert_array_equal, (found, module(x)), (layer.apply(params, x),) * 2)
 
 
+@pytest.mark.parametrize("kind", ["conv_lstm", "conv_gru"])
+def test_a_mask_leaves_steps_out_whatever_the_axes_of_space(kind):
+    layer, params = LAYERS[kind], oracles.random_params(LAYERS[kind], np.float32)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    x, mask = random_inputs(layer).astype(np.float32), np.array([[0, 1, 0, 1, 1], [1, 0, 0, 0, 1]], bool)
+    run = jax.jit(layer.apply)
+    whole, first = run(params, x, mask=mask), run(params, x[0], mask=mask[0])
+    expected = run(params, jaxpack.compact(x, mask)[0], lengths=mask.sum(1))
+    expected = jaxpack.scatter_back(expected[0], mask), expected[1]
+    jax.tree.map(close, whole, expected)
+    jax.tree.map(close, first, at(expected, 0))
+    assert not np.asarray(whole[0])[~mask].any()
+
+
 def test_initial_parameters_have_their_shapes():
     for layer in LAYERS.values():
         params = jax.eval_shape(layer.init, jax.random.key(0))

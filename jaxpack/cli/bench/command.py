@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -27,33 +27,12 @@ from jaxpack.cli.bench.measure import HUGE_PAGES, measure
 from jaxpack.cli.bench.peers import PEERS
 from jaxpack.cli.bench.progress import with_progress
 from jaxpack.cli.bench.report import print_bench
-from jaxpack.cli.bench.workloads import EPOCH, Workload, named_workload, workload_names
+from jaxpack.cli.bench.workloads import CELLS, EPOCH, Workload, named_workload, with_cell, workload_names
 
 _TUNABLES = "GLIBC_TUNABLES"
 _FIRST_GLIBC = (2, 35)  # the first with HUGE_PAGES
 _MOST_BYTES = 2**32  # of inputs or outputs
 _REPEATS, _REPEATS_OF_EPOCH = 15, 3
-
-
-class CellName(enum.StrEnum):
-    """The layers that can be measured on a user's own lengths."""
-
-    LSTM = "lstm"
-    GRU = "gru"
-    RNN = "rnn"
-    GRUBEFORE = "grubefore"
-    MGU = "mgu"
-    INDRNN = "indrnn"
-    PEEPHOLELSTM = "peepholelstm"
-    LAYERNORMLSTM = "layernormlstm"
-    LAYERNORMGRU = "layernormgru"
-    LRU = "lru"
-    MINGRU = "mingru"
-    MINLSTM = "minlstm"
-    RGLRU = "rglru"
-    MAMBA2 = "mamba2"
-    GATEDDELTANET = "gateddeltanet"
-    MLSTM = "mlstm"
 
 
 Lengths = Annotated[
@@ -63,7 +42,12 @@ Lengths = Annotated[
     ),
 ]
 Cell = Annotated[
-    CellName | None, typer.Option(help="The layer to run on --lengths.", show_default="lstm", case_sensitive=False)
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Run this layer in place of the workload's own: {', '.join(CELLS)}.",
+        show_default="the workload's; lstm for --lengths",
+    ),
 ]
 Repeats = Annotated[
     int | None,
@@ -90,10 +74,10 @@ def bench(
     lengths: Lengths = None,
     cell: Cell = None,
     features: Annotated[
-        int | None, typer.Option(min=1, help="Input features, with --lengths.", show_default="128")
+        int | None, typer.Option(min=1, help="Input features, with --lengths.", show_default="128; 4 of images")
     ] = None,
     hidden_size: Annotated[
-        int | None, typer.Option(min=1, help="Hidden size, with --lengths.", show_default="256")
+        int | None, typer.Option(min=1, help="Hidden size, with --lengths.", show_default="256; 8 of images")
     ] = None,
     repeats: Repeats = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of lengths, inputs and weights.")] = 0,
@@ -108,8 +92,9 @@ def bench(
 ) -> None:
     """Measure packed and padded layers of jaxpack, Flax, PyTorch, Haiku and Keras.
 
-    Layers that are linear in their state run beside scans over the padded batch,
-    memax, memorax and mamba2-jax.
+    --cell runs any layer on any batch. Layers that are linear in their state run
+    beside scans over the padded batch, memax, memorax and mamba2-jax; those that
+    run step by step beside their equations in flax.nnx.RNN.
 
     All libraries run in one process, in turns, with the same batch and the same
     number of threads; those that are not installed are listed. The default
@@ -167,36 +152,58 @@ def _on_devices(workload: Workload, count: int, *, is_epoch: bool) -> Workload:
 def _workload(
     name: str | None,
     path: pathlib.Path | None,
-    cell: CellName | None,
+    cell: str | None,
     features: int | None,
     hidden_size: int | None,
     seed: int,
 ) -> Workload:
-    """Returns the workload with a name, or that of the user's lengths."""
-    options: dict[str, Any] = {"cell": cell and cell.value, "features": features, "hidden_size": hidden_size}
-    given = {option: value for option, value in options.items() if value is not None}
+    """Returns the workload with a name and any cell, or that of the user's lengths."""
+    cell = None if cell is None else _cell_name(cell)
+    sizes = {"features": features, "hidden_size": hidden_size}
+    given = {option: value for option, value in sizes.items() if value is not None}
     if path is None:
-        name = "lognormal" if name is None else name
-        for option in given:
-            raise typer.BadParameter(
-                f"the workload {name} has a fixed one. Use it with --lengths FILE.", param_hint=f"'--{_dashed(option)}'"
-            )
-        try:
-            return named_workload(name, seed)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="'WORKLOAD'") from error
-    hint = "'--lengths'"
-    if name not in (None, EPOCH):
-        raise typer.BadParameter(f"pass a workload ({name}) or lengths, not both.", param_hint=hint)
-    workload = Workload(pathlib.Path(name_of(path)).name, read_lengths(path, "--lengths"), seed=seed, **given)
+        workload = _named(name or "lognormal", cell, given, seed)
+    else:
+        if name not in (None, EPOCH):
+            raise typer.BadParameter(f"pass a workload ({name}) or lengths, not both.", param_hint="'--lengths'")
+        workload = Workload(pathlib.Path(name_of(path)).name, read_lengths(path, "--lengths"), seed=seed)
+        workload = with_cell(workload, cell or workload.cell, **given)
     try:
         _ = workload.layer
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--cell'") from error
-    if not workload.tokens:
-        raise typer.BadParameter(f"all lengths in {name_of(path)} are 0: there is nothing to compute.", param_hint=hint)
-    _check_size(workload, path, is_epoch=name == EPOCH)
+    if path is not None:
+        _check_lengths(workload, path, is_epoch=name == EPOCH)
     return workload
+
+
+def _cell_name(given: str) -> str:
+    """Returns the name of a cell, given in any case."""
+    if given.lower() not in CELLS:
+        raise typer.BadParameter(f"{given!r} is no cell. Choose one of {', '.join(CELLS)}.", param_hint="'--cell'")
+    return given.lower()
+
+
+def _named(name: str, cell: str | None, sizes: dict[str, int], seed: int) -> Workload:
+    """Returns the workload with a name, which has sizes of its own, with this cell, or its own one."""
+    for option in sizes:
+        raise typer.BadParameter(
+            f"the workload {name} has a fixed one. Use it with --lengths FILE.", param_hint=f"'--{_dashed(option)}'"
+        )
+    try:
+        workload = named_workload(name, seed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'WORKLOAD'") from error
+    return workload if cell in (None, workload.cell) else with_cell(workload, cell)
+
+
+def _check_lengths(workload: Workload, path: pathlib.Path, *, is_epoch: bool) -> None:
+    """Raises if all lengths are 0, or the inputs or outputs would not fit in memory."""
+    if not workload.tokens:
+        raise typer.BadParameter(
+            f"all lengths in {name_of(path)} are 0: there is nothing to compute.", param_hint="'--lengths'"
+        )
+    _check_size(workload, path, is_epoch=is_epoch)
 
 
 def _check_size(workload: Workload, path: pathlib.Path, *, is_epoch: bool) -> None:
@@ -209,7 +216,7 @@ def _check_size(workload: Workload, path: pathlib.Path, *, is_epoch: bool) -> No
         way_out = "Pass those of a part of the corpus."
         if workload.tokens > cells:
             cells, what = workload.tokens, f"has {workload.tokens:,} steps in all"
-    size = cells * max(workload.features, workload.layer.output_size) * 4
+    size = cells * max(math.prod(workload.input_shape), math.prod(workload.output_shape)) * 4
     if size > _MOST_BYTES:
         raise typer.BadParameter(f"{name_of(path)} {what}, {size / 2**30:.0f} GiB. {way_out}", param_hint="'--lengths'")
 
@@ -247,9 +254,10 @@ def _arguments(workload: Workload, path: pathlib.Path | None, names: list[str], 
         arguments += ["--cpu-devices", str(workload.mesh.size)]
     for name in names:
         arguments += ["--peer", name]
+    arguments += ["--cell", workload.cell]
     if path is None:
         return [*arguments, workload.name]
-    for option in ("cell", "features", "hidden_size"):
+    for option in ("features", "hidden_size"):
         arguments += [f"--{_dashed(option)}", str(getattr(workload, option))]
     return [*arguments, "--lengths", str(path)]
 

@@ -38,10 +38,11 @@ def device_calls(workload: Workload) -> Calls:
 
     over_devices = map_shards(outputs, workload.mesh, AXIS)
 
-    def apply(params: Any, data: jax.Array, packed: jaxpack.PackedSequence) -> jax.Array:
-        return over_devices(params, packed.replace(data=data))
+    def apply(params: Any, data: jax.Array, rest: tuple[jaxpack.PackedSequence, list[jax.Array]]) -> jax.Array:
+        packed, beside = rest
+        return over_devices(params, packed.replace(data=workload.joined(data, beside)))
 
     packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
     params = jax.device_put(workload.params, jax.NamedSharding(workload.mesh, jax.P()))
-    rest, cells = packed.replace(data=None), plan.size * len(shards)
+    rest, cells = (packed.replace(data=None), [pack(each).data for each in workload.beside]), plan.size * len(shards)
     return jax_calls(apply, params, packed.data, rest, cotangent, cells, same_weights=True)

@@ -32,11 +32,13 @@ import numpy as np
 import optax
 
 from jaxpack._layers.recurrent_layer import RecurrentLayer
+from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._plans.planners import plan_padded
 from jaxpack.cli._devices import AXIS
 from jaxpack.cli.bench.machine import compilation_cache_off, load, machine
 from jaxpack.cli.bench.measure import describe
+from jaxpack.cli.bench.stepped_cells import arrays_beside
 from jaxpack.cli.bench.turns import Tell, spread
 from jaxpack.cli.bench.workloads import Workload
 from jaxpack.data import Batch, Batcher, BucketByLength, SlotFilling, SortedChunks, plan_cover
@@ -49,7 +51,7 @@ _PROGRAMS = 6  # the most programs of bucketed and of sorted
 _PARTS = 8  # padded-batch rounds up to multiples of longest / 8; a power of two would pad all above 128 steps to 200
 _PACKAGES = ("jaxpack", "jax", "jaxlib", "numpy", "optax")
 
-Source = Sequence[np.ndarray]  # sequences [L, F]
+Source = Sequence[Any]  # sequences [L, F], or tuples of several arrays
 State = tuple[Any, optax.OptState]  # parameters, and the optimiser's state
 Step = Callable[[State, Batch], tuple[State, jax.Array]]
 
@@ -192,10 +194,13 @@ def measure_epoch(workload: Workload, names: Sequence[str], repeats: int, tell: 
 
 
 def _sequences(workload: Workload) -> Source:
-    """Draws the corpus's inputs, which are normal."""
+    """Draws the corpus's inputs, which are normal, and the arrays beside them."""
     generator = np.random.default_rng([workload.seed, 1])
-    tokens = generator.standard_normal((workload.tokens, workload.features), np.float32)
-    return np.split(tokens, np.cumsum(workload.lengths)[:-1])
+    tokens = generator.standard_normal((workload.tokens, *workload.input_shape), np.float32)
+    beside = arrays_beside(workload.cell, generator, (workload.tokens,), workload.features)
+    ends = np.cumsum(workload.lengths)[:-1]
+    sequences, *others = (np.split(array, ends) for array in (tokens, *beside))
+    return list(zip(sequences, *others, strict=True)) if beside else sequences
 
 
 def _placed(state: State, mesh: Any) -> State:
@@ -207,9 +212,11 @@ def _train_step(layer: RecurrentLayer, optimizer: optax.GradientTransformation, 
     """Returns a step that trains the layer's mean output to be the first feature of its input."""
 
     def loss_of_shard(params: Any, batch: Batch) -> Mean:
-        output, _ = layer.apply(params, batch.inputs)
-        error = jnp.mean(output.data, axis=-1) - batch.inputs.data[:, 0]  # 0 in slack
-        return Mean(jnp.sum(error**2), jnp.sum(batch.inputs.lengths))
+        inputs = _inputs(batch)
+        output, _ = layer.apply(params, inputs)
+        x = jax.tree.leaves(inputs.data)[0]
+        error = jnp.mean(output.data, axis=-1) - x[..., 0]  # 0 in slack
+        return Mean(jnp.sum(error**2), jnp.sum(inputs.lengths))
 
     mean_loss = loss_of_shard if mesh is None else sum_shards(loss_of_shard, mesh, AXIS)
 
@@ -225,7 +232,7 @@ def _train_step(layer: RecurrentLayer, optimizer: optax.GradientTransformation, 
 def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int, mesh: Any) -> Training:
     """Compiles the step under each plan that the turns need, which a rehearsal finds, and runs each program once."""
     rehearsal = make()
-    rehearsed = {batch.inputs.plan: batch for _ in range(repeats) for batch in rehearsal}
+    rehearsed = {_inputs(batch).plan: batch for _ in range(repeats) for batch in rehearsal}
     examples = {plan: _spread(batch, mesh) for plan, batch in rehearsed.items()}
     jax.clear_caches()  # drops the traces of other steps
     start = time.perf_counter()
@@ -234,6 +241,14 @@ def _prepare(make: Callable[[], Batcher], step: Step, state: State, repeats: int
     for plan, program in programs.items():
         jax.block_until_ready(program(state, examples[plan]))
     return Training(make(), programs, compile_seconds, mesh)
+
+
+def _inputs(batch: Batch) -> PackedSequence:
+    """Returns the inputs of a batch; where they are several arrays, those of one packed batch."""
+    if isinstance(batch.inputs, PackedSequence):
+        return batch.inputs
+    first, *others = batch.inputs
+    return first.replace(data=(first.data, *(each.data for each in others)))
 
 
 def _spread(batch: Batch, mesh: Any) -> Batch:
@@ -266,8 +281,8 @@ def _train(training: Training, state: State) -> tuple[State, Epoch]:
     batches = iter(training.batches)
     for batch in batches:
         packing += time.perf_counter() - asked
-        state, batch_loss = training.programs[batch.inputs.plan](state, _spread(batch, training.mesh))
-        in_batch = int(batch.inputs.lengths.sum())
+        state, batch_loss = training.programs[_inputs(batch).plan](state, _spread(batch, training.mesh))
+        in_batch = int(_inputs(batch).lengths.sum())
         loss, tokens = loss + float(batch_loss) * in_batch, tokens + in_batch
         asked = time.perf_counter()
     end = time.perf_counter()

@@ -23,6 +23,7 @@ from flax import nnx
 import jaxpack
 import jaxpack.nnx
 from jaxpack._matrix.layer import MatrixLayer
+from jaxpack._stepped.layer import SteppedLayer
 from jaxpack.cli.bench import torch_peers
 from jaxpack.cli.bench.calls import Calls, Missing, jax_calls, of_cell
 from jaxpack.cli.bench.cudnn_peer import cudnn_calls
@@ -30,7 +31,8 @@ from jaxpack.cli.bench.device_peer import device_calls
 from jaxpack.cli.bench.flax_peers import linen_calls, nnx_calls
 from jaxpack.cli.bench.linear_libraries import mamba2_jax_calls, memax_calls, memorax_calls
 from jaxpack.cli.bench.linear_peers import associative_scan, masked_scan, padded_calls
-from jaxpack.cli.bench.matrix_peers import step_calls
+from jaxpack.cli.bench.step_peers import step_calls
+from jaxpack.cli.bench.stepped_cells import IMAGE
 from jaxpack.cli.bench.workloads import Workload
 
 Build = Callable[[Workload], Calls]
@@ -53,13 +55,14 @@ def _packed(workload: Workload, plan: jaxpack.BucketPlan) -> Calls:
     def pack(array: np.ndarray) -> jaxpack.PackedSequence:
         return jaxpack.pack_padded_sequence(array, workload.lengths, batch_first=True, plan=plan)
 
-    def apply(params: Any, data: jax.Array, packed: jaxpack.PackedSequence) -> jax.Array:
-        output, _ = workload.layer.apply(params, packed.replace(data=data))
+    def apply(params: Any, data: jax.Array, rest: tuple[jaxpack.PackedSequence, list[jax.Array]]) -> jax.Array:
+        packed, beside = rest
+        output, _ = workload.layer.apply(params, packed.replace(data=workload.joined(data, beside)))
         return output.data
 
     packed, cotangent = pack(workload.inputs), pack(workload.cotangent).data
-    without_data = packed.replace(data=None)
-    return jax_calls(apply, workload.params, packed.data, without_data, cotangent, plan.size, same_weights=True)
+    rest = packed.replace(data=None), [pack(each).data for each in workload.beside]
+    return jax_calls(apply, workload.params, packed.data, rest, cotangent, plan.size, same_weights=True)
 
 
 @peer("jaxpack")
@@ -115,11 +118,12 @@ def _jaxpack_no_plan(workload: Workload) -> Calls:
 def _padded(workload: Workload, plan: jaxpack.BucketPlan | None) -> Calls:
     """Makes the calls of jaxpack from a padded batch to padded outputs."""
 
-    def apply(params: Any, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
-        output, _ = workload.layer.apply(params, inputs, lengths=lengths, plan=plan)
+    def apply(params: Any, inputs: jax.Array, rest: tuple[jax.Array, list[jax.Array]]) -> jax.Array:
+        lengths, beside = rest
+        output, _ = workload.layer.apply(params, workload.joined(inputs, beside), lengths=lengths, plan=plan)
         return output
 
-    arrays = workload.inputs, workload.int32_lengths, workload.cotangent
+    arrays = workload.inputs, (workload.int32_lengths, workload.beside), workload.cotangent
     return jax_calls(apply, workload.params, *arrays, workload.cells_under(plan), same_weights=True)
 
 
@@ -149,7 +153,7 @@ def _jaxpack_nnx_plan(workload: Workload) -> Calls:
 
 @peer("own-cell-flax")
 def _own_cell_flax(workload: Workload) -> Calls:
-    """Runs flax.nnx.RNN with a user-defined cell."""
+    """Runs flax.nnx.RNN with a user-defined LSTM."""
     return nnx_calls(workload, nnx, own_cell=True)
 
 
@@ -173,8 +177,9 @@ def _associative_scan(workload: Workload) -> Calls:
 
 @peer("masked_scan")
 def _masked_scan(workload: Workload) -> Calls:
-    """Runs jax.lax.scan on the padded batch with a mask, for layers with a linear recurrence."""
-    return step_calls(workload) if isinstance(workload.layer, MatrixLayer) else padded_calls(workload, masked_scan)
+    """Runs jax.lax.scan on the padded batch with a mask, for layers with a linear recurrence or a `step`."""
+    by_step = isinstance(workload.layer, (MatrixLayer, SteppedLayer))
+    return step_calls(workload) if by_step else padded_calls(workload, masked_scan)
 
 
 @peer("memax")
@@ -216,7 +221,8 @@ def _haiku(workload: Workload) -> Calls:
     if workload.cell == "rnn":
         raise Missing("haiku.VanillaRNN is a relu, not a tanh")
     hk = importlib.import_module("haiku")
-    kind = of_cell({"lstm": hk.LSTM, "gru": hk.GRU, "grubefore": hk.GRU}, workload.cell)
+    conv_lstm = functools.partial(hk.Conv2DLSTM, IMAGE, kernel_shape=3)
+    kind = of_cell({"lstm": hk.LSTM, "gru": hk.GRU, "grubefore": hk.GRU, "convlstm": conv_lstm}, workload.cell)
 
     def unroll(inputs: jax.Array) -> jax.Array:
         cell = kind(workload.hidden_size)

@@ -8,7 +8,8 @@ of each matrix)
                of x and h         dgates [W; U]^T       [N, G] x [G, F+H]
                of W and U         [x h]^T dgates        [F+H, N] x [N, G]
 
-so training has three times the operations of the forward pass. A layer that runs step by step can take no fewer: the
+so training has three times the operations of the forward pass. A convolution is the product of all places with all
+weights of the kernel. A layer that runs step by step can take no fewer: the
 limit leaves out that each step waits for the last one, slack, and everything that is not a product.
 """
 
@@ -22,6 +23,7 @@ import jax
 
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack.cli.bench.calls import PASSES
+from jaxpack.cli.bench.stepped_cells import CONVOLUTIONAL
 from jaxpack.cli.bench.workloads import Workload
 
 Shape = tuple[int, int, int]  # of a product [n, k] x [k, m]
@@ -29,7 +31,7 @@ Shape = tuple[int, int, int]  # of a product [n, k] x [k, m]
 
 def product_shapes(workload: Workload) -> dict[str, list[Shape]]:
     """Returns the shapes (n, k, m) of all products by pass."""
-    steps = workload.tokens
+    steps = workload.tokens * math.prod(workload.input_shape[:-1])  # of a convolution, places of all images
     forward: list[Shape] = []
     backward: list[Shape] = []
     for rows, columns in _weights(workload):
@@ -45,6 +47,8 @@ def _weights(workload: Workload) -> list[tuple[int, int]]:
         hidden = [group["weight_hh"][0] if len(group["weight_hh"]) == 2 else 0 for group in groups]
         inputs = [group["weight_ih"] for group in groups]
         return [(features + size, gates) for (features, gates), size in zip(inputs, hidden, strict=True)]
+    if workload.cell in CONVOLUTIONAL:  # each place is multiplied with all places under the kernel
+        return [(math.prod(shape[:-1]), shape[-1]) for shape in workload.layer.shapes.values() if len(shape) > 1]
     leaves = jax.tree_util.tree_leaves_with_path(workload.layer.shapes, is_leaf=lambda node: isinstance(node, tuple))
     matrices = [shape for path, shape in leaves if len(shape) > 1 and path[-1].key != "b"]
     return [shape[-2:] for shape in matrices for _ in range(math.prod(shape[:-2]))]  # blocks are matrices of their own

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +18,9 @@ from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
 from jaxpack._linear.layer import LinearLayer
 from jaxpack._matrix.layer import MatrixLayer
 from jaxpack._recurrence.derivative import unplanned_cells
+from jaxpack._stepped.layer import SteppedLayer
 from jaxpack.cli.bench.further_cells import FURTHER_LAYERS
+from jaxpack.cli.bench.stepped_cells import CONVOLUTIONAL, IMAGE, IMAGE_SIZES, STEPPED_LAYERS, arrays_beside
 from jaxpack.datasets import japanese_vowels
 
 EPOCH = "epoch"  # the name of the workload that is a corpus
@@ -39,12 +42,19 @@ LINEAR_LAYERS: Mapping[str, Callable[..., LinearLayer]] = _by_name(
     jaxpack.GatedDeltaNet,
     jaxpack.MLSTM,
 )
+CELLS = (*LAYERS, *LINEAR_LAYERS, *STEPPED_LAYERS)  # all names of cells
 _HEAD_SIZE = 64  # of GatedDeltaNet
+_NAMES = {
+    "grubefore": "GRU, reset before",
+    "timedecay": "TimeDecay of an LSTM",
+    "convlstm": f"ConvLSTM on images of {IMAGE[0]} x {IMAGE[1]}",
+    "convgru": f"ConvGRU on images of {IMAGE[0]} x {IMAGE[1]}",
+}
 
 
 def layer_name(cell: str) -> str:
     """Returns the name of a cell's layer in jaxpack."""
-    return "GRU, reset before" if cell == "grubefore" else ({**LAYERS, **LINEAR_LAYERS})[cell].__name__
+    return _NAMES.get(cell) or ({**LAYERS, **LINEAR_LAYERS, **STEPPED_LAYERS})[cell].__name__
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,7 +64,7 @@ class Workload:
     Attributes:
       name: the workload's name.
       lengths: int [B], the lengths of all sequences.
-      cell: a name in `LAYERS`; or in `LINEAR_LAYERS`, which are one layer in one direction.
+      cell: a name in `LAYERS`; or in `LINEAR_LAYERS` or `STEPPED_LAYERS`, which are one layer in one direction.
       features, hidden_size, num_layers, bidirectional: the layer's sizes.
       seed: the seed of weights, inputs and cotangents.
       dtype: "float32" or "bfloat16", of all of these and of the computation.
@@ -75,11 +85,28 @@ class Workload:
     @property
     def layer(self) -> Any:
         """The layer of jaxpack, a RecurrentLayer or a LinearLayer."""
-        if self.cell in LINEAR_LAYERS:
-            heads = {"num_heads": max(1, self.hidden_size // _HEAD_SIZE)} if self.cell == "gateddeltanet" else {}
-            return LINEAR_LAYERS[self.cell](self.features, self.hidden_size, **heads)
-        sizes = self.features, self.hidden_size, self.num_layers
-        return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
+        if self.cell in LAYERS:
+            sizes = self.features, self.hidden_size, self.num_layers
+            return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
+        if self.num_layers * (1 + self.bidirectional) != 1:
+            raise ValueError(
+                f"{layer_name(self.cell)} is one layer in one direction, but {self.name} has {self.num_layers} "
+                f"layers in {1 + self.bidirectional}. Choose another workload, such as lognormal."
+            )
+        if self.cell in STEPPED_LAYERS:
+            return STEPPED_LAYERS[self.cell](self.features, self.hidden_size)
+        heads = {"num_heads": max(1, self.hidden_size // _HEAD_SIZE)} if self.cell == "gateddeltanet" else {}
+        return LINEAR_LAYERS[self.cell](self.features, self.hidden_size, **heads)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one step of `inputs`: (features,), with the axes of images before it."""
+        return (*IMAGE, self.features) if self.cell in CONVOLUTIONAL else (self.features,)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of one step of the outputs."""
+        return (*IMAGE, self.hidden_size) if self.cell in CONVOLUTIONAL else (self.layer.output_size,)
 
     @property
     def batch_size(self) -> int:
@@ -120,7 +147,7 @@ class Workload:
         """Counts the cells that jaxpack computes under a plan, or without one."""
         if plan is not None:
             return plan.size
-        if isinstance(self.layer, MatrixLayer):
+        if isinstance(self.layer, (MatrixLayer, SteppedLayer)):
             return self.padded_plan.size
         if self.cell in LINEAR_LAYERS:
             return linear_ladder_cells(self.padded_plan, self.lengths)
@@ -133,16 +160,26 @@ class Workload:
 
     @functools.cached_property
     def inputs(self) -> np.ndarray:
-        """The padded batch [B, T, F]: normal, zero past each length."""
-        return self._normal(1, self.features)
+        """The padded batch [B, T, *input_shape]: normal, zero past each length."""
+        return self._normal(1, self.input_shape)
+
+    @functools.cached_property
+    def beside(self) -> list[np.ndarray]:
+        """The arrays [B, T, ...] that the layer reads beside `inputs`, such as the time between steps; often none."""
+        drawn = arrays_beside(self.cell, np.random.default_rng([self.seed, 3]), self.mask.shape, self.features)
+        return [array.astype(self.dtype) for array in drawn]
+
+    def joined(self, inputs: Any, beside: Sequence[Any]) -> Any:
+        """Returns what the layer takes: the inputs, or a tuple of them and the arrays beside them."""
+        return (inputs, *beside) if beside else inputs
 
     @functools.cached_property
     def cotangent(self) -> np.ndarray:
-        """The factor of the outputs in the loss, [B, T, D*H]: normal, zero past each length.
+        """The factor of the outputs in the loss, [B, T, *output_shape]: normal, zero past each length.
 
         It is scaled so that the loss, a sum over all outputs, does not grow with the number of steps.
         """
-        return self._normal(2, self.layer.output_size, 1 / np.sqrt(self.tokens))
+        return self._normal(2, self.output_shape, 1 / np.sqrt(self.tokens * math.prod(self.output_shape[:-1])))
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
@@ -150,10 +187,10 @@ class Workload:
         params = self.layer.init(jax.random.key(self.seed), "float32")
         return jax.tree.map(lambda array: array.astype(self.dtype), params)
 
-    def _normal(self, stream: int, features: int, scale: float = 1) -> np.ndarray:
+    def _normal(self, stream: int, shape: tuple[int, ...], scale: float = 1) -> np.ndarray:
         generator = np.random.default_rng([self.seed, stream])
-        array = generator.standard_normal((self.batch_size, self.longest, features), np.float32)
-        array *= self.mask[..., None] * np.float32(scale)
+        array = generator.standard_normal((*self.mask.shape, *shape), np.float32)
+        array *= np.expand_dims(self.mask, tuple(range(2, array.ndim))) * np.float32(scale)
         return array.astype(self.dtype, copy=False)
 
 
@@ -167,6 +204,16 @@ def named_workload(name: str, seed: int = 0) -> Workload:
         raise ValueError(f"{name!r} is not a workload. Choose one of {', '.join(_WORKLOADS)}.")
     draw, options = _WORKLOADS[name]
     return Workload(name, draw(np.random.default_rng(seed)), seed=seed, **options)
+
+
+def with_cell(workload: Workload, cell: str, **sizes: int) -> Workload:
+    """Returns a workload with another cell, in the given sizes, or the workload's, or such as the cell can have."""
+    own: Mapping[str, Any] = {}
+    if cell in CONVOLUTIONAL:
+        own = IMAGE_SIZES
+    elif cell == "rglru":  # whose blocks are square
+        own = {"features": sizes.get("hidden_size", workload.hidden_size)}
+    return dataclasses.replace(workload, cell=cell, **{**own, **sizes})
 
 
 def workload_names() -> tuple[str, ...]:

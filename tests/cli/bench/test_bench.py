@@ -16,6 +16,7 @@ import pytest
 from commands import bench as invoke
 from commands import message
 from flax import nnx
+from stepped_oracles import stepped_step
 
 import jaxpack
 from jaxpack import plan_buckets
@@ -29,8 +30,17 @@ from jaxpack.cli.bench.further_cells import FURTHER_CELLS, FURTHER_LAYERS
 from jaxpack.cli.bench.measure import measure
 from jaxpack.cli.bench.peers import PEERS
 from jaxpack.cli.bench.products import count_flops, product_runs, product_shapes, useful_flops
+from jaxpack.cli.bench.stepped_cells import STEPPED_LAYERS, SteppedCell, side_by_side
 from jaxpack.cli.bench.turns import take_turns
-from jaxpack.cli.bench.workloads import LAYERS, LINEAR_LAYERS, Workload, named_workload, workload_names
+from jaxpack.cli.bench.workloads import (
+    CELLS,
+    LAYERS,
+    LINEAR_LAYERS,
+    Workload,
+    named_workload,
+    with_cell,
+    workload_names,
+)
 
 LENGTHS = np.array([3, 8, 2])  # few, since a run without a plan has a loop for each of up to eight
 FEATURES, HIDDEN, REPEATS = 3, 4, 2
@@ -272,13 +282,40 @@ def test_linear_layers_are_measured_on_lengths_of_ones_own(toys, tmp_path, name)
 
 def test_sizes_that_a_layer_refuses_are_an_error_of_its_option(tmp_path):
     (tmp_path / "lengths.txt").write_text("3 8 2")
-    result = invoke("--lengths", tmp_path / "lengths.txt", "--cell", "RGLRU")
+    result = invoke("--lengths", tmp_path / "lengths.txt", "--cell", "RGLRU", "--features", 3, "--hidden-size", 4)
     assert result.exit_code == 2
     assert "Invalid value for '--cell': hidden_size must be input_size" in message(result)
 
 
-def test_the_layers_of_the_command_are_those_of_the_workloads():
-    assert [cell.value for cell in bench_file.CellName] == [*LAYERS, *LINEAR_LAYERS]
+@pytest.mark.parametrize(
+    ("cell", "title"),
+    [
+        ("ConvGRU", "small: ConvGRU on images of 8 x 8, 4 features, hidden size 8, float32"),
+        ("RGLRU", "small: RGLRU, 32 features, hidden size 32, float32"),
+    ],
+)
+def test_a_workload_runs_any_cell_in_sizes_that_it_can_have(toys, tmp_path, cell, title):
+    result = invoke("small", "--cell", cell, "--repeats", 1, "--json", tmp_path / "result.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["workload"]["name"], found["workload"]["cell"]) == ("small", cell.lower())
+    assert found["workload"]["lengths"] == named_workload("small").lengths.tolist()
+    assert [peer["name"] for peer in found["peers"]] == ["jaxpack", "other"]
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
+    assert title in " ".join(result.stdout.split())
+
+
+def test_the_command_that_repeats_a_run_has_its_cell():
+    workload = with_cell(named_workload("wide"), "rglru")
+    assert (workload.features, workload.hidden_size) == (512, 512)
+    assert bench_file._arguments(workload, None, ["jaxpack"], 2)[-3:] == ["--cell", "rglru", "wide"]
+
+
+def test_an_unknown_cell_is_refused_with_the_list():
+    result = invoke("small", "--cell", "transformer")
+    assert result.exit_code == 2
+    assert f"'transformer' is no cell. Choose one of {', '.join(CELLS)}." in message(result)
+    assert [*LAYERS, *LINEAR_LAYERS, *STEPPED_LAYERS] == list(CELLS)
 
 
 def expected_loss(workload):
@@ -318,6 +355,47 @@ def test_flax_runs_the_equations_of_the_further_cells(cell):
     flops = useful_flops(workload)["forward"]
     products = workload.layer.shapes["l0"]["weight_ih"][1] * (FEATURES + (0 if cell == "indrnn" else HIDDEN))
     assert flops == 2 * LENGTHS.sum() * products
+
+
+@pytest.mark.parametrize("cell", STEPPED_LAYERS)
+def test_flax_runs_the_equations_of_the_cells_that_run_step_by_step(cell):
+    workload = tiny(cell=cell)
+    rnn = nnx.RNN(SteppedCell(cell, workload.layer, workload.params))
+    inputs = side_by_side(workload.inputs, workload.beside)
+    outputs = jax.device_get(nnx.jit(lambda rnn, x: rnn(x, seq_lengths=LENGTHS))(rnn, inputs))
+    kind = {"convlstm": "conv_lstm", "convgru": "conv_gru", "grud": "gru_d", "timedecay": "decay"}.get(cell, cell)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), workload.layer.state_like("float32"))
+    for row, length in enumerate(LENGTHS):
+        state = zeros
+        for t in range(length):
+            x = workload.joined(workload.inputs[row, t], [array[row, t] for array in workload.beside])
+            with np.errstate(divide="ignore"):  # sLSTM's oracle takes the logarithm of a gate
+                state, expected = stepped_step(kind, workload.layer, workload.params, state, x)
+            np.testing.assert_allclose(outputs[row, t], expected, atol=1e-5)
+
+
+def test_the_products_of_convolutions_are_those_of_all_places_with_the_kernel():
+    workload = tiny(cell="convgru")
+    products = 64 * 9 * (FEATURES + HIDDEN) * 3 * HIDDEN
+    assert useful_flops(workload)["forward"] == 2 * LENGTHS.sum() * products
+
+
+def test_a_layer_that_runs_step_by_step_has_peers_that_compute_its_loss():
+    assert [array.shape[2:] for array in tiny(cell="grud").beside] == [(FEATURES,), ()]
+    workload = tiny(cell="cfc")
+    output, _ = workload.layer.apply(
+        workload.params, workload.joined(workload.inputs, workload.beside), lengths=LENGTHS
+    )
+    expected = np.sum(np.asarray(output, np.float64) * workload.cotangent)
+    for name in ("jaxpack", "flax.nnx", "masked_scan"):
+        calls = PEERS[name](workload)
+        assert calls.same_weights
+        loss, (_, gradient) = calls.training()
+        assert loss.item() == pytest.approx(expected, abs=1e-5), name
+        assert gradient.shape[-1] == FEATURES
+    for name in ("flax.linen", "own-cell-flax", "keras", "torch-packed", "associative_scan"):
+        with pytest.raises((Missing, ModuleNotFoundError)):
+            PEERS[name](workload)
 
 
 @pytest.mark.parametrize("cell", ["gru", "rnn"])
@@ -618,11 +696,10 @@ def test_a_missing_file_of_lengths_is_refused(tmp_path):
     [
         (("gru", "--features", 3), "Invalid value for '--features': the workload gru has a fixed one"),
         (("--hidden-size", 3), "Invalid value for '--hidden-size': the workload lognormal has a fixed one"),
-        (("--cell", "gru"), "Invalid value for '--cell': the workload lognormal has a fixed one"),
+        (("bilstm2", "--cell", "grud"), "'--cell': GRUD is one layer in one direction, but bilstm2 has 2 layers in 2"),
         (("gru", "--lengths", "x"), "pass a workload (gru) or lengths, not both"),
         (("--repeats", 0), "Invalid value for '--repeats'"),
         (("--features", 0), "Invalid value for '--features'"),
-        (("--cell", "transformer"), "Invalid value for '--cell'"),
         (("--json", "nowhere/x.json"), "Invalid value for '--json'"),
         (("--plot", "nowhere/x.png"), "Invalid value for '--plot'"),
     ],
@@ -637,7 +714,7 @@ def test_help_names_the_page_faults_the_variable_and_every_workload_and_library(
     text = message(invoke("--help"))
     assert "page faults" in text
     assert "GLIBC_TUNABLES=glibc.malloc.hugetlb=1" in text
-    for name in (*NAMES, *PEERS):
+    for name in (*NAMES, *CELLS, *PEERS):
         assert name in text
 
 

@@ -107,6 +107,12 @@ def test_cells_are_those_of_the_batches(peers):
         assert peer["efficiency"] == pytest.approx(LENGTHS.sum() / peer["cells"])
 
 
+def test_an_epoch_trains_on_inputs_of_several_arrays_too():
+    workload = Workload("tiny", np.array([2, 3] * BATCH_SIZE), cell="cfc", features=3, hidden_size=4)
+    (peer,) = measure_epoch(workload, ["slot-filled"], 1, lambda doing, done: None)["peers"]
+    assert peer["epochs"][0]["tokens"] == 5 * BATCH_SIZE
+
+
 def test_ratios_are_taken_turn_by_turn_and_shares_of_each_epoch(peers):
     padded = np.array([epoch["seconds"] for epoch in peers["padded"]["epochs"]])
     for peer in peers.values():

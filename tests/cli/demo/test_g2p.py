@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -198,6 +199,19 @@ def test_the_run_of_another_configuration_is_refused(tmp_path, monkeypatch):
     refused = Run("--checkpoint", tmp_path, "--seed", 5)
     assert refused.exit_code == 2
     assert "holds a run with seed=0; this one has seed=5. Resume with the same" in plain(refused.progress)
+
+
+def test_a_run_of_an_older_version_with_another_layer_is_refused(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    older = g2p_checkpoint.Checkpoints(tmp_path, {"seed": 0, "dropout": 0.2})
+    state = g2p_checkpoint.TrainState({"embedding": jnp.ones(2)}, (), jnp.int32(1))
+    older.save(state, g2p_checkpoint.History(losses=[1.0]))
+    refused = Run("--checkpoint", tmp_path)
+    assert refused.exit_code == 2
+    found, ours = plain(refused.progress).split("; this one has ")
+    assert "holds a run with" in found
+    assert "layer=None" in found
+    assert "layer=LayerNormLSTM" in ours
 
 
 def test_checkpoints_of_something_else_are_refused(tmp_path):

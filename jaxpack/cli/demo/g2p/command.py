@@ -42,6 +42,7 @@ class Config:
     hidden_size: int = 256
     num_layers: int = 2
     embedding_size: int = 64
+    layer: str = "LayerNormLSTM"
     dropout: float = 0.2
     learning_rate: float = 4e-3  # at the peak, after a tenth of the run; a cosine lowers it to 0
     weight_decay: float = 1e-2
@@ -65,7 +66,7 @@ def g2p(
         bool,
         typer.Option(
             "--quick",
-            help=f"About 3 minutes on 2 cores: {_QUICK.epochs} epochs, hidden size {_QUICK.hidden_size}.",
+            help=f"About 4 minutes on 2 cores: {_QUICK.epochs} epochs, hidden size {_QUICK.hidden_size}.",
         ),
     ] = False,
     checkpoint: Annotated[
@@ -134,8 +135,8 @@ def _run(config: Config, directory: pathlib.Path | None, interrupt: Interrupt, c
         written = transcribe(run, test)
     history, (plan,) = run.history, run.batches.plans
     return Report(
-        title=f"CMU Pronouncing Dictionary, LSTM of {config.num_layers} layers, both directions, hidden size "
-        f"{config.hidden_size}, CTC, seed {config.seed}",
+        title=f"CMU Pronouncing Dictionary, {config.layer} of {config.num_layers} layers, both directions, hidden "
+        f"size {config.hidden_size}, CTC, seed {config.seed}",
         test=score(written, test.split),
         losses=history.losses,
         validation=[Scores(*scores) for scores in history.validation],
@@ -186,6 +187,7 @@ def _start(
         num_letters=len(alphabets.letters),
         num_classes=alphabets.num_classes,
         embedding_size=config.embedding_size,
+        layer=config.layer,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
         dropout=config.dropout,

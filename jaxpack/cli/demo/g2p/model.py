@@ -27,21 +27,25 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Transcriber:
-    """An embedding of letters, a bidirectional LSTM, and a linear head with FRAMES_PER_LETTER frames per letter."""
+    """An embedding of letters, a bidirectional LSTM, and a linear head with FRAMES_PER_LETTER frames per letter.
+
+    Attributes:
+      layer: the class of the LSTM: its name in jaxpack, such as "LayerNormLSTM".
+    """
 
     num_letters: int
     num_classes: int
     embedding_size: int
+    layer: str
     hidden_size: int
     num_layers: int
     dropout: float
 
     @property
-    def lstm(self) -> jaxpack.LSTM:
+    def lstm(self) -> jaxpack.LSTM | jaxpack.LayerNormLSTM:
         """The recurrent layers."""
-        return jaxpack.LSTM(
-            self.embedding_size, self.hidden_size, self.num_layers, dropout=self.dropout, bidirectional=True
-        )
+        layer: type[jaxpack.LSTM | jaxpack.LayerNormLSTM] = getattr(jaxpack, self.layer)
+        return layer(self.embedding_size, self.hidden_size, self.num_layers, dropout=self.dropout, bidirectional=True)
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Draws parameters: the layers' by their init, the head's uniform within 1/sqrt(fan-in) of 0."""
