@@ -79,11 +79,8 @@ def run_stack(
       With all_states, the states after each step too, leaves [S, num_layers * D, size], zero in slack.
     """
     num_directions, sizes = stack.num_directions, stack.cell.state_sizes
-    if not packed.plan.size:  # a batch of no sequences
-        final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, sizes)
-        outputs = [lax.full_like(packed.data, 0, shape=(0, stack.cell.output_size))] * num_directions
-        empty = None if stack.final_only else merge_directions(outputs, stack.merge)
-        return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
+    if not packed.plan.size:
+        return _of_no_sequences(stack, packed, state)
     plan, real, reverse = _cells(packed, stack.planned)
     origins = Origins.of(packed) if isinstance(plan, BucketPlan) else Origins.of_batch(*plan)
     noise = Noise(stack.regularization, stack.dropout, dropout_key, origins)
@@ -118,15 +115,27 @@ def run_stack(
         merged = merge_directions([y for y, *_ in after], stack.merge)
         data = jax.tree.map(lambda leaf, dtype=packed.data.dtype: leaf.astype(dtype), merged)
         states.extend(after)
-    leaves = [jnp.stack(each, 1) for each in zip(*finals, strict=True)]
-    by_slot = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    by_slot = _side_by_side(finals, sizes)
     final_state = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[packed.unsorted_indices], 0, 1), by_slot)
     if stack.final_only:
         return None, final_state
     if not stack.all_states:
         return noise.on_output(data, fits), final_state
-    leaves = [jnp.stack(each, 1) for each in zip(*states, strict=True)]
-    return noise.on_output(data, fits), final_state, jax.tree.unflatten(jax.tree.structure(sizes), leaves)
+    return noise.on_output(data, fits), final_state, _side_by_side(states, sizes)
+
+
+def _of_no_sequences(stack: Stack, packed: PackedSequence, state: Any) -> tuple[Any, ...]:
+    """Returns the results for a batch of no sequences."""
+    final = jax.tree.map(lambda leaf, n: leaf[:, :0, :1].repeat(n, -1), state, stack.cell.state_sizes)
+    outputs = [lax.full_like(packed.data, 0, shape=(0, stack.cell.output_size))] * stack.num_directions
+    empty = None if stack.final_only else merge_directions(outputs, stack.merge)
+    return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
+
+
+def _side_by_side(carries: Sequence[Carry], sizes: Any) -> Any:
+    """Returns the carries of all layers and directions as one state, leaves [N, num_layers * D, size]."""
+    leaves = [jnp.stack(each, 1) for each in zip(*carries, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(sizes), leaves)
 
 
 def _cells(packed: PackedSequence, planned: bool) -> tuple[BucketPlan | BatchShape, RealCells | BatchCells, jax.Array]:

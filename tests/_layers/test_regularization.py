@@ -201,6 +201,8 @@ def test_weight_dropout_drops_recurrent_weights_once_a_call_and_keeps_the_fast_d
         for i, (group, entries) in enumerate(params.items())
     }
     zeros = [np.asarray(entries["weight_hh"] == 0) for entries in masked.values()]
+    for name, zero in zip(params, zeros, strict=True):
+        np.testing.assert_array_equal(masked[name]["weight_hh"], np.where(zero, 0, 2 * params[name]["weight_hh"]))
     assert all(each.any() and not each.all() for each in zeros)
     assert len({each.tobytes() for each in zeros}) == len(zeros)  # a mask of its own for each direction
     (ours, _), (theirs, _) = run(dropped, params, x, dropout_key=KEY), run(layer, masked, x)
