@@ -123,14 +123,10 @@ class RecurrentLayer(Specification):
             raise ValueError("return_all_states=True returns each step's states: leave return_sequences at True.")
         if mask is not None:
             options = {"deterministic": deterministic, "dtype": dtype, "forward_mode": forward_mode}
+            options |= dict(zip(("return_all_states", "return_sequences"), returns, strict=True))
             run = functools.partial(self.apply, params, initial_state=initial_state, dropout_key=dropout_key, plan=plan)
-            run = functools.partial(run, fresh_state=fresh_state, return_all_states=return_all_states, **options)
-            if return_sequences:
-                return run_on_valid_steps(name, run, inputs, mask, lengths, resets)
-            final_only = functools.partial(run, return_sequences=False)
-            return run_on_valid_steps(name, lambda *x, **at: ((), final_only(*x, **at)), inputs, mask, lengths, resets)[
-                1
-            ]
+            run = functools.partial(run, fresh_state=fresh_state, **options)
+            return run_on_valid_steps(name, run, inputs, mask, lengths, resets, by_step=return_sequences)
         key = self._active_dropout_key(dropout_key, deterministic)
         params_dtype = check_params(params, self.shapes, self)
         check_sharding(params)
@@ -152,19 +148,8 @@ class RecurrentLayer(Specification):
             )
         self._check_features(batch)
         begins = padded_resets(name, resets, batch.shape[:-1])
-        if batch.ndim == 2:
-            return self._apply_unbatched(params, batch, call, begins)
-        batch_size, max_length = batch_shape(batch, "inputs")
-        lengths = np.full(batch_size, max_length) if lengths is None else lengths
-        sort = call.planned or not batch.size
-        if plan is None:
-            plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
-        checked = lengths_and_plan(lengths, plan, batch_size, max_length)
-        packed, cells = lay_out_with(batch, begins, *checked, sort)
-        output, final, *after = self._apply_packed(params, packed, call, cells)
-        if not call.return_sequences:
-            return output, final
-        return pad_steps(output, max_length), final, *(pad_steps(each, max_length) for each in after)
+        apply = self._apply_unbatched if batch.ndim == 2 else self._apply_padded
+        return apply(params, batch, call, begins)
 
     def final_output(self, state: Any) -> Any:
         """Returns the last layer's output after each sequence's own last step, both directions joined as `merge` says.
@@ -234,6 +219,21 @@ class RecurrentLayer(Specification):
             final_output = self.final_output(final)
             return jax.tree.map(lambda leaf: leaf.astype(packed.data.dtype), final_output), final
         return packed.replace(data=outputs), final, *(packed.replace(data=each) for each in states)
+
+    def _apply_padded(
+        self, params: LayerParams, batch: jax.Array, call: Call, resets: jax.Array | None
+    ) -> tuple[Any, ...]:
+        batch_size, max_length = batch_shape(batch, "inputs")
+        lengths = np.full(batch_size, max_length) if call.lengths is None else call.lengths
+        plan, sort = call.plan, call.planned or not batch.size
+        if plan is None:
+            plan = padded_plan(batch_size, max_length) if sort else batch_plan(batch_size, max_length)
+        checked = lengths_and_plan(lengths, plan, batch_size, max_length)
+        packed, cells = lay_out_with(batch, resets, *checked, sort)
+        output, final, *after = self._apply_packed(params, packed, call, cells)
+        if not call.return_sequences:
+            return output, final
+        return pad_steps(output, max_length), final, *(pad_steps(each, max_length) for each in after)
 
     def _apply_unbatched(
         self, params: LayerParams, sequence: jax.Array, call: Call, resets: jax.Array | None

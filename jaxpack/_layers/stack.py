@@ -97,12 +97,10 @@ def run_stack(
     states: list[Carry] = []
     for first in range(0, len(params), num_directions):
         data = noise.on_inputs(data, first)
-        layer = slice(first, first + num_directions)
         inputs = [data, rearrange(data, reverse, reverse)][:num_directions]
-        each = range(layer.start, layer.stop)
-        carries = [tuple(leaf[i] for leaf in jax.tree.leaves(state)) for i in each]
-        to_fresh = [] if fresh is None else [tuple(leaf[i] for leaf in jax.tree.leaves(fresh)) for i in each]
-        if stack.final_only and layer.stop == len(params):
+        each = range(first, first + num_directions)
+        carries, to_fresh = ([_of_direction(tree, i) for i in each if tree is not None] for tree in (state, fresh))
+        if stack.final_only and each.stop == len(params):
             recurrence = recurrence._replace(final_only=True)
         weights = [noise.on_weights(params[i], i) for i in each]
         masks = [mask for i in each if (mask := noise.masks(stack.cell, i, carries[0][0].dtype))]
@@ -130,6 +128,11 @@ def _of_no_sequences(stack: Stack, packed: PackedSequence, state: Any) -> tuple[
     outputs = [lax.full_like(packed.data, 0, shape=(0, stack.cell.output_size))] * stack.num_directions
     empty = None if stack.final_only else merge_directions(outputs, stack.merge)
     return (empty, final, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), final))[: 2 + stack.all_states]
+
+
+def _of_direction(state: Any, i: int) -> Carry:
+    """Returns the carry of one layer and direction."""
+    return tuple(leaf[i] for leaf in jax.tree.leaves(state))
 
 
 def _side_by_side(carries: Sequence[Carry], sizes: Any) -> Any:

@@ -169,6 +169,7 @@ def run_on_valid_steps(
     lengths: ArrayLike | Sequence[int] | None,
     resets: Any,
     feature_axes: int = 1,
+    by_step: bool = True,
 ) -> tuple[Any, ...]:
     """Runs a layer on the valid steps of padded inputs, and puts what it returns for each step back in place.
 
@@ -180,6 +181,7 @@ def run_on_valid_steps(
       lengths: as a user passed them: None, or this raises.
       resets: as a user passed them, [B, T], [T] or None.
       feature_axes: the number of axes of one step of the inputs.
+      by_step: whether outputs are those of each step; otherwise nothing is put back.
 
     Raises:
       TypeError, ValueError: as `refuse_beside_mask`, `checked_mask` and `padded_resets` do.
@@ -199,6 +201,8 @@ def run_on_valid_steps(
     given = _compact(steps, batch), lengths_of(valid), None if begins is None else _compact_resets(steps, begins)
     x, counts, begins = jax.tree.map(lambda leaf: leaf[0] if alone else leaf, given)
     outputs, final, *after = run(x, lengths=counts, resets=begins)
+    if not by_step:
+        return outputs, final
 
     def put_back(tree: PyTree) -> PyTree:
         if not alone:
