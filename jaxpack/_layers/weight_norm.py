@@ -35,21 +35,21 @@ def split_weight_norm(params: PyTree, names: Sequence[str] = ("weight_ih", "weig
       The same pytree, with a dict of g and v in place of each of these matrices.
 
     Raises:
-      ValueError: if no matrix has one of the names.
+      ValueError: if a name is not among the parameters.
     Source: Salimans & Kingma 2016, "Weight normalization"; torch.nn.utils.parametrizations.weight_norm with dim=0.
     """
     found = set()
 
     def split(path: tuple[Any, ...], leaf: Any) -> Any:
         name = getattr(path[-1], "key", None) if path else None
-        if name not in names or jnp.ndim(leaf) != 2:
+        if name not in names:
             return leaf
         found.add(name)
-        return {"g": jnp.linalg.norm(leaf, axis=0), "v": leaf}
+        return {"g": jnp.linalg.norm(leaf, axis=0), "v": leaf} if jnp.ndim(leaf) == 2 else leaf
 
     result = jax.tree_util.tree_map_with_path(split, params)
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"params have no matrix named {', '.join(missing)}. Pass names= with those that they have.")
+        raise ValueError(f"params have no {', '.join(missing)}. Pass names= with those that they have.")
     return result
 
 
