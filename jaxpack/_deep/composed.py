@@ -13,7 +13,7 @@ from jaxpack._deep.batch import Batch
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._layers.states import shapes_of
 from jaxpack._linear.diagonal import split
-from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.layer import SingleLayer
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._packed.resets import Entering
 from jaxpack._stepped.timed import TimedLayer
@@ -142,7 +142,7 @@ class ComposedLayer(abc.ABC):
         return tuple(part.initial_state(params[name], batch_size) for name, part in self.parts.items())
 
 
-Layer = RecurrentLayer | LinearLayer | ComposedLayer
+Layer = RecurrentLayer | SingleLayer | ComposedLayer
 
 
 def check_part(name: str, layer: object) -> None:
@@ -178,7 +178,7 @@ def size_of(shape: tuple[int, ...]) -> str:
 
 def has_dropout(layer: Layer) -> bool:
     """Returns whether a layer takes a key for dropout."""
-    return not isinstance(layer, LinearLayer) and layer.has_dropout
+    return not isinstance(layer, SingleLayer) and layer.has_dropout
 
 
 def takes_tuple(layer: Layer) -> bool:
@@ -229,7 +229,7 @@ def _moved(layer: Layer, state: Any, function: Any) -> Any:
     return jax.tree.map(lambda leaf: function(jnp.asarray(leaf), axis), state)
 
 
-def _state_shapes(layer: RecurrentLayer | LinearLayer, rows: tuple[int, ...]) -> Any:
+def _state_shapes(layer: RecurrentLayer | SingleLayer, rows: tuple[int, ...]) -> Any:
     if isinstance(layer, RecurrentLayer):
         count = layer.num_layers * layer.num_directions
         return jax.tree.map(lambda size: (count, *rows, size), layer.cell.state_sizes)
@@ -252,9 +252,9 @@ def run_part(part: Layer, params: PyTree, batch: Batch, given: Given, from_end: 
     more: dict[str, Any] = {}
     if has_dropout(part):
         more |= {"dropout_key": given.key, "deterministic": given.key is None}
-    if from_end and isinstance(part, LinearLayer):
+    if from_end and isinstance(part, SingleLayer):
         more["reverse"] = True
-    turned = from_end and not isinstance(part, LinearLayer)
+    turned = from_end and not isinstance(part, SingleLayer)
     read = batch.reversed() if turned else batch
     output, final = part.apply(
         params,

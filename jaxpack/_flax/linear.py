@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 from jax.typing import ArrayLike
 
-from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.layer import SingleLayer
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
 from jaxpack._types import PyTree
@@ -21,7 +21,7 @@ class LinearModule(Protocol):
     def dtype(self) -> Any:
         """The dtype to compute in, or None."""
 
-    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+    def _parts(self, inputs: Any) -> tuple[SingleLayer, PyTree]:
         """Returns the specification for these inputs, and its parameters."""
 
 

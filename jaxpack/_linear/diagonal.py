@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpack._linear.chunks import Operands, Recurrence, run_chunks
-from jaxpack._linear.layer import Direction, LinearLayer
+from jaxpack._linear.layer import Direction, SingleLayer
 from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import accumulator
 from jaxpack._packed.broadcast import expand
@@ -18,7 +18,7 @@ from jaxpack._packed.resets import Entering
 from jaxpack._types import PyTree
 
 
-class DiagonalLayer(LinearLayer):
+class DiagonalLayer(SingleLayer):
     """A linear layer that states a, b and its output for each step; what they are in time follows from that."""
 
     def prepare(self, params: PyTree) -> PyTree:

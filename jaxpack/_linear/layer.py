@@ -1,4 +1,4 @@
-"""LinearLayer: the base of the layers whose recurrence is linear in the state, and of those that run step by step.
+"""SingleLayer: the base of single layers of one direction: those linear in their state, and those run step by step.
 
 A layer is a frozen specification. Its parameters are a plain pytree; its state, for all sequences or for one, is a
 pytree as well, in the layout that `state_like` gives. A subclass adds its equations: `shapes`, `init`, `state_like`,
@@ -33,7 +33,7 @@ from jaxpack._types import PyTree
 
 
 class Direction(NamedTuple):
-    """How a call reads its sequences: the static part of `LinearLayer.run`.
+    """How a call reads its sequences: the static part of `SingleLayer.run`.
 
     Attributes:
       reverse: whether each sequence is read from its end.
@@ -48,8 +48,8 @@ class Direction(NamedTuple):
     state_dtype: str
 
 
-class LinearLayer(abc.ABC):
-    """A layer with one direction and a state for each sequence: the base class of LRU, MinGRU, MinLSTM and RGLRU."""
+class SingleLayer(abc.ABC):
+    """One layer with one direction: the base class of linear and matrix layers, and of those that run step by step."""
 
     input_size: int
     hidden_size: int
@@ -321,7 +321,7 @@ def _check_real(what: str, dtype: Any) -> None:
 
 @functools.partial(jax.jit, static_argnames=("layer", "direction", "dtype"))
 def _run(
-    layer: LinearLayer, direction: Direction, dtype: str, params: PyTree, aligned: Aligned, entering: Entering
+    layer: SingleLayer, direction: Direction, dtype: str, params: PyTree, aligned: Aligned, entering: Entering
 ) -> tuple[jax.Array, PyTree]:
     """Runs a layer on cells. Jitted, so each plan is one compilation."""
     packed = clean(aligned.packed, aligned.agree, dtype)

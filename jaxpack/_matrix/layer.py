@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpack._linear.layer import Direction, LinearLayer
+from jaxpack._linear.layer import Direction, SingleLayer
 from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import wide
 from jaxpack._matrix.chunks import Chunk, Rule, chunk_size, scan_chunks
@@ -40,7 +40,7 @@ class Heads(NamedTuple):
         return self.groups * self.per_group
 
 
-class MatrixLayer(LinearLayer):
+class MatrixLayer(SingleLayer):
     """A layer with a short convolution and matrix states: the base class of Mamba2, GatedDeltaNet and MLSTM."""
 
     kernel_size: int

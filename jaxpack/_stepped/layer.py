@@ -13,7 +13,7 @@ import functools
 
 import jax
 
-from jaxpack._linear.layer import Direction, LinearLayer
+from jaxpack._linear.layer import Direction, SingleLayer
 from jaxpack._linear.reading import Reading
 from jaxpack._linear.solve import wide
 from jaxpack._packed.broadcast import vary_like
@@ -25,7 +25,7 @@ from jaxpack._packed.slack import in_caller_order, zero_slack
 from jaxpack._types import PyTree
 
 
-class SteppedLayer(LinearLayer):
+class SteppedLayer(SingleLayer):
     """A layer that runs step by step: the base class of ConvLSTM, ConvGRU, SLSTM, GRUD, CfC and TimeDecay."""
 
     @property

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 
 from jaxpack._flax import linear
-from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.layer import SingleLayer
 from jaxpack._linear.lru import LRU as _LRU
 from jaxpack._linear.minimal import MinGRU as _MinGRU
 from jaxpack._linear.minimal import MinLSTM as _MinLSTM
@@ -42,7 +42,7 @@ class _Linear(nn.Module):
     layer_class: ClassVar[Any]
 
     @nn.nowrap
-    def layer(self, input_size: int) -> LinearLayer:
+    def layer(self, input_size: int) -> SingleLayer:
         """Returns the specification for inputs of this size."""
         names = [field.name for field in dataclasses.fields(self.layer_class) if field.name != "input_size"]
         return self.layer_class(input_size, **{name: getattr(self, name) for name in names})
@@ -51,7 +51,7 @@ class _Linear(nn.Module):
     step = nn.compact(linear.step)
 
     @nn.nowrap
-    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+    def _parts(self, inputs: Any) -> tuple[SingleLayer, PyTree]:
         """Returns the specification for inputs [..., F], and its parameters, drawn if there are none yet."""
         data = inputs.data if isinstance(inputs, PackedSequence) else as_batch(inputs, "inputs")
         size = max((1, *jnp.shape(jax.tree.leaves(data)[0]))[-1], 1)  # 1 without features, which the layer refuses

@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 
 from jaxpack._layers.recurrent_layer import RecurrentLayer
-from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.layer import SingleLayer
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._stepped.cfc import CfC as _CfC
 from jaxpack._stepped.conv import ConvGRU as _ConvGRU
@@ -89,7 +89,7 @@ class _Timed(_Linear):
     """Base of the modules whose inputs are a tuple, x first."""
 
     @nn.nowrap
-    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+    def _parts(self, inputs: Any) -> tuple[SingleLayer, PyTree]:
         """Returns the specification for these inputs, and its parameters."""
         return super()._parts(jax.tree.leaves(inputs.data if isinstance(inputs, PackedSequence) else inputs)[0])
 
@@ -151,6 +151,6 @@ class TimeDecay(_Timed):
     base: RecurrentLayer
 
     @nn.nowrap
-    def layer(self, input_size: int) -> LinearLayer:
+    def layer(self, input_size: int) -> SingleLayer:
         """Returns the specification, which has its own input size."""
         return _TimeDecay(self.base)

@@ -20,7 +20,7 @@ import jax
 from flax import nnx
 
 from jaxpack._flax import linear
-from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.layer import SingleLayer
 from jaxpack._linear.lru import LRU as _LRU
 from jaxpack._linear.minimal import MinGRU as _MinGRU
 from jaxpack._linear.minimal import MinLSTM as _MinLSTM
@@ -33,7 +33,7 @@ __all__ = ["LRU", "RGLRU", "MinGRU", "MinLSTM"]
 class _Linear(nnx.Module):
     """Base of the modules: a specification with its parameters as nnx.Param. A subclass names `layer_class`."""
 
-    layer_class: ClassVar[type[LinearLayer]]
+    layer_class: ClassVar[type[SingleLayer]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Gives a module the signature of its layer, and rngs and dtypes."""
@@ -58,7 +58,7 @@ class _Linear(nnx.Module):
         """The module's nnx.Param, with the structure of the layer's parameters."""
         return nnx.Dict({name: _as_dict(getattr(self, name)) for name in self.layer.shapes})
 
-    def _parts(self, inputs: Any) -> tuple[LinearLayer, PyTree]:
+    def _parts(self, inputs: Any) -> tuple[SingleLayer, PyTree]:
         """Returns the specification, and its parameters as it takes them."""
         return self.layer, {name: _values_of(getattr(self, name), shape) for name, shape in self.layer.shapes.items()}
 

@@ -15,7 +15,7 @@ import numpy as np
 import jaxpack
 from jaxpack._layers.recurrent_layer import RecurrentLayer
 from jaxpack._linear.chunks import ladder_cells as linear_ladder_cells
-from jaxpack._linear.layer import LinearLayer
+from jaxpack._linear.layer import SingleLayer
 from jaxpack._matrix.layer import MatrixLayer
 from jaxpack._recurrence.derivative import unplanned_cells
 from jaxpack._stepped.layer import SteppedLayer
@@ -33,7 +33,7 @@ def _by_name(*layers: Any) -> Mapping[str, Any]:
 LAYERS: Mapping[str, Callable[..., RecurrentLayer]] = MappingProxyType(
     {**_by_name(jaxpack.LSTM, jaxpack.GRU, jaxpack.RNN), **FURTHER_LAYERS}
 )
-LINEAR_LAYERS: Mapping[str, Callable[..., LinearLayer]] = _by_name(
+LINEAR_LAYERS: Mapping[str, Callable[..., SingleLayer]] = _by_name(
     jaxpack.LRU,
     jaxpack.MinGRU,
     jaxpack.MinLSTM,
@@ -84,7 +84,7 @@ class Workload:
 
     @property
     def layer(self) -> Any:
-        """The layer of jaxpack, a RecurrentLayer or a LinearLayer."""
+        """The layer of jaxpack, a RecurrentLayer or a SingleLayer."""
         if self.cell in LAYERS:
             sizes = self.features, self.hidden_size, self.num_layers
             return LAYERS[self.cell](*sizes, bidirectional=self.bidirectional)
