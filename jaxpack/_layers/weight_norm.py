@@ -16,7 +16,7 @@ _PARTS = {"g", "v"}
 def split_weight_norm(params: PyTree, names: Sequence[str] = ("weight_ih", "weight_hh")) -> PyTree:
     """Splits weight matrices [F, G] into lengths g [G] and directions v [F, G], one of each for an output.
 
-        W[:, j] = g[j] v[:, j] / |v[:, j]|,   g[j] = |W[:, j]| and v = W at first
+        W[:, j] = g[j] v[:, j] / norm(v[:, j]),   g[j] = norm(W[:, j]) and v = W at first
 
     Train what it returns, and pass `join_weight_norm` of it to the layer.
 
@@ -56,7 +56,7 @@ def split_weight_norm(params: PyTree, names: Sequence[str] = ("weight_ih", "weig
 def join_weight_norm(params: PyTree) -> PyTree:
     """Returns parameters with each dict of g and v, from `split_weight_norm`, as the matrix that they are.
 
-        W[:, j] = g[j] v[:, j] / |v[:, j]|
+        W[:, j] = g[j] v[:, j] / norm(v[:, j])
 
     Examples:
       >>> params = {"weight_hh": {"g": jnp.array([10.0]), "v": jnp.array([[3.0], [4.0]])}}
