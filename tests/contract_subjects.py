@@ -53,6 +53,12 @@ CALLS = {
     "none": Call(None, False),
 }
 # An exact plan is a staircase, as "buckets" is, so one subject of each kind runs under it.
+# Layers that differ from another by their cell alone. A padded plan, a staircase of one bucket, has nothing new
+# for them, and neither has a mask.
+ALIKE = (
+    *("GRU, reset before", "MGU", "PeepholeLSTM", "LayerNormLSTM", "LayerNormGRU", "LRU", "MinGRU", "Mamba2", "MLSTM"),
+    *("ConvGRU", "SLSTM", "CfC", "TimeDecay"),
+)
 EXACT = ("LSTM bidirectional", "linen.RNN(MGUCell)", "log_step", "MinLSTM", "GatedDeltaNet")
 
 
@@ -415,7 +421,8 @@ def subject_of(name: str) -> Subject:
 
 def calls_of(name: str) -> list[str]:
     """Returns the names of a subject's calls: own steps need a plan."""
-    return [call for call in CALLS if (call != "none" or name not in STEPS) and (call != "exact" or name in EXACT)]
+    left_out = {"none": name in STEPS, "exact": name not in EXACT, "padded": name in ALIKE}
+    return [call for call in CALLS if not left_out.get(call)]
 
 
 def one_call(name: str, turn: int) -> str:

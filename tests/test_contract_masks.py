@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import CALLS, Results, assert_close, dot, operands, oracle, rows_of, tangent_like
-from contract_subjects import DEEP, FLAX, LAYERS, LINEAR, B, F, T, one_call, subject_of
+from contract_subjects import ALIKE, DEEP, FLAX, LAYERS, LINEAR, B, F, T, one_call, subject_of
 from flax import linen as nn
 from flax import nnx
 from test_contract_resets import by_episodes
@@ -24,7 +24,7 @@ import jaxpack.nnx
 # Padding on the left, a hole, and both; 2, 5 and 2 valid steps.
 MASK = np.array([[0, 0, 0, 0, 1, 1], [1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 1, 0]], bool)
 RESETS = np.array([[1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 1], [0, 0, 1, 1, 1, 1]], bool)
-SUBJECTS = [*LAYERS, *FLAX, *LINEAR, *DEEP, "Mamba2"]
+SUBJECTS = [name for name in (*LAYERS, *FLAX, *LINEAR, *DEEP) if name not in ALIKE] + ["Mamba2"]
 each_subject = pytest.mark.parametrize("subject", SUBJECTS)
 
 

@@ -407,9 +407,8 @@ def test_torch_runs_the_other_cells_too(cell):
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("cell", ["mamba2", "gateddeltanet", "mlstm"])
-def test_a_layer_of_matrix_states_has_a_peer_that_steps_over_the_padded_batch(cell):
-    workload = tiny(cell=cell, hidden_size=64)
+def test_a_layer_of_matrix_states_has_a_peer_that_steps_over_the_padded_batch():
+    workload = tiny(cell="mamba2", hidden_size=64)
     for name in ("jaxpack", "masked_scan"):
         loss, (_, gradient) = PEERS[name](workload).training()
         assert loss.item() == pytest.approx(expected_loss(workload), abs=1e-5), name
