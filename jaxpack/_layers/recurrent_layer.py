@@ -123,9 +123,9 @@ class RecurrentLayer(Specification):
             raise ValueError("return_all_states=True returns each step's states: leave return_sequences at True.")
         if mask is not None:
             options = {"deterministic": deterministic, "dtype": dtype, "forward_mode": forward_mode}
-            options |= dict(zip(("return_all_states", "return_sequences"), returns, strict=True))
+            outputs = {"return_all_states": return_all_states, "return_sequences": return_sequences}
             run = functools.partial(self.apply, params, initial_state=initial_state, dropout_key=dropout_key, plan=plan)
-            run = functools.partial(run, fresh_state=fresh_state, **options)
+            run = functools.partial(run, fresh_state=fresh_state, **options, **outputs)
             return run_on_valid_steps(name, run, inputs, mask, lengths, resets, by_step=return_sequences)
         key = self._active_dropout_key(dropout_key, deterministic)
         params_dtype = check_params(params, self.shapes, self)

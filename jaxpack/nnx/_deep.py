@@ -20,7 +20,7 @@ from jaxpack._deep.composed import Layer
 from jaxpack._deep.deep_rnn import DeepRNN as _DeepRNN
 from jaxpack._packed.packed_sequence import PackedSequence
 from jaxpack._plans.bucket_plan import BucketPlan
-from jaxpack.nnx._linear import _values_of
+from jaxpack.nnx._linear import _as_dict, _values_of
 from jaxpack.nnx._stacks import _key
 
 __all__ = ["DeepRNN"]
@@ -137,10 +137,3 @@ class DeepRNN(nnx.Module):
         """
         if deterministic is not None:
             self.deterministic = deterministic
-
-
-def _as_dict(variables: Any) -> Any:
-    """Returns nested dicts of variables as nnx.Dict."""
-    if isinstance(variables, nnx.Variable):
-        return variables
-    return nnx.Dict({name: _as_dict(each) for name, each in variables.items()})

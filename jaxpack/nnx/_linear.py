@@ -14,6 +14,7 @@ structure:
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -64,7 +65,10 @@ class _Linear(nnx.Module):
 
 
 def _as_dict(variables: Any) -> Any:
-    return variables if isinstance(variables, nnx.Variable) else nnx.Dict(variables)
+    """Returns nested dicts of variables as nnx.Dict."""
+    if not isinstance(variables, Mapping):
+        return variables
+    return nnx.Dict({name: _as_dict(each) for name, each in variables.items()})
 
 
 def _values_of(variables: Any, shapes: Any) -> Any:
